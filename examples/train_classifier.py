@@ -1,0 +1,326 @@
+"""Trains a fully-connected network on digits, on Fashion-MNIST or on your own arrays, by hand-written rules.
+
+    python -m examples.train_classifier --data fashion-mnist --dims 784,512,512,10 --epochs 15
+
+Writes to --out: params.safetensors, history.jsonl and learning_curve.png. How to use the parameters again is in the
+README.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import fcfunc
+from fcfunc import data, losses, mlp, ops, reference, testing, train
+
+OPTIMIZERS = {
+    "sgd": (optax.sgd, 0.2),
+    "momentum": (lambda rate: optax.sgd(rate, momentum=0.9), 0.05),
+    "adam": (optax.adam, 1e-3),
+    "adamw": (optax.adamw, 1e-3),
+}
+
+
+class Task(NamedTuple):
+    """What is learned: the parts of the data, and the constants that its numbers were scaled by."""
+
+    parts: tuple[data.Dataset, data.Dataset, data.Dataset]
+    classes: int | None
+    scaling: dict[str, np.ndarray]
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Trains as the command line says and returns the figures of the test set."""
+    args = parse(argv)
+    select_device(args.device)
+    task = load(args.data, args.task, args.target, args.seed)
+    training, validation, test = task.parts
+    dims = check_dims(args.dims, training.x.shape[1], task.classes)
+    out = Path(args.out or Path("runs") / Path(args.data).stem)
+    out.mkdir(parents=True, exist_ok=True)
+
+    device = jax.devices()[0]
+    print(
+        f"fcfunc {fcfunc.__version__}, jax {jax.__version__}, optax {optax.__version__} on {device.device_kind}"
+    )
+    print(
+        f"{args.data}: {len(training.y)} training, {len(validation.y)} validation, {len(test.y)} test examples"
+    )
+    print_proof(dims, args.activation, task.classes, args.l2, args.seed)
+
+    steps = args.epochs * -(-len(training.y) // args.batch_size)
+    make_optimizer, default_rate = OPTIMIZERS[args.optimizer]
+    optimizer = make_optimizer(optax.cosine_decay_schedule(args.learning_rate or default_rate, steps))
+    loss_fn, eval_fn = (make_loss_fn(args.activation, task.classes, l2) for l2 in (args.l2, 0.0))
+    init_key, run_key = jax.random.split(jax.random.key(args.seed))
+    state = train.init_state(fcfunc.init(init_key, dims), optimizer, run_key)
+    score = "accuracy" if task.classes else "loss"
+    state, history = train.fit(
+        loss_fn,
+        optimizer,
+        state,
+        training,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        validation_data=validation,
+        eval_fn=eval_fn,
+        monitor=score,
+        mode="max" if task.classes else "min",
+        patience=args.patience or args.epochs,
+        num_classes=task.classes,
+        progress=True,
+    )
+    figures = {name: float(value) for name, value in train.evaluate(eval_fn, state.params, test).items()}
+    if task.classes:
+        print(f"test accuracy {figures['accuracy']:.4f}, {dims} {args.activation}, {len(history)} epochs")
+    else:
+        figures["rmse"] = figures["loss"] ** 0.5 * float(task.scaling["target.scale"])
+        print(
+            f"test RMSE {figures['rmse']:.4g} in the target's unit, {dims} {args.activation}, {len(history)} epochs"
+        )
+    write(out, state.params, history, score, {"dims": dims, "activation": args.activation}, task.scaling)
+    print(f"wrote params.safetensors, history.jsonl and learning_curve.png to {out}/")
+    return figures
+
+
+def make_loss_fn(activation: str, classes: int | None, l2: float):
+    """The mean loss over a batch, with the accuracy where there are classes."""
+
+    def loss_fn(params, batch, key):
+        del key  # nothing here is random
+        outputs = fcfunc.apply(params, batch.x, activation=activation)
+        penalty = l2 * losses.l2_penalty(params) if l2 else 0.0
+        if classes is None:
+            return jnp.mean(losses.squared_error(outputs[:, 0], batch.y)) + penalty
+        loss = jnp.mean(losses.softmax_cross_entropy_with_integer_labels(outputs, batch.y))
+        hits = jnp.argmax(outputs, axis=-1) == batch.y
+        return loss + penalty, {"accuracy": jnp.mean(hits, dtype=jnp.float32)}
+
+    return loss_fn
+
+
+def print_proof(dims: list[int], activation: str, classes: int | None, l2: float, seed: int) -> None:
+    """Compares each rule that the run will use with `jax.grad` of its plain twin, on random numbers."""
+    keys = iter(jax.random.split(jax.random.key(seed), 16))
+    x = jax.random.normal(next(keys), (32, dims[0]))
+    w = jax.random.normal(next(keys), (dims[0], dims[1])) / dims[0] ** 0.5
+    b = jax.random.normal(next(keys), (dims[1],))
+    outputs = jax.random.normal(next(keys), (32, dims[-1]))
+    rules = [("affine", ops, (x, w, b))]
+    if activation != "linear":
+        rules.append((activation, ops, (ops.affine(x, w, b),)))
+    if classes is None:
+        rules.append(("squared_error", losses, (outputs, jax.random.normal(next(keys), outputs.shape))))
+    else:
+        labels = jax.random.randint(next(keys), (32,), 0, classes)
+        rules.append(("softmax_cross_entropy_with_integer_labels", losses, (outputs, labels)))
+    if l2:
+        rules.append(("l2_penalty", losses, ([{"w": w, "b": b}],)))
+    print(f"{'hand-written rule':<45}worst relative error against jax.grad of its plain twin")
+    for name, module, args in rules:
+        error = testing.worst_relative_error(
+            getattr(module, name), getattr(reference, name), args, key=next(keys)
+        )
+        print(f"{name:<45}{error:.1e}")
+        if not error < 1e-5:
+            raise ValueError(f"the rule of {name} is off by {error:.1e} on this device; not training with it")
+
+
+def load(source: str, task: str, target: str | None, seed: int) -> Task:
+    """Reads the data and splits it; what it is scaled by comes from the training part alone."""
+    name, folder = source.partition(":")[::2]
+    if source == "digits":
+        parts = data.split(data.digits(), (0.7, 0.15, 0.15), seed=seed)
+        return Task(parts, 10, {})
+    if name == "fashion-mnist":
+        training, test = data.fashion_mnist(*[folder] if folder else [])
+        parts = (*data.split(training, (0.9, 0.1), seed=seed), test)
+        return Task(
+            tuple(data.Dataset(p.x.reshape(len(p.x), -1) / np.float32(255), p.y) for p in parts), 10, {}
+        )
+    parts = read_parts(Path(source), target, seed)
+    if any(p.x.ndim < 2 or p.y.shape != p.x.shape[:1] or not len(p.y) for p in parts):
+        shapes = ", ".join(f"x {list(p.x.shape)} y {list(p.y.shape)}" for p in parts)
+        raise ValueError(f"{source}: x [n, ...] and y [n] expected, got {shapes}")
+    data.check_values(parts, name=source)
+    parts = tuple(data.Dataset(p.x.reshape(len(p.x), -1).astype(np.float32), p.y) for p in parts)
+    inputs = data.standardizer(parts[0].x)
+    parts = tuple(p._replace(x=inputs(p.x)) for p in parts)
+    scaling = {"input.mean": inputs.mean, "input.scale": inputs.scale}
+    whole = all(np.issubdtype(p.y.dtype, np.integer) for p in parts)
+    if task == "classification" and not whole:
+        raise ValueError(f"{source}: --task classification needs integer labels, got {parts[0].y.dtype}")
+    if task == "regression" or not whole:
+        targets = data.standardizer(parts[0].y)
+        scaling |= {"target.mean": targets.mean, "target.scale": targets.scale}
+        return Task(tuple(p._replace(y=targets(p.y)) for p in parts), None, scaling)
+    classes = int(max(p.y.max() for p in parts)) + 1
+    if classes > 10_000:
+        raise ValueError(f"{source}: labels up to {classes - 1}; if y is a quantity, say --task regression")
+    return Task(tuple(p._replace(y=p.y.astype(np.int32)) for p in parts), max(classes, 2), scaling)
+
+
+def read_parts(path: Path, target: str | None, seed: int) -> tuple[data.Dataset, ...]:
+    """The training, validation and test part of the user's own file."""
+    if path.suffix == ".csv":
+        table = data.read_csv(path, target=target)
+        return data.split(data.Dataset(table.x, table.y), (0.7, 0.15, 0.15), seed=seed)
+    if path.suffix != ".npz":
+        raise ValueError(
+            f"--data {path}: expected digits, fashion-mnist, fashion-mnist:FOLDER, a .npz or a .csv file"
+        )
+    arrays = {name.lower(): array for name, array in data.read_npz(path).items()}
+    if {"x_train", "y_train", "x_test", "y_test"} <= arrays.keys():
+        training = data.Dataset(arrays["x_train"], arrays["y_train"])
+        return *data.split(training, (0.85, 0.15), seed=seed), data.Dataset(
+            arrays["x_test"], arrays["y_test"]
+        )
+    if {"x", "y"} <= arrays.keys():
+        if len(arrays["x"]) != len(arrays["y"]):
+            raise ValueError(f"{path}: x has {len(arrays['x'])} rows, y has {len(arrays['y'])}")
+        return data.split(data.Dataset(arrays["x"], arrays["y"]), (0.7, 0.15, 0.15), seed=seed)
+    raise ValueError(
+        f"{path}: arrays x and y (or x_train, y_train, x_test, y_test) expected, got {', '.join(arrays)}"
+    )
+
+
+def check_dims(dims: list[int] | None, features: int, classes: int | None) -> list[int]:
+    """The widths, by default one hidden layer of 128."""
+    outputs = classes or 1
+    dims = dims or [features, 128, outputs]
+    if dims[0] != features or dims[-1] != outputs:
+        raise ValueError(
+            f"--dims {','.join(map(str, dims))}: the data has {features} features and {outputs} outputs"
+        )
+    return dims
+
+
+def select_device(device: str | None) -> None:
+    """Makes JAX use the device that was asked for, or says that it is not there."""
+    if device is not None:
+        jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[device])
+    try:
+        jax.devices()
+    except RuntimeError:
+        raise ValueError(
+            f"--device {device}: JAX finds none (for a GPU install the extra cuda12 or cuda13)"
+        ) from None
+
+
+def write(out: Path, params, history, score: str, config: dict, scaling: dict) -> None:
+    """Writes each file under another name first, so that none is ever there by half."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    from safetensors.numpy import save_file
+
+    tensors = {f"layers.{i}.{name}": np.asarray(a) for i, p in enumerate(params) for name, a in p.items()}
+    tensors |= {name: np.asarray(a, np.float32) for name, a in scaling.items()}
+    save_file(
+        tensors, out / "params.tmp", metadata={name: json.dumps(value) for name, value in config.items()}
+    )
+    (out / "history.tmp").write_text("".join(json.dumps(record) + "\n" for record in history))
+
+    epochs = [record["epoch"] for record in history]
+    figure, panels = plt.subplots(
+        1, 2 if score != "loss" else 1, figsize=(9, 3.4), squeeze=False, layout="constrained"
+    )
+    for panel, metric in zip(panels[0], dict.fromkeys(["loss", score]), strict=True):
+        panel.plot(epochs, [record[metric] for record in history], label="training")
+        panel.plot(epochs, [record[f"validation_{metric}"] for record in history], label="validation")
+        panel.set(xlabel="epoch", ylabel=metric, yscale="log" if metric == "loss" else "linear")
+        panel.grid(alpha=0.3)
+        panel.legend()
+    figure.savefig(out / "learning_curve.tmp", dpi=120, format="png")
+    plt.close(figure)
+    for name in ("params.safetensors", "history.jsonl", "learning_curve.png"):
+        os.replace((out / name).with_suffix(".tmp"), out / name)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(prog="train_classifier", description=(__doc__ or "").split("\n\n")[0])
+    add = parser.add_argument
+    add(
+        "--data",
+        default="digits",
+        help="digits (default), fashion-mnist, fashion-mnist:FOLDER, FILE.npz or FILE.csv",
+    )
+    add("--task", choices=("auto", "classification", "regression"), default="auto",
+        help="what your own data is for; auto: classification where the targets are integers")  # fmt: skip
+    add("--target", metavar="COLUMN", help="the target's column of a CSV file (default: the last)")
+    add(
+        "--dims",
+        type=integers,
+        metavar="N,N,...",
+        help="widths, inputs to outputs (default: one hidden layer of 128)",
+    )
+    add("--activation", choices=mlp.ACTIVATIONS, default="relu", help="of the hidden layers (default: relu)")
+    add("--optimizer", choices=tuple(OPTIMIZERS), default="sgd", help="default: sgd")
+    add("--learning-rate", type=positive(float), metavar="RATE", help="at the start; it decays to 0 along a cosine "
+        f"(default: {', '.join(f'{name} {rate}' for name, (_, rate) in OPTIMIZERS.items())})")  # fmt: skip
+    add("--l2", type=positive(float, zero=True), default=0.0, metavar="WEIGHT", help="weight of half the squared "
+        "weights in the loss (default: 0)")  # fmt: skip
+    add("--batch-size", type=positive(int), default=32, metavar="N", help="default: 32")
+    add("--epochs", type=positive(int), default=60, metavar="N", help="default: 60")
+    add(
+        "--patience",
+        type=positive(int),
+        metavar="N",
+        help="stop after N epochs without a better validation score",
+    )
+    add("--seed", type=positive(int, zero=True), default=0, metavar="N", help="of the split, the weights and the order "
+        "(default: 0)")  # fmt: skip
+    add("--device", choices=("cpu", "gpu"), help="default: a GPU where JAX finds one, else the CPU")
+    add("--out", metavar="FOLDER", help="where to write (default: runs/NAME-OF-DATA)")
+    parser.error = usage_error
+    return parser.parse_args(argv)
+
+
+def usage_error(message: str):
+    """One line instead of argparse's whole usage."""
+    raise ValueError(f"{message} (see --help)")
+
+
+def positive(kind, *, zero: bool = False):
+    """An argument type: a finite number above 0, or from 0 on."""
+
+    def convert(text):
+        number = kind(text)
+        if not (0 < number < float("inf") or zero and number == 0):
+            raise argparse.ArgumentTypeError(f"{'at least 0' if zero else 'above 0'} expected, got {text}")
+        return number
+
+    convert.__name__ = "number" if kind is float else "integer"
+    return convert
+
+
+def integers(text: str) -> list[int]:
+    """An argument type: integers between commas."""
+    return [int(part) for part in text.split(",")]
+
+
+def run() -> int:
+    """`main` for a shell: an error is one line and exit status 2."""
+    try:
+        main()
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,85 @@
+"""Checks of arguments, made while tracing: the message says what was expected, what came, and where."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+ARRAYS = jax.Array | np.ndarray | np.generic | int | float | complex
+
+
+def describe(x) -> str:
+    """`float32[3,4]` for an array, the type's name for anything else."""
+    if not isinstance(x, ARRAYS):
+        return type(x).__name__
+    return f"{jnp.result_type(x)}[{','.join(map(str, jnp.shape(x)))}]"
+
+
+def array(where: str, **arrays) -> None:
+    """TypeError where an argument is neither an array nor a number."""
+    for name, x in arrays.items():
+        if not isinstance(x, ARRAYS):
+            raise TypeError(f"{where}: {name} must be an array, got {describe(x)}")
+
+
+def floating(where: str, **arrays) -> None:
+    """TypeError where an array is not of one of the real floating-point dtypes that the rules are proven for."""
+    array(where, **arrays)
+    for name, x in arrays.items():
+        if jnp.result_type(x).name not in FLOATS:
+            raise TypeError(f"{where}: {name} must be of dtype {', '.join(FLOATS)}, got {describe(x)}")
+
+
+def one_dtype(where: str, **arrays) -> None:
+    """TypeError where floating-point arrays that enter one formula differ in dtype: nothing is promoted silently."""
+    floating(where, **arrays)
+    if len({jnp.result_type(x) for x in arrays.values()}) > 1:
+        came = ", ".join(f"{name} {describe(x)}" for name, x in arrays.items())
+        raise TypeError(
+            f"{where}: one dtype expected for all of {', '.join(arrays)}, got {came}; cast one side"
+        )
+
+
+def one_shape(where: str, **arrays) -> None:
+    """ValueError where arrays that are combined element by element differ in shape: nothing is broadcast."""
+    array(where, **arrays)
+    if len({jnp.shape(x) for x in arrays.values()}) > 1:
+        came = ", ".join(f"{name} {list(jnp.shape(x))}" for name, x in arrays.items())
+        raise ValueError(f"{where}: one shape expected for all of {', '.join(arrays)}, got {came}")
+
+
+def labels(where: str, labels, *, scores) -> None:
+    """TypeError for labels that are no integers, ValueError where they are not one per row of `scores`."""
+    array(where, labels=labels)
+    if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
+        raise TypeError(f"{where}: labels must be integers, got {describe(labels)}")
+    if jnp.ndim(scores) < 1 or jnp.shape(labels) != jnp.shape(scores)[:-1]:
+        raise ValueError(
+            f"{where}: labels must have the shape of the scores without their last axis (the classes), "
+            f"got labels {list(jnp.shape(labels))} for scores {list(jnp.shape(scores))}"
+        )
+
+
+def axis(where: str, axis, **arrays) -> None:
+    """ValueError where an array has no axis of that number."""
+    for name, x in arrays.items():
+        if not -jnp.ndim(x) <= axis < jnp.ndim(x):
+            raise ValueError(f"{where}: {name} has no axis {axis}, its shape is {list(jnp.shape(x))}")
+
+
+def key(where: str, key) -> None:
+    """TypeError where `key` is no random key."""
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    raw = isinstance(key, jax.Array) and key.dtype == jnp.uint32 and key.shape == (2,)
+    if not (typed and key.shape == () or raw):
+        came = f"got {key.dtype}{list(key.shape)}" if isinstance(key, jax.Array) else f"got {key!r}"
+        raise TypeError(f"{where}: key must be one random key, as from jax.random.key(0), {came}")
+
+
+def positive(where: str, **numbers) -> None:
+    """ValueError where a number that counts something is not an integer of at least 1."""
+    for name, n in numbers.items():
+        if not isinstance(n, int | np.integer) or isinstance(n, bool) or n < 1:
+            raise ValueError(f"{where}: {name} must be an integer of at least 1, got {n!r}")

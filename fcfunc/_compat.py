@@ -1,0 +1,35 @@
+"""What differs between JAX releases: the type of a value on a mesh.
+
+Everything else in the package asks here, so that an upgrade of JAX is a change to one file.
+"""
+
+import jax
+from jax.sharding import AxisType, NamedSharding
+
+
+def explicit_sharding(x: jax.Array) -> NamedSharding | None:
+    """The sharding in the type of `x` where its mesh has Explicit axes, else None."""
+    sharding = jax.typeof(x).sharding
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+def varying_axes(x: jax.Array) -> frozenset[str]:
+    """The axes of an enclosing `shard_map` over which `x` differs from device to device."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def vary_alike(args):
+    """Lifts every array of a tree to vary over the axes that any of them varies over.
+
+    Outside `shard_map` nothing varies and nothing is done. Inside, a replicated weight that meets a sharded
+    batch owes its gradient a sum over the batch's axes; the transpose of the lift is that sum.
+    """
+    leaves, treedef = jax.tree.flatten(args)
+    axes = frozenset().union(*(varying_axes(leaf) for leaf in leaves))
+    if not axes:
+        return args
+    lifted = []
+    for leaf in leaves:
+        missing = tuple(sorted(axes - varying_axes(leaf)))
+        lifted.append(jax.lax.pcast(leaf, missing, to="varying") if missing else leaf)
+    return jax.tree.unflatten(treedef, lifted)

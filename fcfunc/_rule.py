@@ -1,0 +1,42 @@
+"""How a hand-written rule becomes a differentiable function: one way for every rule in the package."""
+
+import functools
+import inspect
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from fcfunc import _compat
+
+
+def rule(fwd: Callable, bwd: Callable) -> Callable:
+    """Joins `fwd(*args, **options) -> (out, residuals)` and `bwd(residuals, g, **options) -> cotangents`.
+
+    The result computes `fwd(*args, **options)[0]` and is differentiated in reverse mode by `bwd`. Positional
+    arguments are arrays or trees of them; keyword options are static and hashable, and `bwd` is given those that it names.
+    `jax.custom_vjp` alone takes no keyword-only options, which is why this function exists.
+
+    `fwd` is plain JAX and never calls the joined function: so the rule can itself be differentiated
+    (`jax.hessian`, `jvp` of `grad`), and `jax.grad` of the undecorated function is an oracle for `bwd`.
+    """
+
+    bwd_options = inspect.signature(bwd).parameters
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def joined(options, *args):
+        return fwd(*args, **dict(options))[0]
+
+    def joined_fwd(options, *args):
+        return fwd(*args, **dict(options))
+
+    def joined_bwd(options, residuals, g):
+        return bwd(residuals, g, **{name: value for name, value in options if name in bwd_options})
+
+    joined.__name__ = fwd.__name__.removesuffix("_fwd")  # the name seen in a jaxpr and in a profile
+    joined.defvjp(joined_fwd, joined_bwd)
+
+    def call(*args, **options):
+        return joined(tuple(sorted(options.items())), *_compat.vary_alike(jax.tree.map(jnp.asarray, args)))
+
+    return call

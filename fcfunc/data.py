@@ -1,0 +1,379 @@
+"""Data sets in memory: readers that refuse bad files, a split, and a standardiser.
+
+A reader looks at a file's kind, size and header before it takes memory, and takes at most `max_bytes`. What it
+refuses is a ValueError (a FileNotFoundError where there is no file) that names the file and what is wrong with it.
+Nothing is unpickled. All arrays are NumPy's; `fcfunc.train` puts them on the device.
+"""
+
+import csv
+import gzip
+import math
+import os
+import re
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import jax
+import numpy as np
+
+__all__ = [
+    "Dataset",
+    "Standardizer",
+    "Table",
+    "check_values",
+    "digits",
+    "fashion_mnist",
+    "read_csv",
+    "read_idx",
+    "read_npz",
+    "split",
+    "standardizer",
+]
+
+MAX_BYTES = 2**31
+FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"  # where Debian's dataset-fashion-mnist puts it
+
+IDX_DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+
+
+class Dataset(NamedTuple):
+    """Examples: inputs `x`, `[n, ...]`, and labels or targets `y`, `[n, ...]`."""
+
+    x: Any
+    y: Any
+
+
+class Table(NamedTuple):
+    """A CSV file: `x` float32 `[n, features]`; `y` int32 or float32 `[n]`; names of columns and of classes.
+
+    `classes` holds the texts that the integers in `y` stand for, or None where the target is numeric.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    features: list[str]
+    classes: list[str] | None
+
+
+def digits() -> Dataset:
+    """The handwritten digits that come with scikit-learn: 1797 images of 8 by 8.
+
+    Returns:
+      `x` float32 `[1797, 64]` in [0, 1], `y` int32 `[1797]` in [0, 10).
+
+    Raises:
+      ImportError: scikit-learn is not installed.
+
+    Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI repository.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise ImportError("digits: needs scikit-learn; pip install 'fcfunc[examples]'") from None
+    x, y = load_digits(return_X_y=True)
+    return Dataset((x / 16).astype(np.float32), y.astype(np.int32))
+
+
+def fashion_mnist(folder: str | os.PathLike = FASHION_MNIST_FOLDER) -> tuple[Dataset, Dataset]:
+    """Fashion-MNIST: 60,000 training and 10,000 test images of 28 by 28, in bytes.
+
+    Args:
+      folder: where the four IDX files are, gzipped or not; by default that of the Debian package
+        `dataset-fashion-mnist`.
+
+    Returns:
+      `(train, test)`, each with `x` uint8 `[n, 28, 28]` and `y` int32 `[n]` in [0, 10).
+
+    Raises:
+      FileNotFoundError: the folder or a file is missing.
+      ValueError: a file is damaged, or images and labels differ in number.
+
+    Source: H. Xiao, K. Rasul and R. Vollgraf 2017, Fashion-MNIST. MIT licence.
+    """
+    folder = Path(folder)
+    parts = []
+    for part in ("train", "t10k"):
+        x = read_idx(_plain_or_gzipped(folder / f"{part}-images-idx3-ubyte"))
+        y = read_idx(_plain_or_gzipped(folder / f"{part}-labels-idx1-ubyte"))
+        if x.ndim != 3 or y.shape != x.shape[:1]:
+            raise ValueError(f"{folder}: {part} has images {list(x.shape)} and labels {list(y.shape)}")
+        parts.append(Dataset(x, y.astype(np.int32)))
+    return parts[0], parts[1]
+
+
+def read_idx(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> np.ndarray:
+    """An array from an IDX file, the format of MNIST, gzipped or not.
+
+    Args:
+      path: the file; one that begins with the gzip signature is decompressed.
+      max_bytes: the largest array that is accepted.
+
+    Returns:
+      The array, in the machine's byte order.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is no IDX file, is cut off, is longer than its header says, or is too large.
+
+    Source: Y. LeCun, The MNIST database, for the format.
+    """
+    path = _regular_file(path)
+    with open(path, "rb") as raw:
+        zipped = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        if not zipped:
+            return _parse_idx(path, raw, max_bytes)
+        with gzip.GzipFile(fileobj=raw) as unzipped:
+            try:
+                return _parse_idx(path, unzipped, max_bytes)  # pyright: ignore[reportArgumentType]
+            except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+                raise ValueError(f"{path}: the gzip stream is damaged or cut off ({e})") from None
+
+
+def read_npz(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> dict[str, np.ndarray]:
+    """The arrays of an NPZ file, by name.
+
+    Args:
+      path: the file.
+      max_bytes: the largest total size that is accepted, decompressed.
+
+    Returns:
+      A dict of arrays of numbers or booleans.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is no NPZ file, holds anything but arrays of numbers, is damaged or too large.
+    """
+    path = _regular_file(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            total = sum(m.file_size for m in members)
+            if total > max_bytes:
+                raise ValueError(f"{path}: {total} bytes when unpacked, more than the {max_bytes} allowed")
+            arrays = {m.filename.removesuffix(".npy"): _read_npy(path, archive, m) for m in members}
+    except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError, OSError) as e:
+        raise ValueError(f"{path}: not a whole NPZ file ({e})") from None
+    if not arrays:
+        raise ValueError(f"{path}: holds no array")
+    return arrays
+
+
+def read_csv(path: str | os.PathLike, *, target: str | None = None, max_bytes: int = MAX_BYTES) -> Table:
+    """Features and a target from a CSV file.
+
+    The first row is taken as a header if one of its cells but the target's is no number. Every feature must be a finite
+    number. A target of whole numbers is read as int32, of other numbers as float32; of texts, as the indices of
+    the sorted texts.
+
+    Args:
+      path: the file, UTF-8, comma-separated.
+      target: the target's column by its name in the header; None takes the last column.
+      max_bytes: the largest file that is accepted.
+
+    Returns:
+      A `Table`.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is empty or too large, a row has another number of cells than the first, a cell is no finite
+        number, or the target is not in the header; each with the line.
+    """
+    path = _regular_file(path)
+    size = path.stat().st_size
+    if size > max_bytes:
+        raise ValueError(f"{path}: {size} bytes, more than the {max_bytes} allowed")
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as f:
+            reader = csv.reader(f, strict=True)
+            rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise ValueError(f"{path}: not a CSV file in UTF-8 ({e})") from None
+    if not rows:
+        raise ValueError(f"{path}: empty")
+    width = len(rows[0][1])
+    if width < 2:
+        raise ValueError(f"{path}: at least two columns expected, features and a target, got {width}")
+    has_header = any(_number(cell) is None for cell in rows[0][1][:-1])
+    header = rows[0][1] if has_header else [f"column {i + 1}" for i in range(width)]
+    rows = rows[has_header:]
+    if not rows:
+        raise ValueError(f"{path}: a header and no rows")
+    if target is not None and target not in header:
+        raise ValueError(f"{path}: no column {target!r}; the header has {', '.join(header)}")
+    at = width - 1 if target is None else header.index(target)
+    features = [name for i, name in enumerate(header) if i != at]
+    x = np.empty((len(rows), width - 1), np.float32)
+    for i, (line, cells) in enumerate(rows):
+        if len(cells) != width:
+            raise ValueError(f"{path}, line {line}: {width} cells expected, got {len(cells)}")
+        for j, cell in enumerate(cells[:at] + cells[at + 1 :]):
+            number = _number(cell)
+            if number is None or not abs(number) <= np.finfo(np.float32).max:
+                raise ValueError(
+                    f"{path}, line {line}, {features[j]}: a finite number expected, got {cell!r}"
+                )
+            x[i, j] = number
+    y, classes = _target(path, [line for line, _ in rows], [cells[at] for _, cells in rows])
+    return Table(x, y, features, classes)
+
+
+def split(data: Any, fractions: Sequence[float], *, seed: int) -> tuple[Any, ...]:
+    """Splits examples at random into parts that share none.
+
+    Args:
+      data: a tree of NumPy arrays with one first axis.
+      fractions: the share of each part, positive, with a sum of 1.
+      seed: of the order; the same seed gives the same parts.
+
+    Returns:
+      One tree for each fraction, together all examples.
+
+    Raises:
+      ValueError: the fractions are not as said, or a part would be empty.
+
+    Example:
+      >>> [part.shape for part in split(np.zeros((10, 3)), [0.8, 0.2], seed=0)]
+      [(8, 3), (2, 3)]
+    """
+    if not fractions or min(fractions) <= 0 or not math.isclose(sum(fractions), 1.0):
+        raise ValueError(f"split: positive fractions with a sum of 1 expected, got {list(fractions)}")
+    n = len(jax.tree.leaves(data)[0])
+    ends = np.round(np.cumsum(fractions) * n).astype(int)
+    parts = np.split(np.random.default_rng(seed).permutation(n), ends[:-1])
+    if min(map(len, parts)) == 0:
+        raise ValueError(f"split: {n} examples are too few for parts of {list(fractions)}")
+    return tuple(jax.tree.map(lambda a, part=part: a[part], data) for part in parts)
+
+
+class Standardizer(NamedTuple):
+    """`(x - mean) / scale`, with the statistics of the training part; call it on every part."""
+
+    mean: np.ndarray
+    scale: np.ndarray
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """The standardised `x`, float32."""
+        return ((x - self.mean) / self.scale).astype(np.float32)
+
+
+def standardizer(x: np.ndarray) -> Standardizer:
+    """The standardiser of each column to mean 0 and standard deviation 1.
+
+    Args:
+      x: the training part alone, `[n, ...]`: statistics of the whole data would leak the test part into training.
+
+    Returns:
+      A function of `[m, ...]`. A constant column is shifted to 0 and not scaled.
+    """
+    mean, scale = x.mean(axis=0, dtype=np.float64), x.std(axis=0, dtype=np.float64)
+    return Standardizer(mean, np.where(scale > 0, scale, 1.0))
+
+
+def check_values(data: Any, *, num_classes: int | None = None, name: str = "data") -> None:
+    """Raises where a value cannot be trained on; runs on the host.
+
+    Args:
+      data: a tree of arrays with one first axis.
+      num_classes: where given, every integer array of one axis holds labels, which must lie in `[0, num_classes)`.
+      name: what the data is called in the message.
+
+    Raises:
+      ValueError: a NaN, an infinity or a label out of range, with the array's path and the index of the first.
+    """
+    for path, leaf in jax.tree.leaves_with_path(data):
+        array, where = np.asarray(leaf), f"{name}{jax.tree_util.keystr(path)}"
+        if jax.dtypes.issubdtype(array.dtype, np.floating):
+            bad, expected = ~np.isfinite(array), "finite numbers"
+        elif num_classes is not None and array.ndim == 1 and np.issubdtype(array.dtype, np.integer):
+            bad, expected = (array < 0) | (array >= num_classes), f"labels in [0, {num_classes})"
+        else:
+            continue
+        if bad.any():
+            at = tuple(int(i) for i in np.argwhere(bad)[0])
+            raise ValueError(f"{where}[{', '.join(map(str, at))}]: {expected} expected, got {array[at]}")
+
+
+def _regular_file(path) -> Path:
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    if not path.is_file():  # a folder, or a FIFO, whose opening would wait for ever
+        raise ValueError(f"{path}: not a regular file")
+    return path
+
+
+def _plain_or_gzipped(path: Path) -> Path:
+    gzipped = path.with_name(path.name + ".gz")
+    if not path.exists() and not gzipped.exists():
+        raise FileNotFoundError(f"{gzipped}: no such file (nor without .gz)")
+    return path if path.exists() else gzipped
+
+
+def _parse_idx(path: Path, f: BinaryIO, max_bytes: int) -> np.ndarray:
+    magic = f.read(4)
+    if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in IDX_DTYPES or magic[3] == 0:
+        raise ValueError(f"{path}: not an IDX file (its first four bytes are {magic.hex() or 'missing'})")
+    dtype, header = np.dtype(IDX_DTYPES[magic[2]]), f.read(4 * magic[3])
+    if len(header) < 4 * magic[3]:
+        raise ValueError(f"{path}: cut off in the header")
+    shape = [int(d) for d in np.frombuffer(header, ">u4")]
+    size = math.prod(shape) * dtype.itemsize
+    if size > max_bytes:
+        raise ValueError(
+            f"{path}: the header claims {shape}, {size} bytes, more than the {max_bytes} allowed"
+        )
+    body = f.read(size + 1)
+    if len(body) != size:
+        came = f"only {len(body)} follow: it is cut off" if len(body) < size else "more follow"
+        raise ValueError(f"{path}: the header claims {shape}, {size} bytes, and {came}")
+    return np.frombuffer(body, dtype).reshape(shape).astype(dtype.newbyteorder("="))
+
+
+def _read_npy(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    """One array of an archive; its header is held against the member's size before memory is taken."""
+    where = f"{path}, {member.filename}"
+    try:
+        with archive.open(member) as f:
+            version = np.lib.format.read_magic(f)
+            read_header = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }
+            shape, _, dtype = read_header[version](f)
+            size, there = math.prod(shape) * dtype.itemsize, member.file_size - f.tell()
+    except (ValueError, KeyError) as e:
+        raise ValueError(f"{where}: not an array in NPY format ({e})") from None
+    if dtype.kind not in "biufc":
+        raise ValueError(f"{where}: an array of numbers expected, got dtype {dtype}")
+    if min(shape, default=0) < 0 or size != there:
+        raise ValueError(
+            f"{where}: the header claims {list(shape)} of {dtype}, {size} bytes, and {there} follow"
+        )
+    with archive.open(member) as f:
+        return np.lib.format.read_array(f, allow_pickle=False)
+
+
+def _number(cell: str) -> float | None:
+    """The number that a cell spells, None where it spells none; digits grouped by `_` are no number here."""
+    try:
+        return None if "_" in cell else float(cell)
+    except ValueError:
+        return None
+
+
+def _target(path: Path, lines: list[int], cells: list[str]) -> tuple[np.ndarray, list[str] | None]:
+    numbers = [_number(cell) for cell in cells]
+    if all(number is None for number in numbers):
+        classes = sorted(set(cells))
+        index = {name: i for i, name in enumerate(classes)}
+        return np.array([index[cell] for cell in cells], np.int32), classes
+    for line, cell, number in zip(lines, cells, numbers, strict=True):
+        if number is None or not abs(number) <= np.finfo(np.float32).max:
+            raise ValueError(f"{path}, line {line}: a finite number expected as the target, got {cell!r}")
+    if all(re.fullmatch(r"[+-]?\d{1,9}", cell) for cell in cells):
+        return np.array([int(cell) for cell in cells], np.int32), None
+    return np.array(numbers, np.float32), None

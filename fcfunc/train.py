@@ -1,0 +1,326 @@
+"""Training as pure functions: a state goes in, a state comes out.
+
+Everything here takes the loss as a function, `loss_fn(params, batch, key)`, and the optimiser as an optax
+transformation; it knows neither the network nor the loss. `batch` and `data` are any tree of arrays that share their
+first axis, the examples. `loss_fn` returns the loss, a scalar that is the mean over its batch, or `(loss, metrics)` with
+a dict of further means. `key` is this step's own random key in training, and None in evaluation.
+"""
+
+import contextlib
+import functools
+import math
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fcfunc import _check
+from fcfunc.data import check_values
+
+__all__ = ["TrainState", "evaluate", "fit", "init_state", "make_train_epoch", "make_train_step"]
+
+
+class TrainState(NamedTuple):
+    """All that a run carries from step to step.
+
+    Attributes:
+      params: the parameters, any tree.
+      opt_state: the optimiser's state.
+      step: how many steps were taken, an int32 scalar.
+      key: the run's random key. It never changes: each step and each epoch derives its own by `fold_in(key, step)`, so
+        that a run resumed from a saved state goes on exactly as it would have.
+    """
+
+    params: Any
+    opt_state: Any
+    step: jax.Array
+    key: jax.Array
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    """The state of a run before its first step.
+
+    Args:
+      params: the initial parameters. They are copied: the steps donate the state's buffers, never the caller's.
+      optimizer: any optax optimiser, e.g. `optax.sgd(0.1)`.
+      key: a random key, from which the order of the examples and the keys of `loss_fn` are drawn.
+
+    Returns:
+      A `TrainState` at step 0.
+
+    Raises:
+      TypeError: no key.
+    """
+    _check.key("init_state", key)
+    state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), key)
+    return jax.tree.map(jnp.copy, state)
+
+
+def make_train_step(loss_fn: Callable, optimizer: optax.GradientTransformation) -> Callable:
+    """A compiled step of training.
+
+    Args:
+      loss_fn: `(params, batch, key) -> loss` or `-> (loss, metrics)`.
+      optimizer: any optax optimiser; one that needs the loss or the gradient itself (`optax.lbfgs`,
+        `optax.contrib.reduce_on_plateau`) is given them.
+
+    Returns:
+      `step(state, batch) -> (state, metrics)` with `metrics["loss"]` the loss before the update. The state is donated:
+      use the one that comes back.
+
+    Raises:
+      ValueError: while tracing, where the loss is no scalar.
+    """
+    return jax.jit(functools.partial(_step, loss_fn, optimizer), donate_argnums=0)
+
+
+def make_train_epoch(loss_fn: Callable, optimizer: optax.GradientTransformation, batch_size: int) -> Callable:
+    """An epoch of training as one compiled program: shuffle, batch and step, all on the device.
+
+    Args:
+      loss_fn: `(params, batch, key) -> loss` or `-> (loss, metrics)`.
+      optimizer: any optax optimiser.
+      batch_size: examples per step, at least 1. Where it does not divide the number of examples, the last step takes
+        the remainder as a shorter batch of its own, inside the same program.
+
+    Returns:
+      `epoch(state, data) -> (state, metrics)`; each metric has one entry per step. Every example is used once, in an
+      order drawn from the state's key and step. The state is donated: use the one that comes back.
+
+    Raises:
+      ValueError: `batch_size` below 1; while tracing: data that is empty, smaller than a batch, or whose arrays
+        disagree about the number of examples; a loss that is no scalar.
+    """
+    _check.positive("make_train_epoch", batch_size=batch_size)
+
+    def train_epoch(state, data):
+        n = _count("make_train_epoch", data, batch_size)
+        _, order_key = jax.random.split(state.key)
+        order = jax.random.permutation(jax.random.fold_in(order_key, state.step), n)
+
+        def step(state, indices):
+            batch = jax.tree.map(
+                lambda a: jnp.asarray(a).at[indices].get(mode="promise_in_bounds", unique_indices=True), data
+            )
+            return _step(loss_fn, optimizer, state, batch)
+
+        return _over_batches(step, state, order, batch_size)
+
+    return jax.jit(train_epoch, donate_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnames=("loss_fn", "batch_size"))
+def _evaluate(loss_fn, params, data, batch_size):
+    n = _count("evaluate", data, 1)
+
+    def step(_, indices):
+        batch = jax.tree.map(lambda a: jnp.asarray(a).at[indices].get(mode="promise_in_bounds"), data)
+        loss, metrics = _loss_and_metrics(loss_fn, params, batch, None)
+        return None, {"loss": loss, **metrics}
+
+    _, metrics = _over_batches(step, None, jnp.arange(n), min(batch_size, n))
+    weights = jnp.asarray(_batch_sizes(n, min(batch_size, n)) / n, jnp.float32)
+    return jax.tree.map(lambda m: jnp.tensordot(weights.astype(m.dtype), m, axes=1), metrics)
+
+
+def evaluate(loss_fn: Callable, params: Any, data: Any, *, batch_size: int = 1024) -> dict[str, jax.Array]:
+    """The means of the loss and its metrics over all examples, with no update and no randomness.
+
+    Args:
+      loss_fn: `(params, batch, key) -> loss` or `-> (loss, metrics)`, called with key None; compiled once for each
+        function and each shape of data.
+      params: the parameters.
+      data: a tree of arrays with one first axis.
+      batch_size: examples at a time, which bounds the memory; the result does not depend on it, but for rounding,
+        as long as the metrics are means over the batch.
+
+    Returns:
+      `{"loss": scalar, ...}`, each batch counted by its number of examples.
+
+    Raises:
+      ValueError: `batch_size` below 1, data that is empty or disagrees about the number of examples.
+    """
+    _check.positive("evaluate", batch_size=batch_size)
+    return _evaluate(loss_fn, params, data, batch_size)
+
+
+def fit(
+    loss_fn: Callable,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    data: Any,
+    *,
+    epochs: int,
+    batch_size: int,
+    validation_data: Any = None,
+    eval_fn: Callable | None = None,
+    monitor: str = "loss",
+    mode: str = "min",
+    patience: int | None = None,
+    num_classes: int | None = None,
+    on_epoch: Callable[[TrainState, dict], None] | None = None,
+    progress: bool = False,
+) -> tuple[TrainState, list[dict[str, float]]]:
+    """Trains for a number of epochs: the loop a person would otherwise write.
+
+    Before anything runs, the values of the data are checked on the host: every real number finite, and with
+    `num_classes` every integer array of one axis within `[0, num_classes)`.
+
+    Args:
+      loss_fn: `(params, batch, key) -> loss` or `-> (loss, metrics)`.
+      optimizer: the optax optimiser that `state` was made with.
+      state: from `init_state`, or of a run that goes on. It is copied, not donated.
+      data: the training examples, a tree of arrays with one first axis; they are put on the device once.
+      epochs: passes over the data.
+      batch_size: examples per step.
+      validation_data: examples that are evaluated after each epoch, never trained on.
+      eval_fn: the loss function of the evaluation, where it is not `loss_fn` with key None.
+      monitor: the validation metric that decides which epoch is best.
+      mode: "min" where less of it is better, "max" where more is.
+      patience: stop after this many epochs in a row without a better one, and return the best epoch's parameters
+        (the rest of the state is the last epoch's). None: run to the end and return the last epoch's.
+      num_classes: the number of classes, where the labels are to be checked.
+      on_epoch: called with the state and the epoch's record, to log or to save. The next epoch donates that state's
+        buffers: copy what is to be kept.
+      progress: show a progress bar (needs tqdm, the extra `progress`).
+
+    Returns:
+      The state, and the history: one dict per epoch with `epoch`, `step`, `seconds`, the means of the training metrics
+      over the epoch's examples, and the validation metrics as `validation_<name>`.
+
+    Raises:
+      ValueError: an option out of range, data that is empty, smaller than a batch, not finite or wrongly labelled;
+        `patience` without `validation_data`; a `monitor` that is not among the metrics.
+      FloatingPointError: an epoch's mean loss was not finite.
+    """
+    _check.positive("fit", epochs=epochs, batch_size=batch_size)
+    if patience is not None:
+        _check.positive("fit", patience=patience)
+        if validation_data is None:
+            raise ValueError("fit: patience needs validation_data to judge an epoch by, got None")
+    if mode not in ("min", "max"):
+        raise ValueError(f'fit: mode must be "min" or "max", got {mode!r}')
+    n = _count("fit", data, batch_size)
+    check_values(data, num_classes=num_classes, name="data")
+    data = jax.tree.map(jnp.asarray, data)
+    if validation_data is not None:
+        _count("fit (validation_data)", validation_data, 1)
+        check_values(validation_data, num_classes=num_classes, name="validation_data")
+        validation_data = jax.tree.map(jnp.asarray, validation_data)
+
+    train_epoch = make_train_epoch(loss_fn, optimizer, batch_size)
+    sizes = _batch_sizes(n, batch_size)
+    state = jax.tree.map(jnp.copy, state)
+    history, best_params, waited = [], None, 0
+    sign = 1 if mode == "min" else -1
+    best = math.inf
+    with _progress_bar(epochs) if progress else contextlib.nullcontext() as bar:
+        for epoch in range(1, epochs + 1):
+            start = time.perf_counter()
+            state, metrics = train_epoch(state, data)
+            record = {"epoch": epoch, "step": int(state.step)}
+            record |= {name: float(np.average(m, weights=sizes)) for name, m in metrics.items()}
+            if validation_data is not None:
+                scores = evaluate(eval_fn or loss_fn, state.params, validation_data)
+                record |= {f"validation_{name}": float(m) for name, m in scores.items()}
+            record["seconds"] = time.perf_counter() - start
+            history.append(record)
+            if not math.isfinite(record["loss"]):
+                raise FloatingPointError(
+                    f"fit: the loss was {record['loss']} in epoch {epoch}; try a lower learning rate"
+                )
+            if bar is not None:
+                _show(bar, record)
+            if on_epoch is not None:
+                on_epoch(state, record)
+            if patience is not None:
+                score = record.get(f"validation_{monitor}")
+                if score is None:
+                    known = ", ".join(name for name in metrics)
+                    raise ValueError(f"fit: monitor {monitor!r} is not among the metrics: {known}")
+                if sign * score < best:  # never true of a NaN
+                    best, best_params, waited = sign * score, jax.tree.map(jnp.copy, state.params), 0
+                else:
+                    waited += 1
+                    if waited >= patience:
+                        break
+    if best_params is not None:
+        state = state._replace(params=best_params)
+    return state, history
+
+
+def _step(loss_fn, optimizer, state, batch):
+    loss_key, _ = jax.random.split(state.key)
+    key = jax.random.fold_in(loss_key, state.step)
+
+    def value_fn(params):
+        return _loss_and_metrics(loss_fn, params, batch, key)
+
+    (loss, metrics), grads = jax.value_and_grad(value_fn, has_aux=True)(state.params)
+    updates, opt_state = optax.with_extra_args_support(optimizer).update(
+        grads, state.opt_state, state.params, value=loss, grad=grads, value_fn=lambda p: value_fn(p)[0]
+    )
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(params, opt_state, state.step + 1, state.key), {"loss": loss, **metrics}
+
+
+def _loss_and_metrics(loss_fn, params, batch, key):
+    result = loss_fn(params, batch, key)
+    loss, metrics = result if isinstance(result, tuple) else (result, {})
+    if jnp.shape(loss) != ():
+        raise ValueError(
+            f"loss_fn must return one number, the mean over the batch, got {_check.describe(loss)}; "
+            "take jnp.mean of the per-example losses"
+        )
+    if "loss" in metrics:
+        raise ValueError('loss_fn: the metrics must not hold a "loss" of their own')
+    return loss, metrics
+
+
+def _over_batches(step, carry, indices, batch_size):
+    """Scans `step` over whole batches of `indices`, then takes the remainder as one shorter batch."""
+    n = indices.shape[0]
+    whole = n - n % batch_size
+    carry, metrics = jax.lax.scan(step, carry, indices[:whole].reshape(whole // batch_size, batch_size))
+    if whole < n:
+        carry, last = step(carry, indices[whole:])
+        metrics = jax.tree.map(lambda m, x: jnp.concatenate([m, jnp.expand_dims(x, 0)]), metrics, last)
+    return carry, metrics
+
+
+def _batch_sizes(n: int, batch_size: int) -> np.ndarray:
+    whole, rest = divmod(n, batch_size)
+    return np.array([batch_size] * whole + [rest] * (rest > 0))
+
+
+def _count(where: str, data, batch_size: int) -> int:
+    """The number of examples, at least a batch of them."""
+    leaves = jax.tree.leaves_with_path(data)
+    sizes = {jax.tree_util.keystr(path): jnp.shape(leaf)[:1] for path, leaf in leaves}
+    if len(set(sizes.values())) != 1 or () in sizes.values():
+        came = ", ".join(f"{path or 'data'} {list(size)}" for path, size in sizes.items()) or "no array"
+        raise ValueError(f"{where}: arrays with one first axis, the examples, expected, got {came}")
+    (n,) = next(iter(sizes.values()))
+    if n < max(batch_size, 1):
+        raise ValueError(f"{where}: at least {max(batch_size, 1)} examples (one batch) expected, got {n}")
+    return n
+
+
+def _progress_bar(epochs: int):
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        raise ImportError("fit: progress=True needs tqdm; pip install 'fcfunc[progress]'") from None
+    return tqdm(total=epochs, unit="epoch", dynamic_ncols=True)
+
+
+def _show(bar, record: dict[str, float]) -> None:
+    shown = {
+        name: f"{value:.4f}" for name, value in record.items() if name not in ("epoch", "step", "seconds")
+    }
+    bar.set_postfix(shown, refresh=False)
+    bar.update()
