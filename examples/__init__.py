@@ -1,0 +1,1 @@
+"""Programs that use fcfunc; `python -m examples.NAME --help`."""

@@ -32,7 +32,7 @@ OPTIMIZERS = {
 class Task(NamedTuple):
     """What is learned: the parts of the data, and the constants that its numbers were scaled by."""
 
-    parts: tuple[data.Dataset, data.Dataset, data.Dataset]
+    parts: tuple[data.Dataset, ...]
     classes: int | None
     scaling: dict[str, np.ndarray]
 
@@ -48,12 +48,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     out.mkdir(parents=True, exist_ok=True)
 
     device = jax.devices()[0]
-    print(
-        f"fcfunc {fcfunc.__version__}, jax {jax.__version__}, optax {optax.__version__} on {device.device_kind}"
-    )
-    print(
-        f"{args.data}: {len(training.y)} training, {len(validation.y)} validation, {len(test.y)} test examples"
-    )
+    print(f"fcfunc {fcfunc.__version__}, jax {jax.__version__}, optax {optax.__version__} on {device.device_kind}")
+    print(f"{args.data}: {len(training.y)} training, {len(validation.y)} validation, {len(test.y)} test examples")
     print_proof(dims, args.activation, task.classes, args.l2, args.seed)
 
     steps = args.epochs * -(-len(training.y) // args.batch_size)
@@ -83,9 +79,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         print(f"test accuracy {figures['accuracy']:.4f}, {dims} {args.activation}, {len(history)} epochs")
     else:
         figures["rmse"] = figures["loss"] ** 0.5 * float(task.scaling["target.scale"])
-        print(
-            f"test RMSE {figures['rmse']:.4g} in the target's unit, {dims} {args.activation}, {len(history)} epochs"
-        )
+        print(f"test RMSE {figures['rmse']:.4g} in the target's unit, {dims} {args.activation}, {len(history)} epochs")
     write(out, state.params, history, score, {"dims": dims, "activation": args.activation}, task.scaling)
     print(f"wrote params.safetensors, history.jsonl and learning_curve.png to {out}/")
     return figures
@@ -126,9 +120,7 @@ def print_proof(dims: list[int], activation: str, classes: int | None, l2: float
         rules.append(("l2_penalty", losses, ([{"w": w, "b": b}],)))
     print(f"{'hand-written rule':<45}worst relative error against jax.grad of its plain twin")
     for name, module, args in rules:
-        error = testing.worst_relative_error(
-            getattr(module, name), getattr(reference, name), args, key=next(keys)
-        )
+        error = testing.worst_relative_error(getattr(module, name), getattr(reference, name), args, key=next(keys))
         print(f"{name:<45}{error:.1e}")
         if not error < 1e-5:
             raise ValueError(f"the rule of {name} is off by {error:.1e} on this device; not training with it")
@@ -143,9 +135,7 @@ def load(source: str, task: str, target: str | None, seed: int) -> Task:
     if name == "fashion-mnist":
         training, test = data.fashion_mnist(*[folder] if folder else [])
         parts = (*data.split(training, (0.9, 0.1), seed=seed), test)
-        return Task(
-            tuple(data.Dataset(p.x.reshape(len(p.x), -1) / np.float32(255), p.y) for p in parts), 10, {}
-        )
+        return Task(tuple(data.Dataset(p.x.reshape(len(p.x), -1) / np.float32(255), p.y) for p in parts), 10, {})
     parts = read_parts(Path(source), target, seed)
     if any(p.x.ndim < 2 or p.y.shape != p.x.shape[:1] or not len(p.y) for p in parts):
         shapes = ", ".join(f"x {list(p.x.shape)} y {list(p.y.shape)}" for p in parts)
@@ -174,32 +164,24 @@ def read_parts(path: Path, target: str | None, seed: int) -> tuple[data.Dataset,
         table = data.read_csv(path, target=target)
         return data.split(data.Dataset(table.x, table.y), (0.7, 0.15, 0.15), seed=seed)
     if path.suffix != ".npz":
-        raise ValueError(
-            f"--data {path}: expected digits, fashion-mnist, fashion-mnist:FOLDER, a .npz or a .csv file"
-        )
+        raise ValueError(f"--data {path}: expected digits, fashion-mnist, fashion-mnist:FOLDER, a .npz or a .csv file")
     arrays = {name.lower(): array for name, array in data.read_npz(path).items()}
     if {"x_train", "y_train", "x_test", "y_test"} <= arrays.keys():
         training = data.Dataset(arrays["x_train"], arrays["y_train"])
-        return *data.split(training, (0.85, 0.15), seed=seed), data.Dataset(
-            arrays["x_test"], arrays["y_test"]
-        )
+        return *data.split(training, (0.85, 0.15), seed=seed), data.Dataset(arrays["x_test"], arrays["y_test"])
     if {"x", "y"} <= arrays.keys():
         if len(arrays["x"]) != len(arrays["y"]):
             raise ValueError(f"{path}: x has {len(arrays['x'])} rows, y has {len(arrays['y'])}")
         return data.split(data.Dataset(arrays["x"], arrays["y"]), (0.7, 0.15, 0.15), seed=seed)
-    raise ValueError(
-        f"{path}: arrays x and y (or x_train, y_train, x_test, y_test) expected, got {', '.join(arrays)}"
-    )
+    raise ValueError(f"{path}: arrays x and y (or x_train, y_train, x_test, y_test) expected, got {', '.join(arrays)}")
 
 
 def check_dims(dims: list[int] | None, features: int, classes: int | None) -> list[int]:
-    """The widths, by default one hidden layer of 128."""
+    """The widths, by default one hidden layer of 256."""
     outputs = classes or 1
-    dims = dims or [features, 128, outputs]
+    dims = dims or [features, 256, outputs]
     if dims[0] != features or dims[-1] != outputs:
-        raise ValueError(
-            f"--dims {','.join(map(str, dims))}: the data has {features} features and {outputs} outputs"
-        )
+        raise ValueError(f"--dims {','.join(map(str, dims))}: the data has {features} features and {outputs} outputs")
     return dims
 
 
@@ -210,9 +192,7 @@ def select_device(device: str | None) -> None:
     try:
         jax.devices()
     except RuntimeError:
-        raise ValueError(
-            f"--device {device}: JAX finds none (for a GPU install the extra cuda12 or cuda13)"
-        ) from None
+        raise ValueError(f"--device {device}: JAX finds none (for a GPU install the extra cuda12 or cuda13)") from None
 
 
 def write(out: Path, params, history, score: str, config: dict, scaling: dict) -> None:
@@ -225,15 +205,11 @@ def write(out: Path, params, history, score: str, config: dict, scaling: dict) -
 
     tensors = {f"layers.{i}.{name}": np.asarray(a) for i, p in enumerate(params) for name, a in p.items()}
     tensors |= {name: np.asarray(a, np.float32) for name, a in scaling.items()}
-    save_file(
-        tensors, out / "params.tmp", metadata={name: json.dumps(value) for name, value in config.items()}
-    )
+    save_file(tensors, out / "params.tmp", metadata={name: json.dumps(value) for name, value in config.items()})
     (out / "history.tmp").write_text("".join(json.dumps(record) + "\n" for record in history))
 
     epochs = [record["epoch"] for record in history]
-    figure, panels = plt.subplots(
-        1, 2 if score != "loss" else 1, figsize=(9, 3.4), squeeze=False, layout="constrained"
-    )
+    figure, panels = plt.subplots(1, 2 if score != "loss" else 1, figsize=(9, 3.4), squeeze=False, layout="constrained")
     for panel, metric in zip(panels[0], dict.fromkeys(["loss", score]), strict=True):
         panel.plot(epochs, [record[metric] for record in history], label="training")
         panel.plot(epochs, [record[f"validation_{metric}"] for record in history], label="validation")
@@ -262,7 +238,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--dims",
         type=integers,
         metavar="N,N,...",
-        help="widths, inputs to outputs (default: one hidden layer of 128)",
+        help="widths, inputs to outputs (default: one hidden layer of 256)",
     )
     add("--activation", choices=mlp.ACTIVATIONS, default="relu", help="of the hidden layers (default: relu)")
     add("--optimizer", choices=tuple(OPTIMIZERS), default="sgd", help="default: sgd")
@@ -296,7 +272,7 @@ def positive(kind, *, zero: bool = False):
 
     def convert(text):
         number = kind(text)
-        if not (0 < number < float("inf") or zero and number == 0):
+        if not (0 < number < float("inf") or (zero and number == 0)):
             raise argparse.ArgumentTypeError(f"{'at least 0' if zero else 'above 0'} expected, got {text}")
         return number
 

@@ -37,9 +37,7 @@ def one_dtype(where: str, **arrays) -> None:
     floating(where, **arrays)
     if len({jnp.result_type(x) for x in arrays.values()}) > 1:
         came = ", ".join(f"{name} {describe(x)}" for name, x in arrays.items())
-        raise TypeError(
-            f"{where}: one dtype expected for all of {', '.join(arrays)}, got {came}; cast one side"
-        )
+        raise TypeError(f"{where}: one dtype expected for all of {', '.join(arrays)}, got {came}; cast one side")
 
 
 def one_shape(where: str, **arrays) -> None:
@@ -73,7 +71,7 @@ def key(where: str, key) -> None:
     """TypeError where `key` is no random key."""
     typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     raw = isinstance(key, jax.Array) and key.dtype == jnp.uint32 and key.shape == (2,)
-    if not (typed and key.shape == () or raw):
+    if not ((typed and key.shape == ()) or raw):
         came = f"got {key.dtype}{list(key.shape)}" if isinstance(key, jax.Array) else f"got {key!r}"
         raise TypeError(f"{where}: key must be one random key, as from jax.random.key(0), {came}")
 

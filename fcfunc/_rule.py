@@ -1,6 +1,5 @@
 """How a hand-written rule becomes a differentiable function: one way for every rule in the package."""
 
-import functools
 import inspect
 from collections.abc import Callable
 
@@ -20,11 +19,9 @@ def rule(fwd: Callable, bwd: Callable) -> Callable:
     `fwd` is plain JAX and never calls the joined function: so the rule can itself be differentiated
     (`jax.hessian`, `jvp` of `grad`), and `jax.grad` of the undecorated function is an oracle for `bwd`.
     """
-
     bwd_options = inspect.signature(bwd).parameters
 
-    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-    def joined(options, *args):
+    def primal(options, *args):
         return fwd(*args, **dict(options))[0]
 
     def joined_fwd(options, *args):
@@ -33,7 +30,8 @@ def rule(fwd: Callable, bwd: Callable) -> Callable:
     def joined_bwd(options, residuals, g):
         return bwd(residuals, g, **{name: value for name, value in options if name in bwd_options})
 
-    joined.__name__ = fwd.__name__.removesuffix("_fwd")  # the name seen in a jaxpr and in a profile
+    primal.__name__ = fwd.__name__.removesuffix("_fwd")  # the name seen in a jaxpr and in a profile
+    joined = jax.custom_vjp(primal, nondiff_argnums=(0,))
     joined.defvjp(joined_fwd, joined_bwd)
 
     def call(*args, **options):

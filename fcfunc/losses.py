@@ -243,9 +243,7 @@ def squared_error_bwd(residuals, g):
 _squared_error = rule(squared_error_fwd, squared_error_bwd)
 
 
-def negative_log_likelihood(
-    probs: jax.Array, labels: jax.Array, *, ignore_index: int | None = None
-) -> jax.Array:
+def negative_log_likelihood(probs: jax.Array, labels: jax.Array, *, ignore_index: int | None = None) -> jax.Array:
     r"""Negative log-likelihood of a network that ends in softmax: :math:`\ell = -\log p_y`.
 
     Where the network can end in logits instead, `softmax_cross_entropy_with_integer_labels` is exact for
@@ -408,9 +406,7 @@ def _each_row(g, like):
 def _hit(scores, labels):
     """Where a score is its row's label. An iota is compared, not gathered: it works on scores sharded by class."""
     labels = _index(labels)
-    return jnp.expand_dims(labels, -1) == jax.lax.broadcasted_iota(
-        labels.dtype, scores.shape, scores.ndim - 1
-    )
+    return jnp.expand_dims(labels, -1) == jax.lax.broadcasted_iota(labels.dtype, scores.shape, scores.ndim - 1)
 
 
 def _index(labels):

@@ -66,7 +66,7 @@ def apply(
     params: Params,
     x: jax.Array,
     *,
-    activation: Activation | Sequence[Activation] = "relu",
+    activation: Activation | list[Activation] | tuple[Activation, ...] = "relu",
     final_activation: Activation = None,
     flatten: bool = False,
     ops: ModuleType = hand_written,
@@ -77,7 +77,7 @@ def apply(
       params: from `init`, or any list of `{"w", "b"}`.
       x: inputs, `[..., dims[0]]`; with `flatten=True` `[batch, d1, ..., dk]` with as many features in all. In the dtype
         of the params.
-      activation: after each layer but the last: a name in `ACTIVATIONS`, a function of an array, or a sequence of
+      activation: after each layer but the last: a name in `ACTIVATIONS`, a function of an array, or a list of
         these, one per hidden layer.
       final_activation: after the last layer; None, the default, leaves it linear, as the losses on logits want it.
       flatten: every axis of `x` after the first is features, as for images.
@@ -116,7 +116,7 @@ def _checked_dims(dims) -> list[int]:
 
 
 def _activations(activation, count: int, ops: ModuleType) -> list[Callable]:
-    if activation is None or isinstance(activation, str) or callable(activation):
+    if not isinstance(activation, list | tuple):
         return [_activation(activation, ops)] * count
     if len(activation) != count:
         raise ValueError(f"apply: {count} activations expected, one per hidden layer, got {len(activation)}")

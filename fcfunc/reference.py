@@ -87,9 +87,7 @@ def multiclass_svm(scores, labels, *, margin=1.0):
 
 def l2_penalty(params):
     """Twin of `fcfunc.losses.l2_penalty`."""
-    weights = [
-        leaf for path, leaf in jax.tree.leaves_with_path(params) if getattr(path[-1], "key", None) == "w"
-    ]
+    weights = [leaf for path, leaf in jax.tree.leaves_with_path(params) if getattr(path[-1], "key", None) == "w"]
     return 0.5 * sum(jnp.sum(wide(w) ** 2) for w in weights)
 
 

@@ -21,11 +21,9 @@ def worst_relative_error(fun: Callable, reference: Callable, args: tuple, *, key
 
     Returns:
       The largest difference between elements of two gradients, over the largest element of the reference's, the
-      worst of all arguments.
+      worst of all arguments; 0 where both gradients are 0.
     """
-    real = [
-        i for i, a in enumerate(args) if jnp.issubdtype(jnp.result_type(*jax.tree.leaves(a)), jnp.floating)
-    ]
+    real = [i for i, a in enumerate(args) if jnp.issubdtype(jnp.result_type(*jax.tree.leaves(a)), jnp.floating)]
 
     def gradients(f):
         def of_reals(*reals):
@@ -38,7 +36,7 @@ def worst_relative_error(fun: Callable, reference: Callable, args: tuple, *, key
         return jax.tree.leaves(pull(jax.random.normal(key, out.shape, out.dtype)))
 
     errors = [
-        jnp.max(jnp.abs(got - expected)) / jnp.max(jnp.abs(expected))
+        jnp.max(jnp.abs(got - expected)) / jnp.maximum(jnp.max(jnp.abs(expected)), jnp.finfo(expected.dtype).tiny)
         for got, expected in zip(gradients(fun), gradients(reference), strict=True)
     ]
     return float(jnp.max(jnp.stack(errors)))

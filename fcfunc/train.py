@@ -222,7 +222,7 @@ def fit(
         for epoch in range(1, epochs + 1):
             start = time.perf_counter()
             state, metrics = train_epoch(state, data)
-            record = {"epoch": epoch, "step": int(state.step)}
+            record: dict[str, float] = {"epoch": epoch, "step": int(state.step)}
             record |= {name: float(np.average(m, weights=sizes)) for name, m in metrics.items()}
             if validation_data is not None:
                 scores = evaluate(eval_fn or loss_fn, state.params, validation_data)
@@ -319,8 +319,6 @@ def _progress_bar(epochs: int):
 
 
 def _show(bar, record: dict[str, float]) -> None:
-    shown = {
-        name: f"{value:.4f}" for name, value in record.items() if name not in ("epoch", "step", "seconds")
-    }
+    shown = {name: f"{value:.4f}" for name, value in record.items() if name not in ("epoch", "step", "seconds")}
     bar.set_postfix(shown, refresh=False)
     bar.update()
