@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import jax
@@ -108,7 +109,7 @@ def print_proof(dims: list[int], activation: str, classes: int | None, l2: float
     w = jax.random.normal(next(keys), (dims[0], dims[1])) / dims[0] ** 0.5
     b = jax.random.normal(next(keys), (dims[1],))
     outputs = jax.random.normal(next(keys), (32, dims[-1]))
-    rules = [("affine", ops, (x, w, b))]
+    rules: list[tuple[str, ModuleType, tuple]] = [("affine", ops, (x, w, b))]
     if activation != "linear":
         rules.append((activation, ops, (ops.affine(x, w, b),)))
     if classes is None:

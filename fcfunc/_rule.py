@@ -12,8 +12,8 @@ from fcfunc import _compat
 def rule(fwd: Callable, bwd: Callable) -> Callable:
     """Joins `fwd(*args, **options) -> (out, residuals)` and `bwd(residuals, g, **options) -> cotangents`.
 
-    The result computes `fwd(*args, **options)[0]` and is differentiated in reverse mode by `bwd`. Positional
-    arguments are arrays or trees of them; keyword options are static and hashable, and `bwd` is given those that it names.
+    The result computes `fwd(*args, **options)[0]` and is differentiated in reverse mode by `bwd`. Positional arguments
+    are arrays or trees of them; keyword options are static and hashable, and `bwd` is given those that it names.
     `jax.custom_vjp` alone takes no keyword-only options, which is why this function exists.
 
     `fwd` is plain JAX and never calls the joined function: so the rule can itself be differentiated

@@ -1,5 +1,6 @@
 """The network: `init(key, dims)` makes the params, `apply(params, x)` is the function they stand for."""
 
+import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -56,7 +57,7 @@ def init(
     dims = _checked_dims(dims)
     _check.key("init", key)
     params = []
-    for layer, shape in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+    for layer, shape in enumerate(itertools.pairwise(dims)):
         w_key, b_key = jax.random.split(jax.random.fold_in(key, layer))
         params.append({"w": w_init(w_key, shape, dtype), "b": b_init(b_key, shape[1:], dtype)})
     return params

@@ -48,9 +48,9 @@ def log_softmax(x, *, axis=-1):
 
 def softmax_cross_entropy_with_integer_labels(logits, labels, *, ignore_index=None):
     """Twin of `fcfunc.losses.softmax_cross_entropy_with_integer_labels`."""
-    logits, hit, ignored = _labelled(logits, labels, ignore_index)
+    logits, hit, ignored, poison = _labelled(logits, labels, ignore_index)
     picked = jnp.sum(jnp.where(hit, _log_softmax(logits, -1), 0), axis=-1)
-    return jnp.where(ignored, 0, -picked)
+    return jnp.where(ignored, 0, -picked * poison)
 
 
 def softmax_cross_entropy(logits, targets):
@@ -73,16 +73,17 @@ def squared_error(predictions, targets):
 
 def negative_log_likelihood(probs, labels, *, ignore_index=None):
     """Twin of `fcfunc.losses.negative_log_likelihood`."""
-    probs, hit, ignored = _labelled(probs, labels, ignore_index)
+    probs, hit, ignored, poison = _labelled(probs, labels, ignore_index)
     # The sum before the logarithm: the logarithm of a probability of 0 that is not the label's stays out.
-    return jnp.where(ignored, 0, -jnp.log(jnp.where(ignored, 1, jnp.sum(jnp.where(hit, probs, 0), axis=-1))))
+    picked = jnp.sum(jnp.where(hit, probs, 0), axis=-1)
+    return jnp.where(ignored, 0, -jnp.log(jnp.where(ignored, 1, picked)) * poison)
 
 
 def multiclass_svm(scores, labels, *, margin=1.0):
     """Twin of `fcfunc.losses.multiclass_svm`."""
-    scores, hit, _ = _labelled(scores, labels, None)
+    scores, hit, _, poison = _labelled(scores, labels, None)
     own = jnp.broadcast_to(jnp.sum(jnp.where(hit, scores, 0), axis=-1, keepdims=True), scores.shape)
-    return jnp.sum(jnp.where(hit, 0, relu(scores - own + margin)), axis=-1)
+    return jnp.sum(jnp.where(hit, 0, relu(scores - own + margin)), axis=-1) * poison
 
 
 def l2_penalty(params):
@@ -101,9 +102,10 @@ def _log_softmax(x, axis):
 
 
 def _labelled(scores, labels, ignore_index):
-    """Scores with ignored rows set to 0 and rows of impossible labels to NaN, the label's mask, the ignored rows.
+    """Scores with ignored rows set to 0, the label's mask, the ignored rows, and NaN for impossible labels, else 1.
 
-    Setting the scores, and not only the loss, is what keeps a NaN out of (or in) the gradient of the row.
+    Impossible labels make their scores NaN as well: setting the scores, and not only the loss, is what keeps a NaN out
+    of the gradient of an ignored row, and in that of an impossible one.
     """
     scores, classes = wide(scores), scores.shape[-1]
     labels = labels.astype(jnp.int64 if labels.dtype.itemsize > 4 else jnp.int32)
@@ -111,4 +113,4 @@ def _labelled(scores, labels, ignore_index):
     ignored = jnp.zeros(labels.shape, bool) if ignore_index is None else labels == ignore_index
     poison = jnp.where(ignored | ((labels >= 0) & (labels < classes)), 1, jnp.nan)
     scores = jnp.where(jnp.expand_dims(ignored, -1), 0, scores * jnp.expand_dims(poison, -1))
-    return scores, hit, ignored
+    return scores, hit, ignored, poison

@@ -2,8 +2,8 @@
 
 Everything here takes the loss as a function, `loss_fn(params, batch, key)`, and the optimiser as an optax
 transformation; it knows neither the network nor the loss. `batch` and `data` are any tree of arrays that share their
-first axis, the examples. `loss_fn` returns the loss, a scalar that is the mean over its batch, or `(loss, metrics)` with
-a dict of further means. `key` is this step's own random key in training, and None in evaluation.
+first axis, the examples. `loss_fn` returns the loss, a scalar that is the mean over its batch, or `(loss, metrics)`
+with a dict of further means. `key` is this step's own random key in training, and None in evaluation.
 """
 
 import contextlib

@@ -1,0 +1,80 @@
+"""What the operations promise beyond their gradients: residuals, conventions, errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fcfunc import ops
+
+
+def test_public_pairs_chain_by_hand_to_the_gradient():
+    keys = jax.random.split(jax.random.key(0), 4)
+    x, w, b, g = (jax.random.normal(k, s) for k, s in zip(keys, [(6, 2, 2), (4, 3), (3,), (6, 3)], strict=True))
+    z, affine_residuals = ops.affine_fwd(x, w, b, flatten=True)
+    out, relu_residuals = ops.relu_fwd(z)
+    dx, dw, db = ops.affine_bwd(affine_residuals, *ops.relu_bwd(relu_residuals, g))
+    expected_out, pull = jax.vjp(lambda x, w, b: jnp.maximum(x.reshape(6, 4) @ w + b[None], 0), x, w, b)
+    np.testing.assert_allclose(out, expected_out, rtol=1e-6)
+    for got, expected in zip((dx, dw, db), pull(g), strict=True):
+        assert got.shape == expected.shape
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_bias_gradient_is_the_sum_over_every_batch_axis():
+    x, w, b = jnp.ones((2, 3, 4)), jnp.ones((4, 5)), jnp.ones(5)
+    g = jax.random.normal(jax.random.key(0), (2, 3, 5))
+    _, pull = jax.vjp(ops.affine, x, w, b)
+    np.testing.assert_allclose(pull(g)[2], np.asarray(g).sum((0, 1)), rtol=1e-5)
+
+
+def test_affine_takes_one_example_without_a_batch_axis():
+    x, w, b, g = jnp.arange(3.0), jnp.ones((3, 2)), jnp.zeros(2), jnp.array([1.0, 2.0])
+    out, pull = jax.vjp(ops.affine, x, w, b)
+    dx, dw, db = pull(g)
+    np.testing.assert_array_equal(out, [3, 3])
+    np.testing.assert_array_equal(dx, [3, 3, 3])
+    np.testing.assert_array_equal(dw, np.outer(x, g))
+    np.testing.assert_array_equal(db, g)
+
+
+def test_affine_sums_long_bfloat16_columns_in_float32():
+    x, w, b = jnp.ones((4096, 1), jnp.bfloat16), jnp.ones((1, 1), jnp.bfloat16), jnp.ones(1, jnp.bfloat16)
+    _, pull = jax.vjp(ops.affine, x, w, b)
+    _, dw, db = pull(jnp.ones((4096, 1), jnp.bfloat16))
+    assert float(dw[0, 0]) == float(db[0]) == 4096  # a sum kept in bfloat16 stops at 256
+
+
+def test_softmax_of_many_equal_float16_logits_is_uniform():
+    np.testing.assert_allclose(ops.softmax(jnp.zeros(100_000, jnp.float16)), 1e-5, rtol=2e-2)
+    np.testing.assert_allclose(ops.log_softmax(jnp.zeros(100_000, jnp.float16)), -np.log(1e5), rtol=1e-3)
+
+
+def test_sigmoid_does_not_overflow():
+    np.testing.assert_array_equal(ops.sigmoid(jnp.array([-1e30, -jnp.inf, 0.0, jnp.inf])), [0, 0, 0.5, 1])
+
+
+@pytest.mark.parametrize("name", ["relu", "sigmoid", "tanh", "softmax", "log_softmax"])
+@pytest.mark.parametrize("x", [jnp.arange(3), jnp.ones(3, bool), jnp.ones(3, jnp.complex64), jnp.ones(3, jnp.float8_e4m3fn)])
+def test_other_than_real_floating_input_is_a_type_error_that_names_it(name, x):
+    with pytest.raises(TypeError, match=rf"{name}: x must be of dtype .* got {x.dtype}\[3\]"):
+        getattr(ops, name)(x)
+
+
+def test_a_wrong_axis_is_named():
+    with pytest.raises(ValueError, match=r"softmax: x has no axis 2, its shape is \[3, 4\]"):
+        ops.softmax(jnp.ones((3, 4)), axis=2)
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "b"),
+    [((2, 3), (4, 5), (5,)), ((2, 3), (3, 5), (4,)), ((2, 3), (3,), (3,)), ((), (1, 1), (1,)), ((2, 3), (3, 5), (1, 5))],
+)
+def test_affine_names_all_three_shapes_of_a_misfit(x, w, b):
+    with pytest.raises(ValueError, match="affine: x .* expected, got x .*, w .*, b "):
+        ops.affine(jnp.ones(x), jnp.ones(w), jnp.ones(b))
+
+
+def test_affine_promotes_nothing_silently():
+    with pytest.raises(TypeError, match=r"affine: one dtype expected.* x bfloat16\[2,3\], w float32\[3,4\]"):
+        ops.affine(jnp.ones((2, 3), jnp.bfloat16), jnp.ones((3, 4)), jnp.ones(4))

@@ -1,0 +1,153 @@
+"""Every rule of the table against its twin, against finite differences, and under every transformation."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.table import RULES, cotangent, gradients, split_real
+
+TOLERANCE = {"float16": 2e-2, "bfloat16": 2e-1, "float32": 2e-5, "float64": 1e-13}
+SIZES = [(1, 1), (1, 5), (7, 1), (5, 5), (7, 3), (33, 17)]
+
+every_rule = pytest.mark.parametrize("row", RULES, ids=lambda row: row.name)
+
+
+def scalar(fun, args):
+    """A scalar function of the real arguments, weighted at random so that no two outputs cancel."""
+    reals, fill = split_real(args)
+
+    g = cotangent(fun, args)
+    return lambda *reals: jnp.sum(fun(*fill(reals)) * g), reals
+
+
+def assert_like_twin(row, args, dtype):
+    g = cotangent(row.fun, args)
+    out, grads = gradients(row.fun, args, g)
+    twin_out, twin_grads = gradients(row.reference, args, g)
+    chex.assert_trees_all_equal_shapes_and_dtypes(out, twin_out)
+    chex.assert_trees_all_equal_shapes_and_dtypes(grads, twin_grads)
+    chex.assert_trees_all_equal_shapes_and_dtypes(grads, split_real(args)[0])
+    tolerance = TOLERANCE[jnp.dtype(dtype).name]
+    wide = lambda tree: jax.tree.map(lambda a: np.asarray(a, np.float64), tree)
+    chex.assert_trees_all_close(wide(out), wide(twin_out), rtol=tolerance, atol=tolerance)
+    chex.assert_trees_all_close(wide(grads), wide(twin_grads), rtol=tolerance, atol=tolerance)
+
+
+@every_rule
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(("n", "d"), SIZES)
+def test_rule_equals_autodiff_of_its_twin(row, dtype, n, d):
+    assert_like_twin(row, row.draw(0, n, d, jnp.dtype(dtype)), dtype)
+
+
+@every_rule
+@pytest.mark.parametrize(("n", "d"), SIZES)
+def test_rule_equals_autodiff_of_its_twin_in_float64(row, n, d, x64):
+    assert_like_twin(row, row.draw(0, n, d, jnp.float64), "float64")
+
+
+@every_rule
+@pytest.mark.parametrize(("n", "d"), [(0, 4), (0, 1), (3, 0)])
+def test_rule_takes_empty_arrays(row, n, d):
+    assert_like_twin(row, row.draw(0, n, d, jnp.float32), "float32")
+
+
+@every_rule
+def test_rule_equals_finite_differences_in_float64(row, x64):
+    args = row.draw(3, 4, 3, jnp.float64)
+    fun, reals = scalar(row.fun, args)
+    grads = jax.grad(fun, argnums=tuple(range(len(reals))))(*reals)
+    flat, unravel = jax.flatten_util.ravel_pytree(reals)
+    slopes = [(fun(*unravel(flat + e)) - fun(*unravel(flat - e))) / 2e-6 for e in 1e-6 * np.eye(flat.size)]
+    np.testing.assert_allclose(jax.flatten_util.ravel_pytree(grads)[0], np.array(slopes), rtol=1e-7, atol=1e-8)
+
+
+@settings(max_examples=80, deadline=None)
+@given(row=st.sampled_from(RULES), n=st.integers(1, 40), d=st.integers(1, 40), seed=st.integers(0, 2**31 - 1))
+def test_rule_equals_autodiff_of_its_twin_for_any_shape(row, n, d, seed):
+    assert_like_twin(row, row.draw(seed, n, d, jnp.float32), "float32")
+
+
+@every_rule
+def test_rule_compiled_equals_eager(row):
+    args = row.draw(0, 5, 4, jnp.float32)
+    fun, reals = scalar(row.fun, args)
+    grad = jax.grad(fun, argnums=tuple(range(len(reals))))
+    chex.assert_trees_all_close(jax.jit(grad)(*reals), grad(*reals), rtol=1e-5, atol=1e-6)
+
+
+@every_rule
+def test_vmap_equals_a_loop(row):
+    many = [row.draw(seed, 5, 4, jnp.float32) for seed in range(3)]
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *many)
+    g = cotangent(row.fun, many[0])
+    batched = jax.vmap(lambda *args: gradients(row.fun, args, g))(*stacked)
+    looped = jax.tree.map(lambda *a: jnp.stack(a), *[gradients(row.fun, args, g) for args in many])
+    chex.assert_trees_all_close(batched, looped, rtol=1e-5, atol=1e-6)
+
+
+@every_rule
+def test_scan_and_checkpoint_equal_plain_calls(row):
+    args = row.draw(0, 5, 4, jnp.float32)
+    fun, reals = scalar(row.fun, args)
+    plain = jax.grad(fun, argnums=tuple(range(len(reals))))(*reals)
+
+    def three_times(*reals):
+        body = lambda total, _: (total + jax.checkpoint(fun)(*reals), None)
+        return jax.lax.scan(body, jnp.zeros(()), length=3)[0]
+
+    scanned = jax.grad(three_times, argnums=tuple(range(len(reals))))(*reals)
+    chex.assert_trees_all_close(scanned, jax.tree.map(lambda g: 3 * g, plain), rtol=1e-5, atol=1e-5)
+
+
+@every_rule
+def test_second_derivatives_equal_those_of_the_twin(row, x64):
+    args = row.draw(0, 3, 2, jnp.float64)
+    (fun, reals), (twin, _) = scalar(row.fun, args), scalar(row.reference, args)
+    argnums = tuple(range(len(reals)))
+    for second in (
+        lambda f: jax.hessian(f, argnums)(*reals),
+        lambda f: jax.jvp(jax.grad(f, argnums), reals, reals)[1],
+        lambda f: jax.grad(lambda *r: squares(jax.grad(f, argnums)(*r)), argnums)(*reals),
+        lambda f: jax.jacrev(jax.grad(f, argnums), argnums)(*reals),
+    ):
+        chex.assert_trees_all_close(jax.jit(second, static_argnums=0)(fun), jax.jit(second, static_argnums=0)(twin), rtol=1e-10, atol=1e-11)
+
+
+def squares(tree):
+    return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree))
+
+
+@every_rule
+@pytest.mark.parametrize("value", [0.0, -0.0, 1e30, -1e30, np.inf, -np.inf, np.nan])
+def test_extreme_inputs_give_what_the_twin_gives_and_stay_in_their_row(row, value):
+    """Where the loss is NaN so is a gradient; a NaN or infinity in one row leaves the other rows alone."""
+    if row.name in ("l2_penalty", "softmax-axis=0", "log_softmax-axis=0"):
+        pytest.skip("its rows are not independent")
+    args = row.draw(0, 4, 3, jnp.float32)
+    hostile = (args[0].at[1].set(value), *args[1:])
+    g = cotangent(row.fun, args)
+    out, grads = gradients(row.fun, args, g)
+    hostile_out, hostile_grads = gradients(row.fun, hostile, g)
+    others = np.array([0, 2, 3])
+    np.testing.assert_array_equal(out[others], hostile_out[others])
+    np.testing.assert_array_equal(grads[0][others], hostile_grads[0][others])
+    np.testing.assert_allclose(hostile_out, row.reference(*hostile), rtol=1e-5)
+    if np.isnan(value) and "ignore_index" not in row.name and "negative_log" not in row.name:
+        assert np.isnan(hostile_out[1]).all()
+
+
+def test_relu_has_derivative_zero_at_zero():
+    relu = next(row.fun for row in RULES if row.name == "relu")
+    out, pull = jax.vjp(relu, jnp.array([-1.0, -0.0, 0.0, 2e-38, 1.0]))
+    np.testing.assert_array_equal(pull(jnp.full(5, 7.0))[0], [0, 0, 0, 7, 7])
+
+
+def test_svm_has_derivative_zero_at_its_kink():
+    svm = next(row.fun for row in RULES if row.name == "multiclass_svm")
+    scores = jnp.array([[1.0, 0.0, 0.5]])  # class 1 is exactly a margin below the right class 0
+    np.testing.assert_array_equal(jax.grad(lambda s: svm(s, jnp.array([0]))[0])(scores), [[-1, 0, 1]])
