@@ -1,6 +1,6 @@
 """A network described by a list of layers, trained on ten rows: one classification and one regression problem.
 
-    python -m examples.layer_list --batch-size 5 --out runs/layer_list
+python -m examples.layer_list --batch-size 5 --out runs/layer_list
 """
 
 import argparse
@@ -110,6 +110,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=10, help="10, the default, is the whole batch")
+    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", default="runs/layer_list")
     args = parser.parse_args(argv)
     x = data.standardizer(X)(X)
@@ -119,7 +120,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     }
     figures, curves = {}, {}
     for name, (layers, batch) in problems.items():
-        curve = learn(layers, batch, steps=args.steps, batch_size=args.batch_size, seed=0)
+        curve = learn(layers, batch, steps=args.steps, batch_size=args.batch_size, seed=args.seed)
         print(f"{name}: loss {curve[0]:.4f} before, {curve[-1]:.4f} after {len(curve) - 1} steps")
         curves[name] = curve
         figures |= {f"{name}_before": curve[0], f"{name}_after": curve[-1]}

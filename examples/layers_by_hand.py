@@ -63,7 +63,9 @@ def sgd_step(params, x, labels, *, l2, learning_rate):
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Trains and returns the test accuracy and the largest error of a gradient, relative to its largest element."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--dims", type=lambda s: [int(n) for n in s.split(",")], default=[64, 100, 10], metavar="N,N,...")
+    parser.add_argument(
+        "--dims", type=lambda s: [int(n) for n in s.split(",")], default=[64, 100, 10], metavar="N,N,..."
+    )
     parser.add_argument("--l2", type=float, default=1e-3)
     parser.add_argument("--epochs", type=int, default=30)
     args = parser.parse_args(argv)

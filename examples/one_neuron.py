@@ -1,7 +1,7 @@
 """One sigmoid neuron with mean squared error in Einstein notation, and the affine network with two hidden layers.
 
-The bias stands once as a vector, `h_nj = σ(x_ni w_ij + b_j)`, and once as one more row of the weights that meets a column
-of ones in the input; the gradients are the same numbers. Repeated indices are summed, as `jnp.einsum` does.
+The bias stands once as a vector, `h_nj = σ(x_ni w_ij + b_j)`, and once as one more row of the weights that meets a
+column of ones in the input; the gradients are the same numbers. Repeated indices are summed, as `jnp.einsum` does.
 
     python -m examples.one_neuron
 """
@@ -65,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     as_ones = jax.grad(lambda wb: jnp.mean(losses.squared_error(neuron_with_ones(wb, x), y)))(jnp.append(w, b))
     as_ones = (as_ones[:-1], as_ones[-1])
     differences = [
-        max(float(jnp.max(jnp.abs(a - h))) for a, h in zip(grads, by_hand, strict=True)) for grads in (as_vector, as_ones)
+        max(float(jnp.max(jnp.abs(a - h))) for a, h in zip(grads, by_hand, strict=True))
+        for grads in (as_vector, as_ones)
     ]
     print(f"bias as a vector: largest difference from the formula {differences[0]:.1e}")
     print(f"bias as a column of ones: largest difference from the formula {differences[1]:.1e}")

@@ -56,7 +56,7 @@ def by_torch() -> tuple[float, list[dict[str, np.ndarray]]]:
     return value.item(), [{name: np.asarray(a.grad) for name, a in p.items()} for p in params]
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
+def main(argv: Sequence[str] | None = None) -> dict:
     """Compares the loss and the four gradients; returns the loss and the largest differences."""
     del argv  # there is nothing to choose
     params = jax.tree.map(jnp.asarray, PARAMS)

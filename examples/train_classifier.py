@@ -45,6 +45,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     task = load(args.data, args.task, args.target, args.seed)
     training, validation, test = task.parts
     dims = check_dims(args.dims, training.x.shape[1], task.classes)
+    init_key, run_key = jax.random.split(jax.random.key(args.seed))
+    params = fcfunc.init(init_key, dims)
     out = Path(args.out or Path("runs") / Path(args.data).stem)
     out.mkdir(parents=True, exist_ok=True)
 
@@ -57,8 +59,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     make_optimizer, default_rate = OPTIMIZERS[args.optimizer]
     optimizer = make_optimizer(optax.cosine_decay_schedule(args.learning_rate or default_rate, steps))
     loss_fn, eval_fn = (make_loss_fn(args.activation, task.classes, l2) for l2 in (args.l2, 0.0))
-    init_key, run_key = jax.random.split(jax.random.key(args.seed))
-    state = train.init_state(fcfunc.init(init_key, dims), optimizer, run_key)
+    state = train.init_state(params, optimizer, run_key)
     score = "accuracy" if task.classes else "loss"
     state, history = train.fit(
         loss_fn,
@@ -188,12 +189,13 @@ def check_dims(dims: list[int] | None, features: int, classes: int | None) -> li
 
 def select_device(device: str | None) -> None:
     """Makes JAX use the device that was asked for, or says that it is not there."""
-    if device is not None:
-        jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[device])
-    try:
-        jax.devices()
-    except RuntimeError:
-        raise ValueError(f"--device {device}: JAX finds none (for a GPU install the extra cuda12 or cuda13)") from None
+    if device == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    elif device == "gpu":
+        try:
+            jax.config.update("jax_default_device", jax.devices("gpu")[0])
+        except RuntimeError:
+            raise ValueError("--device gpu: JAX finds none (install the extra cuda12 or cuda13)") from None
 
 
 def write(out: Path, params, history, score: str, config: dict, scaling: dict) -> None:
@@ -202,11 +204,12 @@ def write(out: Path, params, history, score: str, config: dict, scaling: dict) -
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     tensors = {f"layers.{i}.{name}": np.asarray(a) for i, p in enumerate(params) for name, a in p.items()}
     tensors |= {name: np.asarray(a, np.float32) for name, a in scaling.items()}
-    save_file(tensors, out / "params.tmp", metadata={name: json.dumps(value) for name, value in config.items()})
+    metadata = {name: json.dumps(value) for name, value in config.items()}
+    (out / "params.tmp").write_bytes(save(tensors, metadata=metadata))
     (out / "history.tmp").write_text("".join(json.dumps(record) + "\n" for record in history))
 
     epochs = [record["epoch"] for record in history]

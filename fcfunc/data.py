@@ -36,7 +36,7 @@ __all__ = [
 
 MAX_BYTES = 2**31
 FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"  # where Debian's dataset-fashion-mnist puts it
-
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 IDX_DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
 
@@ -213,7 +213,7 @@ def read_csv(path: str | os.PathLike, *, target: str | None = None, max_bytes: i
             raise ValueError(f"{path}, line {line}: {width} cells expected, got {len(cells)}")
         for j, cell in enumerate(cells[:at] + cells[at + 1 :]):
             number = _number(cell)
-            if number is None or not abs(number) <= np.finfo(np.float32).max:
+            if number is None or not abs(number) <= FLOAT32_MAX:
                 raise ValueError(f"{path}, line {line}, {features[j]}: a finite number expected, got {cell!r}")
             x[i, j] = number
     y, classes = _target(path, [line for line, _ in rows], [cells[at] for _, cells in rows])
@@ -367,7 +367,7 @@ def _target(path: Path, lines: list[int], cells: list[str]) -> tuple[np.ndarray,
         index = {name: i for i, name in enumerate(classes)}
         return np.array([index[cell] for cell in cells], np.int32), classes
     for line, cell, number in zip(lines, cells, numbers, strict=True):
-        if number is None or not abs(number) <= np.finfo(np.float32).max:
+        if number is None or not abs(number) <= FLOAT32_MAX:
             raise ValueError(f"{path}, line {line}: a finite number expected as the target, got {cell!r}")
     if all(re.fullmatch(r"[+-]?\d{1,9}", cell) for cell in cells):
         return np.array([int(cell) for cell in cells], np.int32), None

@@ -261,10 +261,11 @@ def _step(loss_fn, optimizer, state, batch):
         return _loss_and_metrics(loss_fn, params, batch, key)
 
     (loss, metrics), grads = jax.value_and_grad(value_fn, has_aux=True)(state.params)
-    updates, opt_state = optax.with_extra_args_support(optimizer).update(
-        grads, state.opt_state, state.params, value=loss, grad=grads, value_fn=lambda p: value_fn(p)[0]
-    )
-    params = optax.apply_updates(state.params, updates)
+    with jax.numpy_dtype_promotion("standard"):  # optax itself mixes dtypes; a caller in strict mode need not know
+        updates, opt_state = optax.with_extra_args_support(optimizer).update(
+            grads, state.opt_state, state.params, value=loss, grad=grads, value_fn=lambda p: value_fn(p)[0]
+        )
+        params = optax.apply_updates(state.params, updates)
     return TrainState(params, opt_state, state.step + 1, state.key), {"loss": loss, **metrics}
 
 

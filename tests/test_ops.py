@@ -55,7 +55,9 @@ def test_sigmoid_does_not_overflow():
 
 
 @pytest.mark.parametrize("name", ["relu", "sigmoid", "tanh", "softmax", "log_softmax"])
-@pytest.mark.parametrize("x", [jnp.arange(3), jnp.ones(3, bool), jnp.ones(3, jnp.complex64), jnp.ones(3, jnp.float8_e4m3fn)])
+@pytest.mark.parametrize(
+    "x", [jnp.arange(3), jnp.ones(3, bool), jnp.ones(3, jnp.complex64), jnp.ones(3, jnp.float8_e4m3fn)]
+)
 def test_other_than_real_floating_input_is_a_type_error_that_names_it(name, x):
     with pytest.raises(TypeError, match=rf"{name}: x must be of dtype .* got {x.dtype}\[3\]"):
         getattr(ops, name)(x)
@@ -68,7 +70,13 @@ def test_a_wrong_axis_is_named():
 
 @pytest.mark.parametrize(
     ("x", "w", "b"),
-    [((2, 3), (4, 5), (5,)), ((2, 3), (3, 5), (4,)), ((2, 3), (3,), (3,)), ((), (1, 1), (1,)), ((2, 3), (3, 5), (1, 5))],
+    [
+        ((2, 3), (4, 5), (5,)),
+        ((2, 3), (3, 5), (4,)),
+        ((2, 3), (3,), (3,)),
+        ((), (1, 1), (1,)),
+        ((2, 3), (3, 5), (1, 5)),
+    ],
 )
 def test_affine_names_all_three_shapes_of_a_misfit(x, w, b):
     with pytest.raises(ValueError, match="affine: x .* expected, got x .*, w .*, b "):

@@ -1,0 +1,211 @@
+"""Each example's learned or compared number, and the classifier script as a person meets it."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+import fcfunc
+from examples import layer_list, layers_by_hand, one_neuron, sigmoid_network, train_classifier
+from fcfunc import data
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs the script with a command line; returns its exit status, output and errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv):
+        monkeypatch.setattr(sys, "argv", ["train_classifier", *map(str, argv)])
+        status = train_classifier.run()
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def test_layers_chained_by_hand_have_the_gradients_of_jax_and_learn():
+    figures = layers_by_hand.main([])
+    assert figures["gradient_error"] < 1e-6
+    assert figures["accuracy"] > 0.95
+
+
+@pytest.mark.parametrize("dims", ["64,10", "64,20,20,20,10"])
+def test_layers_chained_by_hand_take_any_depth(dims):
+    assert layers_by_hand.main(["--dims", dims, "--epochs", "1"])["gradient_error"] < 1e-5
+
+
+def test_layers_chained_by_hand_give_scores_where_no_labels_are_given():
+    params = fcfunc.init(jax.random.key(0), [12, 5, 3])
+    images = np.random.default_rng(0).standard_normal((4, 2, 2, 3)).astype(np.float32)
+    np.testing.assert_allclose(
+        layers_by_hand.loss(params, images), fcfunc.apply(params, images, flatten=True), rtol=1e-6
+    )
+
+
+def test_the_sigmoid_network_has_the_loss_and_gradients_that_torch_printed(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    figures = sigmoid_network.main()
+    assert figures["source"] == "figures stored from torch"
+    assert abs(figures["loss"] - 35.6094379) < 1e-5
+    assert figures["worst"] < 1e-5
+
+
+def test_the_sigmoid_network_has_the_loss_and_gradients_of_torch():
+    pytest.importorskip("torch", reason="torch is not installed; the figures stored from it are compared instead")
+    figures = sigmoid_network.main()
+    assert figures["source"] == "torch"
+    assert figures["worst"] < 1e-5
+
+
+@pytest.mark.parametrize("batch_size", ["10", "3"])
+def test_the_layer_list_learns_both_problems(batch_size, tmp_path):
+    figures = layer_list.main(["--batch-size", batch_size, "--out", str(tmp_path)])
+    assert figures["classification_after"] < 0.1 < figures["classification_before"]
+    assert figures["regression_after"] < 0.5 < figures["regression_before"]
+    assert (tmp_path / "loss_curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([], "the first layer must be an Input, got no layer"),
+        ([layer_list.Hidden(5), layer_list.Output(2)], r"must be an Input, got Hidden"),
+        ([layer_list.Input(5), layer_list.Hidden(5)], r"the last layer must be an Output, got Hidden"),
+        ([layer_list.Input(5), layer_list.Input(5), layer_list.Output(2)], "layer 1 must be Hidden"),
+        ([layer_list.Input(5), layer_list.Hidden(5, "tanh"), layer_list.Output(2)], "layer 1 must be Hidden with relu"),
+        ([layer_list.Input(5), layer_list.Output(2, "relu")], "output must be softmax or linear"),
+    ],
+)
+def test_an_impossible_list_of_layers_is_refused(layers, message):
+    with pytest.raises(ValueError, match=message):
+        layer_list.network(layers)
+
+
+def test_layer_list_biases_are_a_tenth_under_relu_and_zero_elsewhere():
+    layers = [layer_list.Input(5), layer_list.Hidden(4, "linear"), layer_list.Hidden(3), layer_list.Output(2)]
+    params = layer_list.network(layers)[0](jax.random.key(0))
+    np.testing.assert_allclose([float(p["b"][0]) for p in params], [0, 0.1, 0])
+
+
+def test_the_neurons_gradients_agree_and_it_learns_and():
+    figures = one_neuron.main()
+    assert max(figures["vector"], figures["ones"]) < 1e-6
+    assert figures["network"] < 1e-5
+    assert figures["right"] == 4
+    assert figures["error_after"] < 0.01 < figures["error_before"]
+
+
+def test_the_digits_are_learned_and_three_files_written(run, tmp_path):
+    status, out, _ = run()
+    assert status == 0
+    assert float(out.split("test accuracy ")[1][:6]) >= 0.97
+    errors = [
+        float(line.split()[-1]) for line in out.splitlines() if line.startswith(("affine", "relu", "softmax_cross"))
+    ]
+    assert len(errors) == 3
+    assert max(errors) < 1e-5
+    folder = tmp_path / "runs" / "digits"
+    assert sorted(p.name for p in folder.iterdir()) == ["history.jsonl", "learning_curve.png", "params.safetensors"]
+    history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    assert history[-1]["epoch"] == len(history) == 60
+    with safe_open(folder / "params.safetensors", "numpy") as f:
+        assert json.loads(f.metadata()["dims"]) == [64, 256, 10]
+    tensors = load_file(folder / "params.safetensors")
+    params = [{name: jnp.asarray(tensors[f"layers.{i}.{name}"]) for name in ("w", "b")} for i in range(2)]
+    digits = data.digits()
+    assert np.mean(np.argmax(fcfunc.apply(params, digits.x), axis=-1) == digits.y) > 0.97
+
+
+def test_the_users_csv_is_classified_by_the_names_of_its_classes(run, tmp_path):
+    rng = np.random.default_rng(0)
+    rows = [
+        f"{rng.normal(3 * k)},{rng.normal(-3 * k)},{name}"
+        for k, name in enumerate(("ant", "bee", "cat"))
+        for _ in range(60)
+    ]
+    (tmp_path / "my.csv").write_text("length,width,kind\n" + "\n".join(rows) + "\n")
+    status, out, _ = run("--data", "my.csv", "--optimizer", "adam", "--learning-rate", "0.01")
+    assert status == 0
+    assert float(out.split("test accuracy ")[1][:6]) > 0.85
+
+
+def test_the_users_npz_is_learned_as_a_regression_in_its_own_unit(run, tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.normal(50, 10, (400, 3))
+    np.savez(tmp_path / "my.npz", X=x, y=1000 + x @ [1, 2, 3] + rng.normal(0, 1, 400))
+    status, out, _ = run("--data", "my.npz", "--dims", "3,16,1", "--activation", "tanh", "--epochs", "100")
+    assert status == 0
+    assert 0.5 < float(out.split("test RMSE ")[1].split()[0]) < 4  # the noise is 1, the spread of y 37
+    assert {"input.mean", "target.scale"} <= load_file(tmp_path / "runs" / "my" / "params.safetensors").keys()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--data", "nothing.npz"], "nothing.npz: no such file"),
+        (["--data", "nothing"], "expected digits, fashion-mnist"),
+        (["--data", "fashion-mnist:here"], "here/train-images-idx3-ubyte.gz: no such file"),
+        (["--dims", "64,10,9"], "--dims 64,10,9: the data has 64 features and 10 outputs"),
+        (["--dims", "64,x,10"], "argument --dims"),
+        (["--dims", "64,0,10"], r"init: dims must be .* \[64, 0, 10\]"),
+        (["--activation", "swoosh"], "argument --activation: invalid choice: 'swoosh'"),
+        (["--batch-size", "0"], "argument --batch-size: above 0 expected, got 0"),
+        (["--batch-size", "5000"], r"at least 5000 examples \(one batch\) expected, got 1258"),
+        (["--learning-rate", "-1"], "argument --learning-rate: above 0 expected, got -1"),
+        (["--learning-rate", "nan"], "argument --learning-rate: above 0 expected"),
+        (["--learning-rate", "1e30"], "the loss was nan in epoch 1; try a lower learning rate"),
+        (["--out", "blocked"], "blocked"),
+    ],
+)
+def test_bad_use_is_one_line_and_status_2_and_writes_nothing(argv, message, run, tmp_path):
+    (tmp_path / "blocked").write_text("a file where a folder should be")
+    status, _, err = run(*argv)
+    errors = [line for line in err.splitlines() if "error: " in line]
+    assert status == 2
+    assert len(errors) == 1
+    assert re.search(message, errors[0])
+    assert "Traceback" not in err
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"a": np.zeros(3)}, "arrays x and y .* expected, got a"),
+        ({"x": np.zeros((5, 2)), "y": np.zeros(4)}, "x has 5 rows, y has 4"),
+        ({"x": np.zeros((0, 2)), "y": np.zeros(0)}, "too few"),
+        ({"x": np.full((50, 2), np.nan), "y": np.zeros(50)}, r"finite numbers expected, got nan"),
+        ({"x": np.zeros((50, 2)), "y": np.full(50, -1)}, r"labels in \[0, .*\) expected, got -1"),
+        ({"x": np.zeros((50, 2)), "y": np.arange(50) * 1000}, "if y is a quantity, say --task regression"),
+    ],
+)
+def test_bad_arrays_of_the_user_are_one_line_and_status_2(arrays, message, run, tmp_path):
+    np.savez(tmp_path / "my.npz", **arrays)
+    status, _, err = run("--data", "my.npz")
+    assert status == 2
+    assert re.search(message, err)
+
+
+def test_a_gpu_that_is_not_there_is_one_line_and_status_2(tmp_path):
+    if jax.default_backend() == "gpu":
+        pytest.skip("there is a GPU")
+    command = [sys.executable, "-m", "examples.train_classifier", "--device", "gpu", "--out", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "error: --device gpu: JAX finds none" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_help_reads_well(run):
+    with pytest.raises(SystemExit) as stopped:
+        run("--help")
+    assert stopped.value.code == 0

@@ -1,0 +1,150 @@
+"""init and apply: shapes, initialisers, activations, the plain twins, and errors that name the layer."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fcfunc
+from fcfunc import mlp, reference
+
+
+@pytest.fixture
+def params():
+    return fcfunc.init(jax.random.key(0), [6, 5, 4, 3])
+
+
+@pytest.fixture
+def x():
+    return jax.random.normal(jax.random.key(1), (7, 6))
+
+
+def test_default_weights_are_he_normal_and_biases_zero():
+    (layer,) = fcfunc.init(jax.random.key(0), [400, 300])
+    assert abs(float(layer["w"].std()) / (2 / 400) ** 0.5 - 1) < 0.02
+    np.testing.assert_array_equal(layer["b"], 0)
+
+
+def test_initialisers_and_dtype_are_the_callers():
+    init = jax.nn.initializers
+    (layer,) = fcfunc.init(
+        jax.random.key(0), [400, 300], w_init=init.normal(1e-3), b_init=init.constant(0.1), dtype=jnp.bfloat16
+    )
+    chex.assert_type([layer["w"], layer["b"]], jnp.bfloat16)
+    assert abs(float(layer["w"].astype(jnp.float32).std()) - 1e-3) < 2e-5
+    np.testing.assert_array_equal(layer["b"], jnp.bfloat16(0.1))
+
+
+def test_init_is_a_pure_function_of_its_key_and_a_deeper_network_begins_alike():
+    one, again, deeper = (fcfunc.init(jax.random.key(s), d) for s, d in [(0, [6, 5]), (0, [6, 5]), (0, [6, 5, 4])])
+    chex.assert_trees_all_equal(one, again, deeper[:1])
+    assert not np.array_equal(one[0]["w"], fcfunc.init(jax.random.key(1), [6, 5])[0]["w"])
+
+
+def test_init_and_apply_work_under_vmap_over_keys_and_params(x):
+    keys = jax.random.split(jax.random.key(0), 3)
+    ensemble = jax.vmap(lambda key: fcfunc.init(key, [6, 5, 2]))(keys)
+    outputs = jax.vmap(fcfunc.apply, in_axes=(0, None))(ensemble, x)
+    for i, key in enumerate(keys):
+        np.testing.assert_allclose(outputs[i], fcfunc.apply(fcfunc.init(key, [6, 5, 2]), x), rtol=1e-5, atol=1e-6)
+
+
+def test_apply_is_affine_layers_with_an_activation_between(params, x):
+    h = x
+    for p in params[:-1]:
+        h = np.tanh(h @ p["w"] + p["b"][None])
+    expected = h @ params[-1]["w"] + params[-1]["b"][None]
+    np.testing.assert_allclose(fcfunc.apply(params, x, activation="tanh"), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(6,), (0, 6), (2, 3, 6)])
+def test_apply_takes_any_leading_axes(params, shape):
+    assert fcfunc.apply(params, jnp.ones(shape)).shape == (*shape[:-1], 3)
+
+
+def test_apply_flattens_images(params):
+    images = jax.random.normal(jax.random.key(0), (7, 3, 2))
+    np.testing.assert_array_equal(
+        fcfunc.apply(params, images, flatten=True), fcfunc.apply(params, images.reshape(7, 6))
+    )
+
+
+def test_an_activation_is_a_name_a_function_none_or_one_per_hidden_layer(params, x):
+    mixed = fcfunc.apply(params, x, activation=["relu", jnp.sin], final_activation="softmax")
+    h = np.maximum(x @ params[0]["w"], 0)
+    h = np.sin(h @ params[1]["w"])
+    np.testing.assert_allclose(mixed, jax.nn.softmax(h @ params[2]["w"], axis=-1), rtol=1e-4, atol=1e-6)
+    linear = fcfunc.apply(params, x, activation=None)
+    np.testing.assert_array_equal(linear, fcfunc.apply(params, x, activation="linear"))
+
+
+@pytest.mark.parametrize("activation", mlp.ACTIVATIONS)
+def test_the_plain_twins_give_the_same_network_and_forward_mode(activation, params, x):
+    by_rules = lambda x: fcfunc.apply(params, x, activation=activation)
+    by_twins = lambda x: fcfunc.apply(params, x, activation=activation, ops=reference)
+    np.testing.assert_allclose(by_rules(x), by_twins(x), rtol=1e-5, atol=1e-6)
+    jacobian = jax.jacfwd(by_twins)(x[:2])
+    np.testing.assert_allclose(jax.jacrev(by_rules)(x[:2]), jacobian, rtol=1e-4, atol=1e-5)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(by_rules, (x,), (x,))
+
+
+@pytest.mark.parametrize(
+    ("dims", "error", "message"),
+    [
+        ([3], ValueError, r"at least two widths.* got \[3\]"),
+        ([], ValueError, "at least two widths"),
+        ([3, 0, 2], ValueError, r"each at least 1, got \[3, 0, 2\]"),
+        ([3, -1], ValueError, "each at least 1"),
+        ([3, 2.5], TypeError, "sequence of integers"),
+        (7, TypeError, "sequence of integers, got 7"),
+    ],
+)
+def test_impossible_dims_are_refused(dims, error, message):
+    with pytest.raises(error, match=message):
+        fcfunc.init(jax.random.key(0), dims)
+
+
+@pytest.mark.parametrize("key", [None, 0, "0", jnp.zeros(3), jax.random.split(jax.random.key(0))])
+def test_a_missing_or_wrong_key_is_refused(key):
+    with pytest.raises(TypeError, match="init: key must be one random key"):
+        fcfunc.init(key, [3, 2])
+
+
+def test_a_raw_key_is_accepted():
+    assert len(fcfunc.init(jax.random.PRNGKey(0), [3, 2])) == 1
+
+
+def test_a_wrong_width_names_the_layer_and_both_shapes(params, x):
+    with pytest.raises(ValueError, match=r"layer 0: w \[5, fan_out\] .* follow x \[7, 5\], got w \[6, 5\]"):
+        fcfunc.apply(params, x[:, :5])
+    broken = [params[0], params[2]]
+    with pytest.raises(ValueError, match=r"layer 1: w \[5, fan_out\] .* layer 0's w \[6, 5\], got w \[4, 3\]"):
+        fcfunc.apply(broken, x)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"activation": "swishy"}, "unknown activation 'swishy'; known are linear, log_softmax, relu"),
+        ({"activation": ["relu"]}, "2 activations expected, one per hidden layer, got 1"),
+        ({"final_activation": "soft"}, "unknown activation 'soft'"),
+    ],
+)
+def test_wrong_activations_are_refused(kwargs, message, params, x):
+    with pytest.raises(ValueError, match=message):
+        fcfunc.apply(params, x, **kwargs)
+
+
+@pytest.mark.parametrize("bad", [jnp.ones((7, 6), jnp.int32), jnp.ones((7, 6), jnp.bfloat16)])
+def test_another_dtype_of_x_is_refused(bad, params):
+    with pytest.raises(TypeError, match="apply"):
+        fcfunc.apply(params, bad)
+
+
+def test_no_layers_and_scalars_are_refused(params):
+    with pytest.raises(ValueError, match="at least one layer"):
+        fcfunc.apply([], jnp.ones((2, 3)))
+    with pytest.raises(ValueError, match="got a scalar"):
+        fcfunc.apply(params, jnp.float32(1))

@@ -1,0 +1,267 @@
+"""The train step, the epoch, evaluation and fit."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fcfunc
+from fcfunc import losses, train
+from fcfunc.data import Dataset
+
+
+def make_data(n, seed=0):
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, 3, n, dtype=np.int32)
+    return Dataset((rng.standard_normal((n, 4)) + 2 * y[:, None]).astype(np.float32), y)
+
+
+def loss_fn(params, batch, key):
+    del key
+    logits = fcfunc.apply(params, batch.x)
+    loss = jnp.mean(losses.softmax_cross_entropy_with_integer_labels(logits, batch.y))
+    return loss, {"accuracy": jnp.mean(jnp.argmax(logits, axis=-1) == batch.y, dtype=jnp.float32)}
+
+
+def make_state(optimizer, seed=0):
+    return train.init_state(fcfunc.init(jax.random.key(seed), [4, 8, 3]), optimizer, jax.random.key(seed))
+
+
+def test_an_sgd_step_subtracts_the_gradient_and_counts():
+    optimizer, batch = optax.sgd(0.5), make_data(8)
+    params = fcfunc.init(jax.random.key(0), [4, 8, 3])
+    state, metrics = train.make_train_step(loss_fn, optimizer)(make_state(optimizer), batch)
+    (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, None)
+    expected = jax.tree.map(lambda p, g: p - 0.5 * g, params, grads)
+    chex.assert_trees_all_close(state.params, expected, rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
+    assert int(state.step) == 1
+
+
+def test_steps_donate_the_state_and_never_the_callers_params():
+    params, optimizer = fcfunc.init(jax.random.key(0), [4, 8, 3]), optax.adam(1e-3)
+    state = train.init_state(params, optimizer, jax.random.key(0))
+    new, _ = train.make_train_step(loss_fn, optimizer)(state, make_data(8))
+    assert state.params[0]["w"].is_deleted()
+    assert not params[0]["w"].is_deleted()
+    assert not new.params[0]["w"].is_deleted()
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.sgd(0.1),
+        optax.sgd(0.1, momentum=0.9, nesterov=True),
+        optax.adamw(1e-2),
+        optax.chain(optax.clip_by_global_norm(1.0), optax.rmsprop(1e-2)),
+        optax.inject_hyperparams(optax.adam)(learning_rate=1e-2),
+        optax.MultiSteps(optax.sgd(0.1), 2),
+        optax.chain(optax.adam(1e-2), optax.contrib.reduce_on_plateau()),
+        optax.lbfgs(),
+    ],
+    ids=["sgd", "nesterov", "adamw", "clip", "inject", "multi_steps", "plateau", "lbfgs"],
+)
+def test_any_optax_optimiser_lowers_the_loss(optimizer):
+    data, state = make_data(64), make_state(optimizer)
+    before = train.evaluate(loss_fn, state.params, data)["loss"]
+    epoch = train.make_train_epoch(loss_fn, optimizer, 16)
+    for _ in range(5):
+        state, _ = epoch(state, data)
+    assert train.evaluate(loss_fn, state.params, data)["loss"] < 0.9 * before
+
+
+@pytest.mark.parametrize(
+    ("n", "batch_size", "sizes"), [(12, 4, [4, 4, 4]), (10, 4, [4, 4, 2]), (3, 3, [3]), (5, 4, [4, 1])]
+)
+def test_an_epoch_uses_every_example_once_and_counts_the_short_batch(n, batch_size, sizes):
+    """The loss is linear in a weight per example, so that the step of SGD records what was in the batch."""
+    data = {"index": jnp.arange(n)}
+
+    def record(params, batch, key):
+        del key
+        seen = jnp.zeros(n).at[batch["index"]].add(1.0)
+        return jnp.mean(params[batch["index"]]), {"seen": seen, "size": jnp.sum(seen)}
+
+    optimizer = optax.sgd(1.0)
+    state = train.init_state(jnp.zeros(n), optimizer, jax.random.key(0))
+    state, metrics = train.make_train_epoch(record, optimizer, batch_size)(state, data)
+    np.testing.assert_array_equal(metrics["size"], sizes)
+    np.testing.assert_array_equal(metrics["seen"].sum(axis=0), np.ones(n))
+    step_of = np.argmax(metrics["seen"], axis=0)
+    np.testing.assert_allclose(state.params, -1 / np.array(sizes)[step_of], rtol=1e-6)
+    assert int(state.step) == len(sizes)
+
+
+def test_an_epoch_equals_its_steps_one_by_one():
+    optimizer, data = optax.adam(1e-2), make_data(10)
+    order = []
+
+    def spying(params, batch, key):
+        loss, _ = loss_fn(params, batch, key)
+        return loss, {"first": batch.x[:, 0]} if batch.x.shape[0] == 5 else {}
+
+    state, metrics = train.make_train_epoch(spying, optimizer, 5)(make_state(optimizer), data)
+    by_steps, step = make_state(optimizer), train.make_train_step(loss_fn, optimizer)
+    for first in np.asarray(metrics["first"]):
+        rows = [int(np.argmax(data.x[:, 0] == value)) for value in first]
+        by_steps, _ = step(by_steps, Dataset(data.x[rows], data.y[rows]))
+        order += rows
+    assert sorted(order) == list(range(10))
+    chex.assert_trees_all_close(state.params, by_steps.params, rtol=1e-5, atol=1e-6)
+
+
+def test_every_epoch_has_another_order_and_every_step_another_key():
+    def draw(params, batch, key):
+        return jnp.sum(params) * 0.0, {"draw": jax.random.uniform(key), "first": batch[0]}
+
+    optimizer = optax.sgd(0.1)
+    state = train.init_state(jnp.zeros(1), optimizer, jax.random.key(0))
+    epoch = train.make_train_epoch(draw, optimizer, 10)
+    state, one = epoch(state, jnp.arange(100))
+    state, two = epoch(state, jnp.arange(100))
+    assert len(np.unique(np.concatenate([one["draw"], two["draw"]]))) == 20
+    assert not np.array_equal(one["first"], two["first"])
+
+
+def test_a_run_of_many_epochs_is_traced_and_compiled_once():
+    optimizer, data, traces = optax.sgd(0.1), make_data(10), []
+
+    def counting(params, batch, key):
+        traces.append(batch.x.shape[0])
+        return loss_fn(params, batch, key)
+
+    epoch, state = train.make_train_epoch(counting, optimizer, 4), make_state(optimizer)
+    for _ in range(5):
+        state, _ = epoch(state, data)
+    assert sorted(traces) == [2, 4]  # once for whole batches, once for the short one, in one program
+    assert epoch._cache_size() == 1
+
+
+def test_evaluate_weighs_the_short_batch_by_its_size():
+    data, params = make_data(10), fcfunc.init(jax.random.key(0), [4, 8, 3])
+    whole = loss_fn(params, data, None)
+    for batch_size in (1, 3, 4, 10, 1000):
+        metrics = train.evaluate(loss_fn, params, data, batch_size=batch_size)
+        np.testing.assert_allclose(metrics["loss"], whole[0], rtol=1e-5)
+        np.testing.assert_allclose(metrics["accuracy"], whole[1]["accuracy"], rtol=1e-5)
+
+
+def fit(data=None, **options):
+    optimizer = optax.sgd(0.1)
+    arguments: dict = {"epochs": 5, "batch_size": 16} | options
+    return train.fit(loss_fn, optimizer, make_state(optimizer), data or make_data(50), **arguments)
+
+
+def test_fit_learns_and_records_every_epoch():
+    seen = []
+    state, history = fit(
+        epochs=30, validation_data=make_data(20, 1), num_classes=3, on_epoch=lambda s, r: seen.append(int(s.step))
+    )
+    assert [r["epoch"] for r in history] == list(range(1, 31))
+    assert seen == [r["step"] for r in history] == list(range(4, 121, 4))
+    assert history[-1]["loss"] < 0.5 * history[0]["loss"]
+    assert history[-1]["validation_accuracy"] > 0.7  # three clusters that overlap
+    assert int(state.step) == 120
+
+
+def test_the_loss_of_an_epoch_is_the_mean_over_its_examples():
+    optimizer = optax.sgd(0.0)
+    data, state = make_data(50), make_state(optimizer)
+    _, history = train.fit(loss_fn, optimizer, state, data, epochs=1, batch_size=16)
+    np.testing.assert_allclose(history[0]["loss"], loss_fn(state.params, data, None)[0], rtol=1e-5)
+
+
+def test_early_stopping_returns_the_best_epochs_parameters():
+    weights = []
+
+    def rising(params, batch, key):  # the validation loss falls to a minimum at params 1 and rises again
+        del batch
+        return -params if key is not None else (params - 1.0) ** 2
+
+    optimizer = optax.sgd(0.25)  # each step adds 0.25
+    state = train.init_state(jnp.zeros(()), optimizer, jax.random.key(0))
+    state, history = train.fit(
+        rising, optimizer, state, jnp.zeros(4), epochs=50, batch_size=4, validation_data=jnp.zeros(2), patience=3,
+        on_epoch=lambda s, r: weights.append(float(s.params)),
+    )  # fmt: skip
+    assert weights == [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75]
+    assert float(state.params) == 1.0
+    assert len(history) == 7
+
+
+def test_fit_leaves_the_callers_state_alone_and_repeats_to_the_bit():
+    optimizer, data = optax.adam(1e-2), make_data(50)
+    state = make_state(optimizer)
+    one, _ = train.fit(loss_fn, optimizer, state, data, epochs=3, batch_size=16)
+    two, _ = train.fit(loss_fn, optimizer, state, data, epochs=3, batch_size=16)
+    chex.assert_trees_all_equal(one.params, two.params)
+
+
+def test_two_runs_of_two_epochs_equal_one_of_four():
+    optimizer, data = optax.adam(1e-2), make_data(50)
+    whole, _ = train.fit(loss_fn, optimizer, make_state(optimizer), data, epochs=4, batch_size=16)
+    half, _ = train.fit(loss_fn, optimizer, make_state(optimizer), data, epochs=2, batch_size=16)
+    rest, _ = train.fit(loss_fn, optimizer, half, data, epochs=2, batch_size=16)
+    chex.assert_trees_all_equal(whole.params, rest.params)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs must be an integer of at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1"),
+        ({"batch_size": 51}, r"at least 51 examples \(one batch\) expected, got 50"),
+        ({"patience": 3}, "patience needs validation_data"),
+        ({"mode": "least"}, 'mode must be "min" or "max"'),
+        ({"validation_data": make_data(0)}, "at least 1 examples"),
+        ({"validation_data": make_data(5), "patience": 2, "monitor": "f1"}, "monitor 'f1' is not among .*accuracy"),
+    ],
+)
+def test_fit_refuses_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        fit(**options)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda d: Dataset(d.x, np.where(np.arange(50) == 7, 3, d.y)),
+            r"data\.y\[7\]: labels in \[0, 3\) expected, got 3",
+        ),
+        (lambda d: Dataset(d.x, d.y - 1), r"data\.y\[\d+\]: labels in \[0, 3\) expected, got -1"),
+        (
+            lambda d: Dataset(np.where(d.x == d.x[4, 1], np.nan, d.x), d.y),
+            r"data\.x\[4, 1\]: finite numbers expected, got nan",
+        ),
+        (lambda d: Dataset(d.x[:40], d.y), r"one first axis.* \.x \[40\], \.y \[50\]"),
+        (lambda d: Dataset(d.x[:0], d.y[:0]), "at least 16 examples"),
+    ],
+    ids=["label too large", "label negative", "nan", "lengths", "empty"],
+)
+def test_fit_refuses_bad_data_before_anything_runs(spoil, message):
+    def never(params, batch, key):
+        raise AssertionError("the loss was traced")
+
+    optimizer = optax.sgd(0.1)
+    with pytest.raises(ValueError, match=message):
+        train.fit(never, optimizer, make_state(optimizer), spoil(make_data(50)), epochs=1, batch_size=16, num_classes=3)
+
+
+def test_fit_stops_where_the_loss_is_not_finite():
+    optimizer = optax.sgd(1e30)
+    with pytest.raises(FloatingPointError, match="the loss was nan in epoch 1"):
+        train.fit(loss_fn, optimizer, make_state(optimizer), make_data(50), epochs=3, batch_size=16)
+
+
+def test_a_loss_per_example_is_refused_with_advice():
+    step = train.make_train_step(lambda p, b, k: losses.squared_error(p * b, b), optax.sgd(0.1))
+    with pytest.raises(ValueError, match=r"must return one number.*got float32\[4\]; take jnp.mean"):
+        step(train.init_state(jnp.float32(1), optax.sgd(0.1), jax.random.key(0)), jnp.ones(4))
+
+
+def test_a_missing_key_is_refused():
+    with pytest.raises(TypeError, match="init_state: key must be one random key"):
+        train.init_state(jnp.zeros(3), optax.sgd(0.1), None)  # pyright: ignore[reportArgumentType]
