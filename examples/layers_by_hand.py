@@ -16,6 +16,16 @@ import fcfunc
 from fcfunc import data, losses, ops
 
 
+def forward(params, x):
+    """Scores, and each layer's residuals for the way back; `x` is `[batch, d1, ..., dk]`."""
+    residuals = []
+    for layer, p in enumerate(params):
+        x, affine_residuals = ops.affine_fwd(x, p["w"], p["b"], flatten=layer == 0)
+        x, relu_residuals = ops.relu_fwd(x) if layer < len(params) - 1 else (x, None)
+        residuals.append((affine_residuals, relu_residuals))
+    return x, residuals
+
+
 def loss(params, x, labels=None, *, l2=0.0):
     """Scores where no labels are given; else the loss and its gradients, derived by hand, chained by hand.
 
@@ -25,14 +35,10 @@ def loss(params, x, labels=None, *, l2=0.0):
       labels: `[batch]`.
       l2: the weight of half the squared weights.
     """
-    residuals = []
-    for layer, p in enumerate(params):
-        x, affine_residuals = ops.affine_fwd(x, p["w"], p["b"], flatten=layer == 0)
-        x, relu_residuals = ops.relu_fwd(x) if layer < len(params) - 1 else (x, None)
-        residuals.append((affine_residuals, relu_residuals))
+    scores, residuals = forward(params, x)
     if labels is None:
-        return x
-    each, loss_residuals = losses.softmax_cross_entropy_with_integer_labels_fwd(x, labels)
+        return scores
+    each, loss_residuals = losses.softmax_cross_entropy_with_integer_labels_fwd(scores, labels)
     penalty, weights = losses.l2_penalty_fwd([p["w"] for p in params])
 
     (decay,) = losses.l2_penalty_bwd(weights, jnp.float32(l2))
@@ -84,12 +90,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     batch = 32
     for epoch in range(args.epochs):
         (shuffled,) = data.split(training, (1.0,), seed=epoch)
+        value = jnp.nan
         for start in range(0, len(shuffled.y), batch):
             rows = slice(start, start + batch)
             params, value = sgd_step(params, shuffled.x[rows], shuffled.y[rows], l2=args.l2, learning_rate=0.1)
         if epoch % 10 == 9:
             print(f"epoch {epoch + 1}: loss of the last batch {value:.4f}")
-    accuracy = float(jnp.mean(jnp.argmax(loss(params, test.x), axis=-1) == test.y, dtype=jnp.float32))
+    accuracy = float(jnp.mean(jnp.argmax(forward(params, test.x)[0], axis=-1) == test.y, dtype=jnp.float32))
     print(f"test accuracy {accuracy:.4f}")
     return {"accuracy": accuracy, "gradient_error": error}
 
