@@ -45,7 +45,7 @@ def loss_fn(params, x, labels):
 
 def by_torch() -> tuple[float, list[dict[str, np.ndarray]]]:
     """The same network, loss and gradients in PyTorch, in float64."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     params = [{name: torch.tensor(a, dtype=torch.float64, requires_grad=True) for name, a in p.items()} for p in PARAMS]
     x = torch.tensor(X, dtype=torch.float64)
