@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -31,11 +32,12 @@ OPTIMIZERS = {
 
 
 class Task(NamedTuple):
-    """What is learned: the parts of the data, and the constants that its numbers were scaled by."""
+    """What is learned: the parts of the data, the classes, and the constants that its numbers were scaled by."""
 
     parts: tuple[data.Dataset, ...]
     classes: int | None
     scaling: dict[str, np.ndarray]
+    names: list[str] | None = None
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -47,12 +49,17 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     dims = check_dims(args.dims, training.x.shape[1], task.classes)
     init_key, run_key = jax.random.split(jax.random.key(args.seed))
     params = fcfunc.init(init_key, dims)
-    out = Path(args.out or Path("runs") / Path(args.data).stem)
-    out.mkdir(parents=True, exist_ok=True)
+    out = Path(args.out) if args.out else Path("runs") / Path(args.data).stem
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: a file is in the way")
 
     device = jax.devices()[0]
     print(f"fcfunc {fcfunc.__version__}, jax {jax.__version__}, optax {optax.__version__} on {device.device_kind}")
-    print(f"{args.data}: {len(training.y)} training, {len(validation.y)} validation, {len(test.y)} test examples")
+    kind = f"classification into {task.classes}" if task.classes else "regression"
+    counts = ", ".join(
+        f"{len(part.y)} {name}" for part, name in zip(task.parts, ("training", "validation", "test"), strict=True)
+    )
+    print(f"{args.data}: {kind}, {counts} examples")
     print_proof(dims, args.activation, task.classes, args.l2, args.seed)
 
     steps = args.epochs * -(-len(training.y) // args.batch_size)
@@ -61,6 +68,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     loss_fn, eval_fn = (make_loss_fn(args.activation, task.classes, l2) for l2 in (args.l2, 0.0))
     state = train.init_state(params, optimizer, run_key)
     score = "accuracy" if task.classes else "loss"
+    data.check_values(test, num_classes=task.classes, name="test data")
     state, history = train.fit(
         loss_fn,
         optimizer,
@@ -82,7 +90,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     else:
         figures["rmse"] = figures["loss"] ** 0.5 * float(task.scaling["target.scale"])
         print(f"test RMSE {figures['rmse']:.4g} in the target's unit, {dims} {args.activation}, {len(history)} epochs")
-    write(out, state.params, history, score, {"dims": dims, "activation": args.activation}, task.scaling)
+    config = {"dims": dims, "activation": args.activation, "class_names": task.names}
+    write(out, state.params, history, score, config, task.scaling)
     print(f"wrote params.safetensors, history.jsonl and learning_curve.png to {out}/")
     return figures
 
@@ -131,6 +140,10 @@ def print_proof(dims: list[int], activation: str, classes: int | None, l2: float
 def load(source: str, task: str, target: str | None, seed: int) -> Task:
     """Reads the data and splits it; what it is scaled by comes from the training part alone."""
     name, folder = source.partition(":")[::2]
+    if target is not None and not source.endswith(".csv"):
+        raise ValueError("--target names a column of a CSV file")
+    if task == "regression" and name in ("digits", "fashion-mnist"):
+        raise ValueError(f"--task regression: {name} has classes")
     if source == "digits":
         parts = data.split(data.digits(), (0.7, 0.15, 0.15), seed=seed)
         return Task(parts, 10, {})
@@ -138,44 +151,58 @@ def load(source: str, task: str, target: str | None, seed: int) -> Task:
         training, test = data.fashion_mnist(*[folder] if folder else [])
         parts = (*data.split(training, (0.9, 0.1), seed=seed), test)
         return Task(tuple(data.Dataset(p.x.reshape(len(p.x), -1) / np.float32(255), p.y) for p in parts), 10, {})
-    parts = read_parts(Path(source), target, seed)
-    if any(p.x.ndim < 2 or p.y.shape != p.x.shape[:1] or not len(p.y) for p in parts):
-        shapes = ", ".join(f"x {list(p.x.shape)} y {list(p.y.shape)}" for p in parts)
-        raise ValueError(f"{source}: x [n, ...] and y [n] expected, got {shapes}")
+    parts, names = read_parts(Path(source), target, seed)
     data.check_values(parts, name=source)
+    if any(np.abs(p.x).max() > np.finfo(np.float32).max for p in parts):
+        raise ValueError(f"{source}: x has numbers too large for float32")
     parts = tuple(data.Dataset(p.x.reshape(len(p.x), -1).astype(np.float32), p.y) for p in parts)
     inputs = data.standardizer(parts[0].x)
     parts = tuple(p._replace(x=inputs(p.x)) for p in parts)
     scaling = {"input.mean": inputs.mean, "input.scale": inputs.scale}
-    whole = all(np.issubdtype(p.y.dtype, np.integer) for p in parts)
+    whole = np.issubdtype(parts[0].y.dtype, np.integer)
     if task == "classification" and not whole:
         raise ValueError(f"{source}: --task classification needs integer labels, got {parts[0].y.dtype}")
+    if task == "regression" and names is not None:
+        raise ValueError(
+            f"{source}: --task regression needs numbers, and the target is text ({', '.join(names[:3])}, ...)"
+        )
     if task == "regression" or not whole:
         targets = data.standardizer(parts[0].y)
         scaling |= {"target.mean": targets.mean, "target.scale": targets.scale}
         return Task(tuple(p._replace(y=targets(p.y)) for p in parts), None, scaling)
-    classes = int(max(p.y.max() for p in parts)) + 1
+    classes = int(max(p.y.max() for p in parts[:2])) + 1  # of the training file; a test label beyond is refused
     if classes > 10_000:
         raise ValueError(f"{source}: labels up to {classes - 1}; if y is a quantity, say --task regression")
-    return Task(tuple(p._replace(y=p.y.astype(np.int32)) for p in parts), max(classes, 2), scaling)
+    return Task(parts, max(classes, 2), scaling, names)
 
 
-def read_parts(path: Path, target: str | None, seed: int) -> tuple[data.Dataset, ...]:
-    """The training, validation and test part of the user's own file."""
+def read_parts(path: Path, target: str | None, seed: int) -> tuple[tuple[data.Dataset, ...], list[str] | None]:
+    """The training, validation and test part of the user's own file, and the names of its classes."""
     if path.suffix == ".csv":
         table = data.read_csv(path, target=target)
-        return data.split(data.Dataset(table.x, table.y), (0.7, 0.15, 0.15), seed=seed)
+        return data.split(data.Dataset(table.x, table.y), (0.7, 0.15, 0.15), seed=seed), table.classes
     if path.suffix != ".npz":
         raise ValueError(f"--data {path}: expected digits, fashion-mnist, fashion-mnist:FOLDER, a .npz or a .csv file")
     arrays = {name.lower(): array for name, array in data.read_npz(path).items()}
     if {"x_train", "y_train", "x_test", "y_test"} <= arrays.keys():
-        training = data.Dataset(arrays["x_train"], arrays["y_train"])
-        return *data.split(training, (0.85, 0.15), seed=seed), data.Dataset(arrays["x_test"], arrays["y_test"])
+        training, test = (checked(path, arrays, f"x_{part}", f"y_{part}") for part in ("train", "test"))
+        if training.x.shape[1:] != test.x.shape[1:] or training.y.dtype.kind != test.y.dtype.kind:
+            raise ValueError(f"{path}: x_train and x_test, or y_train and y_test, are not of one width and kind")
+        return (*data.split(training, (0.85, 0.15), seed=seed), test), None
     if {"x", "y"} <= arrays.keys():
-        if len(arrays["x"]) != len(arrays["y"]):
-            raise ValueError(f"{path}: x has {len(arrays['x'])} rows, y has {len(arrays['y'])}")
-        return data.split(data.Dataset(arrays["x"], arrays["y"]), (0.7, 0.15, 0.15), seed=seed)
+        return data.split(checked(path, arrays, "x", "y"), (0.7, 0.15, 0.15), seed=seed), None
     raise ValueError(f"{path}: arrays x and y (or x_train, y_train, x_test, y_test) expected, got {', '.join(arrays)}")
+
+
+def checked(path: Path, arrays: dict[str, np.ndarray], x_name: str, y_name: str) -> data.Dataset:
+    """Inputs and targets that belong together; booleans become 0 and 1."""
+    x, y = arrays[x_name], arrays[y_name]
+    if x.ndim < 2 or y.shape != x.shape[:1] or not x.size:
+        came = f"{x_name} {list(x.shape)} and {y_name} {list(y.shape)}"
+        raise ValueError(f"{path}: {x_name} [n, ...] and {y_name} [n] expected, got {came}")
+    if "c" in x.dtype.kind + y.dtype.kind:
+        raise ValueError(f"{path}: real numbers expected, got {x_name} {x.dtype} and {y_name} {y.dtype}")
+    return data.Dataset(x, y.astype(np.int32) if y.dtype.kind == "b" else y)
 
 
 def check_dims(dims: list[int] | None, features: int, classes: int | None) -> list[int]:
@@ -199,19 +226,17 @@ def select_device(device: str | None) -> None:
 
 
 def write(out: Path, params, history, score: str, config: dict, scaling: dict) -> None:
-    """Writes each file under another name first, so that none is ever there by half."""
+    """Writes into a folder beside `out` first and moves whole files over: none is ever there by half."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
     from safetensors.numpy import save
 
+    out.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"layers.{i}.{name}": np.asarray(a) for i, p in enumerate(params) for name, a in p.items()}
     tensors |= {name: np.asarray(a, np.float32) for name, a in scaling.items()}
     metadata = {name: json.dumps(value) for name, value in config.items()}
-    (out / "params.tmp").write_bytes(save(tensors, metadata=metadata))
-    (out / "history.tmp").write_text("".join(json.dumps(record) + "\n" for record in history))
-
     epochs = [record["epoch"] for record in history]
     figure, panels = plt.subplots(1, 2 if score != "loss" else 1, figsize=(9, 3.4), squeeze=False, layout="constrained")
     for panel, metric in zip(panels[0], dict.fromkeys(["loss", score]), strict=True):
@@ -220,10 +245,17 @@ def write(out: Path, params, history, score: str, config: dict, scaling: dict) -
         panel.set(xlabel="epoch", ylabel=metric, yscale="log" if metric == "loss" else "linear")
         panel.grid(alpha=0.3)
         panel.legend()
-    figure.savefig(out / "learning_curve.tmp", dpi=120, format="png")
-    plt.close(figure)
-    for name in ("params.safetensors", "history.jsonl", "learning_curve.png"):
-        os.replace((out / name).with_suffix(".tmp"), out / name)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as staging:
+        figure.savefig(Path(staging) / "learning_curve.png", dpi=120)
+        plt.close(figure)
+        (Path(staging) / "params.safetensors").write_bytes(save(tensors, metadata=metadata))
+        (Path(staging) / "history.jsonl").write_text("".join(json.dumps(record) + "\n" for record in history))
+        for name in os.listdir(staging):
+            if (out / name).is_dir():
+                raise ValueError(f"{out / name}: a folder is in the way")
+        out.mkdir(exist_ok=True)
+        for name in os.listdir(staging):
+            os.replace(Path(staging) / name, out / name)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -258,8 +290,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="stop after N epochs without a better validation score",
     )
-    add("--seed", type=positive(int, zero=True), default=0, metavar="N", help="of the split, the weights and the order "
-        "(default: 0)")  # fmt: skip
+    add("--seed", type=positive(int, zero=True, below=2**31), default=0, metavar="N", 
+        help="of the split, the weights and the order (default: 0)")  # fmt: skip
     add("--device", choices=("cpu", "gpu"), help="default: a GPU where JAX finds one, else the CPU")
     add("--out", metavar="FOLDER", help="where to write (default: runs/NAME-OF-DATA)")
     parser.error = usage_error
@@ -271,13 +303,15 @@ def usage_error(message: str):
     raise ValueError(f"{message} (see --help)")
 
 
-def positive(kind, *, zero: bool = False):
-    """An argument type: a finite number above 0, or from 0 on."""
+def positive(kind, *, zero: bool = False, below: float = 1e38):
+    """An argument type: a number above 0, or from 0 on, that fits into 32 bits."""
 
     def convert(text):
         number = kind(text)
-        if not (0 < number < float("inf") or (zero and number == 0)):
-            raise argparse.ArgumentTypeError(f"{'at least 0' if zero else 'above 0'} expected, got {text}")
+        if not (0 < number < below or (zero and number == 0)):
+            raise argparse.ArgumentTypeError(
+                f"{'at least 0' if zero else 'above 0'} and below {below:g} expected, got {text}"
+            )
         return number
 
     convert.__name__ = "number" if kind is float else "integer"
@@ -285,16 +319,24 @@ def positive(kind, *, zero: bool = False):
 
 
 def integers(text: str) -> list[int]:
-    """An argument type: integers between commas."""
-    return [int(part) for part in text.split(",")]
+    """An argument type: widths between commas."""
+    return [positive(int, below=2**20)(part) for part in text.split(",")]
 
 
 def run() -> int:
     """`main` for a shell: an error is one line and exit status 2."""
     try:
         main()
-    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as e:
-        print(f"error: {e}", file=sys.stderr)
+    except (
+        ValueError,
+        TypeError,
+        OSError,
+        ImportError,
+        FloatingPointError,
+        MemoryError,
+        jax.errors.JaxRuntimeError,
+    ) as e:
+        print(f"error: {' '.join(str(e).split()) or type(e).__name__}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; nothing written", file=sys.stderr)

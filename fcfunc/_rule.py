@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fcfunc import _compat
 
@@ -35,6 +36,17 @@ def rule(fwd: Callable, bwd: Callable) -> Callable:
     joined.defvjp(joined_fwd, joined_bwd)
 
     def call(*args, **options):
-        return joined(tuple(sorted(options.items())), *_compat.vary_alike(jax.tree.map(jnp.asarray, args)))
+        return joined(tuple(sorted(options.items())), *_compat.vary_alike(jax.tree.map(_as_array, args)))
 
     return call
+
+
+def _as_array(leaf):
+    """As `jnp.asarray`, but a NumPy integer too large for JAX's own becomes the largest one, not another number.
+
+    Without x64 JAX keeps the lower 32 bits: the label 2**32 would silently be class 0.
+    """
+    if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "iu":
+        limits = jnp.iinfo(jax.dtypes.canonicalize_dtype(leaf.dtype))
+        return jnp.asarray(np.clip(leaf, limits.min, limits.max))
+    return jnp.asarray(leaf)

@@ -205,6 +205,8 @@ def read_csv(path: str | os.PathLike, *, target: str | None = None, max_bytes: i
         raise ValueError(f"{path}: a header and no rows")
     if target is not None and target not in header:
         raise ValueError(f"{path}: no column {target!r}; the header has {', '.join(header)}")
+    if target is not None and header.count(target) > 1:
+        raise ValueError(f"{path}: {header.count(target)} columns are called {target!r}")
     at = width - 1 if target is None else header.index(target)
     features = [name for i, name in enumerate(header) if i != at]
     x = np.empty((len(rows), width - 1), np.float32)
@@ -214,7 +216,7 @@ def read_csv(path: str | os.PathLike, *, target: str | None = None, max_bytes: i
         for j, cell in enumerate(cells[:at] + cells[at + 1 :]):
             number = _number(cell)
             if number is None or not abs(number) <= FLOAT32_MAX:
-                raise ValueError(f"{path}, line {line}, {features[j]}: a finite number expected, got {cell!r}")
+                raise ValueError(f"{path}, line {line}, {features[j]}: a finite number expected, got {cell[:40]!r}")
             x[i, j] = number
     y, classes = _target(path, [line for line, _ in rows], [cells[at] for _, cells in rows])
     return Table(x, y, features, classes)
@@ -238,13 +240,17 @@ def split(data: Any, fractions: Sequence[float], *, seed: int) -> tuple[Any, ...
       >>> [part.shape for part in split(np.zeros((10, 3)), [0.8, 0.2], seed=0)]
       [(8, 3), (2, 3)]
     """
+    fractions = [float(f) for f in fractions]
     if not fractions or min(fractions) <= 0 or not math.isclose(sum(fractions), 1.0):
-        raise ValueError(f"split: positive fractions with a sum of 1 expected, got {list(fractions)}")
-    n = len(jax.tree.leaves(data)[0])
+        raise ValueError(f"split: positive fractions with a sum of 1 expected, got {fractions}")
+    counts = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(data)}
+    if len(counts) != 1 or () in counts:
+        raise ValueError(f"split: arrays with one first axis, the examples, expected, got {sorted(counts)}")
+    (n,) = counts.pop()
     ends = np.round(np.cumsum(fractions) * n).astype(int)
     parts = np.split(np.random.default_rng(seed).permutation(n), ends[:-1])
     if min(map(len, parts)) == 0:
-        raise ValueError(f"split: {n} examples are too few for parts of {list(fractions)}")
+        raise ValueError(f"split: {n} examples are too few for parts of {fractions}")
     return tuple(jax.tree.map(lambda a, part=part: a[part], data) for part in parts)
 
 
@@ -285,7 +291,7 @@ def check_values(data: Any, *, num_classes: int | None = None, name: str = "data
     """
     for path, leaf in jax.tree.leaves_with_path(data):
         array, where = np.asarray(leaf), f"{name}{jax.tree_util.keystr(path)}"
-        if jnp.issubdtype(array.dtype, jnp.floating):  # NumPy's own test does not know bfloat16
+        if jnp.issubdtype(array.dtype, jnp.inexact):  # NumPy's own test does not know bfloat16
             bad, expected = ~np.isfinite(array), "finite numbers"
         elif num_classes is not None and array.ndim == 1 and np.issubdtype(array.dtype, np.integer):
             bad, expected = (array < 0) | (array >= num_classes), f"labels in [0, {num_classes})"
@@ -342,8 +348,8 @@ def _read_npy(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> 
             }
             shape, _, dtype = read_header[version](f)
             size, there = math.prod(shape) * dtype.itemsize, member.file_size - f.tell()
-    except (ValueError, KeyError) as e:
-        raise ValueError(f"{where}: not an array in NPY format ({e})") from None
+    except Exception as e:  # NumPy reads the header with ast and tokenize, whose errors are many
+        raise ValueError(f"{where}: not an array in NPY format ({type(e).__name__})") from None
     if dtype.kind not in "biufc":
         raise ValueError(f"{where}: an array of numbers expected, got dtype {dtype}")
     if min(shape, default=0) < 0 or size != there:
@@ -368,7 +374,7 @@ def _target(path: Path, lines: list[int], cells: list[str]) -> tuple[np.ndarray,
         return np.array([index[cell] for cell in cells], np.int32), classes
     for line, cell, number in zip(lines, cells, numbers, strict=True):
         if number is None or not abs(number) <= FLOAT32_MAX:
-            raise ValueError(f"{path}, line {line}: a finite number expected as the target, got {cell!r}")
+            raise ValueError(f"{path}, line {line}: a finite number expected as the target, got {cell[:40]!r}")
     if all(re.fullmatch(r"[+-]?\d{1,9}", cell) for cell in cells):
         return np.array([int(cell) for cell in cells], np.int32), None
     return np.array(numbers, np.float32), None

@@ -281,9 +281,9 @@ def negative_log_likelihood_fwd(probs, labels, *, ignore_index=None):
 def negative_log_likelihood_bwd(residuals, g, *, ignore_index=None):
     """Cotangents `(dprobs, None)` of `negative_log_likelihood`: labels have no gradient."""
     probs, labels = residuals
-    # dp_k = −g / p_y where k = y, else 0
+    # dp_k = −g / p_y where k = y, else 0; below 0 the logarithm is NaN, and so is its derivative
     hit, p = _hit(probs, labels), wide(probs)
-    dprobs = jnp.where(hit, -_each_row(g, p) / jnp.where(hit, p, 1), 0)
+    dprobs = jnp.where(hit, -_each_row(g, p) / jnp.where(hit, jnp.where(p < 0, jnp.nan, jnp.abs(p)), 1), 0)
     return _rows(labels, probs.shape[-1], ignore_index, dprobs).astype(probs.dtype), None
 
 
@@ -301,7 +301,7 @@ def multiclass_svm(scores: jax.Array, labels: jax.Array, *, margin: float = 1.0)
       margin: by how much the right score should exceed each other one, in the unit of the scores.
 
     Returns:
-      `[...]`. Saved for the backward pass: one boolean per score, the labels.
+      `[...]`. Saved for the backward pass: one boolean per score, one per row, and the labels.
 
     Raises:
       TypeError: float labels, or scores of another than a floating-point dtype.
@@ -323,19 +323,20 @@ def multiclass_svm_fwd(scores, labels, *, margin=1.0):
     hit, s = _hit(scores, labels), wide(scores)
     own = jnp.sum(jnp.where(hit, s, 0), axis=-1, keepdims=True)
     excess = jnp.where(hit, 0, s - own + margin)
-    dead = excess <= 0  # false for a NaN, which so stays alive
-    loss = jnp.sum(jnp.where(dead, 0, excess), axis=-1)
+    dead = excess <= 0
+    loss = jnp.sum(jnp.where(dead, 0, excess), axis=-1)  # a NaN is not dead
     # The dtype of the scores is kept in an empty array: a residual is an array, a dtype is not.
-    return _rows(labels, scores.shape[-1], None, loss), (dead, labels, jnp.empty(0, scores.dtype))
+    return _rows(labels, scores.shape[-1], None, loss), (dead, jnp.isnan(loss), labels, jnp.empty(0, scores.dtype))
 
 
 def multiclass_svm_bwd(residuals, g):
     """Cotangents `(dscores, None)` of `multiclass_svm`: labels have no gradient."""
-    dead, labels, like = residuals
+    dead, undefined, labels, like = residuals
     alive = 1 - dead.astype(g.dtype)
     # ds_k = g [s_k − s_y + margin > 0] for k ≠ y, ds_y = −Σ of these
     count = jnp.sum(alive, axis=-1, keepdims=True)
     dscores = _each_row(g, alive) * jnp.where(_hit(alive, labels), -count, alive)
+    dscores = jnp.where(_each_row(undefined, alive), jnp.nan, dscores)
     return _rows(labels, alive.shape[-1], None, dscores).astype(like.dtype), None
 
 

@@ -144,6 +144,9 @@ def _check_layers(params, x, flatten: bool) -> None:
     width = math.prod(shape[1:]) if flatten else shape[-1]
     came = f"x {list(shape)}"
     for layer, p in enumerate(params):
+        if not isinstance(p, dict) or not {"w", "b"} <= p.keys():
+            raise TypeError(f"apply, layer {layer}: a dict of w and b expected, got {p!r:.80}")
+        _check.array(f"apply, layer {layer}", w=p["w"], b=p["b"])
         w, b = jnp.shape(p["w"]), jnp.shape(p["b"])
         if len(w) != 2 or w[0] != width or b != w[1:]:
             raise ValueError(

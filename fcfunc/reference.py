@@ -76,14 +76,20 @@ def negative_log_likelihood(probs, labels, *, ignore_index=None):
     probs, hit, ignored, poison = _labelled(probs, labels, ignore_index)
     # The sum before the logarithm: the logarithm of a probability of 0 that is not the label's stays out.
     picked = jnp.sum(jnp.where(hit, probs, 0), axis=-1)
-    return jnp.where(ignored, 0, -jnp.log(jnp.where(ignored, 1, picked)) * poison)
+    poison = jnp.where(picked < 0, jnp.nan, poison)
+    return jnp.where(ignored, 0, -jnp.log(jnp.where(ignored, 1, picked * poison)))
 
 
 def multiclass_svm(scores, labels, *, margin=1.0):
     """Twin of `fcfunc.losses.multiclass_svm`."""
     scores, hit, _, poison = _labelled(scores, labels, None)
-    own = jnp.broadcast_to(jnp.sum(jnp.where(hit, scores, 0), axis=-1, keepdims=True), scores.shape)
-    return jnp.sum(jnp.where(hit, 0, relu(scores - own + margin)), axis=-1) * poison
+
+    def excess(scores):
+        own = jnp.sum(jnp.where(hit, scores, 0), axis=-1, keepdims=True)
+        return jnp.where(hit, 0, scores - jnp.broadcast_to(own, scores.shape) + margin)
+
+    poison = jnp.where(jnp.any(jnp.isnan(excess(scores)), axis=-1), jnp.nan, poison)
+    return jnp.sum(relu(excess(scores * jnp.expand_dims(poison, -1))), axis=-1) * poison
 
 
 def l2_penalty(params):

@@ -123,8 +123,10 @@ def _evaluate(loss_fn, params, data, batch_size):
         return None, {"loss": loss, **metrics}
 
     _, metrics = _over_batches(step, None, jnp.arange(n), min(batch_size, n))
-    weights = jnp.asarray(_batch_sizes(n, min(batch_size, n)) / n, jnp.float32)
-    return jax.tree.map(lambda m: jnp.tensordot(weights.astype(m.dtype), m, axes=1), metrics)
+    weights = _batch_sizes(n, min(batch_size, n)) / n
+    return {
+        name: jnp.average(_real(m), axis=0, weights=jnp.asarray(weights, _real(m).dtype)) for name, m in metrics.items()
+    }
 
 
 def evaluate(loss_fn: Callable, params: Any, data: Any, *, batch_size: int = 1024) -> dict[str, jax.Array]:
@@ -195,6 +197,7 @@ def fit(
     Raises:
       ValueError: an option out of range, data that is empty, smaller than a batch, not finite or wrongly labelled;
         `patience` without `validation_data`; a `monitor` that is not among the metrics.
+      TypeError: `loss_fn` returns something else than a loss or `(loss, metrics)`.
       FloatingPointError: an epoch's mean loss was not finite.
     """
     _check.positive("fit", epochs=epochs, batch_size=batch_size)
@@ -211,6 +214,8 @@ def fit(
         _count("fit (validation_data)", validation_data, 1)
         check_values(validation_data, num_classes=num_classes, name="validation_data")
         validation_data = jax.tree.map(jnp.asarray, validation_data)
+        _check_metrics(eval_fn or loss_fn, state.params, validation_data, None, monitor)
+    _check_metrics(loss_fn, state.params, data, state.key, None)
 
     train_epoch = make_train_epoch(loss_fn, optimizer, batch_size)
     sizes = _batch_sizes(n, batch_size)
@@ -223,7 +228,7 @@ def fit(
             start = time.perf_counter()
             state, metrics = train_epoch(state, data)
             record: dict[str, float] = {"epoch": epoch, "step": int(state.step)}
-            record |= {name: float(np.average(m, weights=sizes)) for name, m in metrics.items()}
+            record |= {name: float(np.average(np.asarray(m, np.float64), weights=sizes)) for name, m in metrics.items()}
             if validation_data is not None:
                 scores = evaluate(eval_fn or loss_fn, state.params, validation_data)
                 record |= {f"validation_{name}": float(m) for name, m in scores.items()}
@@ -238,10 +243,7 @@ def fit(
             if on_epoch is not None:
                 on_epoch(state, record)
             if patience is not None:
-                score = record.get(f"validation_{monitor}")
-                if score is None:
-                    known = ", ".join(name for name in metrics)
-                    raise ValueError(f"fit: monitor {monitor!r} is not among the metrics: {known}")
+                score = record[f"validation_{monitor}"]
                 if sign * score < best:  # never true of a NaN
                     best, best_params, waited = sign * score, jax.tree.map(jnp.copy, state.params), 0
                 else:
@@ -271,7 +273,9 @@ def _step(loss_fn, optimizer, state, batch):
 
 def _loss_and_metrics(loss_fn, params, batch, key):
     result = loss_fn(params, batch, key)
-    loss, metrics = result if isinstance(result, tuple) else (result, {})
+    loss, metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+    if not isinstance(loss, _check.ARRAYS) or not isinstance(metrics, dict):
+        raise TypeError(f"loss_fn must return a loss or (loss, dict of metrics), got {result!r:.200}")
     if jnp.shape(loss) != ():
         raise ValueError(
             f"loss_fn must return one number, the mean over the batch, got {_check.describe(loss)}; "
@@ -280,6 +284,23 @@ def _loss_and_metrics(loss_fn, params, batch, key):
     if "loss" in metrics:
         raise ValueError('loss_fn: the metrics must not hold a "loss" of their own')
     return loss, metrics
+
+
+def _check_metrics(loss_fn, params, data, key, monitor):
+    """Refuses, before anything runs, what `fit` cannot record; a metric of `make_train_epoch` may have any shape."""
+    _, metrics = jax.eval_shape(lambda p, d, k: _loss_and_metrics(loss_fn, p, d, k), params, data, key)
+    for name, metric in metrics.items():
+        if name in ("epoch", "step", "seconds"):
+            raise ValueError(f"fit: a metric must not be called {name!r}, which the history holds already")
+        if not isinstance(metric, jax.ShapeDtypeStruct) or metric.shape != ():
+            raise ValueError(f"fit: each metric must be one number, the mean over the batch, got {metric} for {name!r}")
+    if monitor is not None and monitor not in {"loss", *metrics}:
+        raise ValueError(f"fit: monitor {monitor!r} is not among the metrics: {', '.join(['loss', *metrics])}")
+
+
+def _real(metric):
+    """A metric in at least float32: the mean of counts is no count, and a mean in bfloat16 is a poor one."""
+    return metric.astype(jnp.float64 if metric.dtype == jnp.float64 else jnp.float32)
 
 
 def _over_batches(step, carry, indices, batch_size):

@@ -204,6 +204,11 @@ def test_split_gives_every_example_to_one_part():
     assert all(np.array_equal(part.x * 2, part.y) for part in parts)
 
 
+def test_split_refuses_arrays_that_disagree_about_the_number_of_examples():
+    with pytest.raises(ValueError, match="one first axis"):
+        data.split(data.Dataset(np.zeros(10), np.zeros(12)), (0.5, 0.5), seed=0)
+
+
 @pytest.mark.parametrize("fractions", [(), (0.5, 0.4), (1.2, -0.2), (0.99, 0.01)])
 def test_split_refuses_impossible_fractions(fractions):
     with pytest.raises(ValueError, match="split"):

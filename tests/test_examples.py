@@ -156,35 +156,54 @@ def test_the_users_npz_is_learned_as_a_regression_in_its_own_unit(run, tmp_path)
         (["--data", "fashion-mnist:here"], "here/train-images-idx3-ubyte.gz: no such file"),
         (["--dims", "64,10,9"], "--dims 64,10,9: the data has 64 features and 10 outputs"),
         (["--dims", "64,x,10"], "argument --dims"),
-        (["--dims", "64,0,10"], r"init: dims must be .* \[64, 0, 10\]"),
+        (["--dims", "64,0,10"], "argument --dims: above 0 .* expected, got 0"),
+        (["--dims", "64,99999999999,10"], "argument --dims: .* got 99999999999"),
+        (["--seed", "1180591620717411303424"], "argument --seed: .* expected"),
+        (["--target", "y"], "--target names a column"),
+        (["--task", "regression"], "digits has classes"),
         (["--activation", "swoosh"], "argument --activation: invalid choice: 'swoosh'"),
-        (["--batch-size", "0"], "argument --batch-size: above 0 expected, got 0"),
+        (["--batch-size", "0"], "argument --batch-size: above 0 and below 1e.38 expected, got 0"),
         (["--batch-size", "5000"], r"at least 5000 examples \(one batch\) expected, got 1258"),
-        (["--learning-rate", "-1"], "argument --learning-rate: above 0 expected, got -1"),
-        (["--learning-rate", "nan"], "argument --learning-rate: above 0 expected"),
+        (["--learning-rate", "-1"], "argument --learning-rate: above 0 .* expected, got -1"),
+        (["--learning-rate", "nan"], "argument --learning-rate: above 0"),
         (["--learning-rate", "1e30"], "the loss was nan in epoch 1; try a lower learning rate"),
-        (["--out", "blocked"], "blocked"),
+        (["--out", "blocked"], "--out blocked: a file is in the way"),
+        (["--epochs", "1", "--out", "half"], "half/history.jsonl: a folder is in the way"),
     ],
 )
 def test_bad_use_is_one_line_and_status_2_and_writes_nothing(argv, message, run, tmp_path):
     (tmp_path / "blocked").write_text("a file where a folder should be")
+    (tmp_path / "half" / "history.jsonl").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
     status, _, err = run(*argv)
     errors = [line for line in err.splitlines() if "error: " in line]
     assert status == 2
     assert len(errors) == 1
     assert re.search(message, errors[0])
     assert "Traceback" not in err
-    assert not list(tmp_path.rglob("*.safetensors"))
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
         ({"a": np.zeros(3)}, "arrays x and y .* expected, got a"),
-        ({"x": np.zeros((5, 2)), "y": np.zeros(4)}, "x has 5 rows, y has 4"),
-        ({"x": np.zeros((0, 2)), "y": np.zeros(0)}, "too few"),
+        ({"x": np.zeros((5, 2)), "y": np.zeros(4)}, r"x \[n, ...\] and y \[n\] expected, got x \[5, 2\] and y \[4\]"),
+        ({"x": np.zeros((0, 2)), "y": np.zeros(0)}, r"got x \[0, 2\]"),
         ({"x": np.full((50, 2), np.nan), "y": np.zeros(50)}, r"finite numbers expected, got nan"),
         ({"x": np.zeros((50, 2)), "y": np.full(50, -1)}, r"labels in \[0, .*\) expected, got -1"),
+        ({"x": np.zeros((5, 2)), "y": np.zeros(5)}, "too few"),
+        ({"x": np.float64(1), "y": np.zeros(5)}, r"got x \[\]"),
+        ({"x": np.zeros((50, 2)) * 1j, "y": np.zeros(50)}, "real numbers expected, got x complex128"),
+        ({"x": np.full((50, 2), 1e300), "y": np.zeros(50)}, "too large for float32"),
+        (
+            {"x_train": np.zeros((60, 2)), "y_train": np.zeros(50), "x_test": np.zeros((5, 2)), "y_test": np.zeros(5)},
+            "x_train",
+        ),
+        (
+            {"x_train": np.zeros((60, 2)), "y_train": np.zeros(60), "x_test": np.zeros((5, 3)), "y_test": np.zeros(5)},
+            "one width",
+        ),
         ({"x": np.zeros((50, 2)), "y": np.arange(50) * 1000}, "if y is a quantity, say --task regression"),
     ],
 )
@@ -192,6 +211,9 @@ def test_bad_arrays_of_the_user_are_one_line_and_status_2(arrays, message, run, 
     np.savez(tmp_path / "my.npz", **arrays)
     status, _, err = run("--data", "my.npz")
     assert status == 2
+    assert "Traceback" not in err
+    assert len(err.splitlines()) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["my.npz"]
     assert re.search(message, err)
 
 
@@ -205,7 +227,9 @@ def test_a_gpu_that_is_not_there_is_one_line_and_status_2(tmp_path):
     assert "Traceback" not in result.stderr
 
 
-def test_help_reads_well(run):
+def test_help_reads_well(run, capsys):
     with pytest.raises(SystemExit) as stopped:
         run("--help")
     assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    assert all(option in out for option in ("--data", "--l2", "--optimizer", "default: sgd", "regression"))

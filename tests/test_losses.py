@@ -98,6 +98,26 @@ def test_narrow_label_dtypes_do_not_wrap_into_another_class(dtype):
     np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("label", [2**32, 2**32 + 1, -(2**32)])
+@pytest.mark.parametrize("loss", LABELLED)
+def test_a_label_of_64_bits_does_not_wrap_into_a_class(loss, label, scores):
+    value = loss(scores, np.full(5, label))
+    assert np.isnan(value).all()
+
+
+@pytest.mark.parametrize("loss", [losses.softmax_cross_entropy_with_integer_labels, losses.multiclass_svm])
+def test_a_nan_score_makes_loss_and_gradient_of_its_row_nan(loss, scores):
+    value, grad = loss_and_gradient(loss, scores.at[1, 2].set(jnp.nan), jnp.array([0, 1, 1, 3, 2]))
+    assert np.isnan(value).tolist() == [False, True, False, False, False]
+    assert np.isnan(grad).all(axis=1).tolist() == [False, True, False, False, False]
+
+
+def test_a_negative_probability_makes_loss_and_gradient_nan():
+    value, grad = loss_and_gradient(losses.negative_log_likelihood, jnp.array([[-0.5, 1.5]]), jnp.array([0]))
+    assert np.isnan(value[0])
+    assert np.isnan(grad[0, 0])
+
+
 @pytest.mark.parametrize("loss", IGNORING)
 @pytest.mark.parametrize("index", [-100, -1, 2])
 def test_ignored_rows_have_neither_loss_nor_gradient_whatever_they_hold(loss, index, scores):

@@ -191,6 +191,51 @@ def test_early_stopping_returns_the_best_epochs_parameters():
     assert len(history) == 7
 
 
+def test_the_best_epoch_is_the_highest_where_more_is_better_and_the_first_of_equals():
+    def score(params, batch, key):
+        del batch, key
+        return params * 0.0 - params, {"score": -jnp.round(jnp.abs(params - 1.0))}
+
+    optimizer = optax.sgd(0.25)  # params 0.25, 0.5, ...: the score rises to 0 at 0.5, stays to 1.5 and falls
+    state = train.init_state(jnp.zeros(()), optimizer, jax.random.key(0))
+    options: dict = {"epochs": 20, "batch_size": 4, "validation_data": jnp.zeros(2), "patience": 6}
+    state, history = train.fit(score, optimizer, state, jnp.zeros(4), monitor="score", mode="max", **options)
+    assert float(state.params) == 0.5
+    assert len(history) == 8
+
+
+def test_validation_labels_are_checked_too():
+    with pytest.raises(ValueError, match=r"validation_data\.y\[0\]: labels in \[0, 3\)"):
+        fit(validation_data=Dataset(np.zeros((2, 4), np.float32), np.array([3, 0])), num_classes=3)
+
+
+@pytest.mark.parametrize(
+    ("result", "error", "message"),
+    [
+        (lambda loss: (loss, {"step": loss}), ValueError, "must not be called 'step'"),
+        (lambda loss: (loss, {"many": jnp.stack([loss, loss])}), ValueError, "each metric must be one number"),
+        (lambda loss: (loss, None), TypeError, "a loss or \\(loss, dict of metrics\\)"),
+        (lambda loss: [loss, {}], TypeError, "a loss or"),
+    ],
+)
+def test_what_a_history_cannot_hold_is_refused_before_training(result, error, message):
+    optimizer = optax.sgd(0.1)
+    spoiled = lambda p, b, k: result(loss_fn(p, b, k)[0])
+    with pytest.raises(error, match=message):
+        train.fit(spoiled, optimizer, make_state(optimizer), make_data(50), epochs=1, batch_size=16)
+
+
+def test_integer_and_low_precision_metrics_are_averaged_in_float32():
+    def counted(params, batch, key):
+        return loss_fn(params, batch, key)[0].astype(jnp.bfloat16), {"hits": jnp.sum(batch.y >= 0)}
+
+    optimizer, data = optax.sgd(0.0), make_data(8)
+    metrics = train.evaluate(counted, make_state(optimizer).params, data, batch_size=3)
+    np.testing.assert_allclose(metrics["hits"], (3 * 3 + 3 * 3 + 2 * 2) / 8)
+    _, history = train.fit(counted, optimizer, make_state(optimizer), data, epochs=1, batch_size=3)
+    np.testing.assert_allclose(history[0]["hits"], (3 * 3 + 3 * 3 + 2 * 2) / 8)
+
+
 def test_fit_leaves_the_callers_state_alone_and_repeats_to_the_bit():
     optimizer, data = optax.adam(1e-2), make_data(50)
     state = make_state(optimizer)
@@ -216,7 +261,10 @@ def test_two_runs_of_two_epochs_equal_one_of_four():
         ({"patience": 3}, "patience needs validation_data"),
         ({"mode": "least"}, 'mode must be "min" or "max"'),
         ({"validation_data": make_data(0)}, "at least 1 examples"),
-        ({"validation_data": make_data(5), "patience": 2, "monitor": "f1"}, "monitor 'f1' is not among .*accuracy"),
+        (
+            {"validation_data": make_data(5), "patience": 2, "monitor": "f1"},
+            "monitor 'f1' is not among the metrics: loss, accuracy",
+        ),
     ],
 )
 def test_fit_refuses_options_out_of_range(options, message):
