@@ -1,4 +1,4 @@
-"""What differs between JAX releases: the type of a value on a mesh.
+"""What differs between JAX releases: the type of a value on a mesh, the evaluation of an equation.
 
 Everything else in the package asks here, so that an upgrade of JAX is a change to one file.
 """
@@ -33,3 +33,11 @@ def vary_alike(args):
         missing = tuple(sorted(axes - varying_axes(leaf)))
         lifted.append(jax.lax.pcast(leaf, missing, to="varying") if missing else leaf)
     return jax.tree.unflatten(treedef, lifted)
+
+
+def bind(primitive, values: list, params: dict) -> list:
+    """The results of one equation of a jaxpr; releases differ in what `get_bind_params` returns."""
+    bound = primitive.get_bind_params(params)
+    functions, params = bound if isinstance(bound, tuple) else ((), bound)
+    outs = primitive.bind(*functions, *values, **params)
+    return outs if primitive.multiple_results else [outs]
