@@ -13,6 +13,12 @@ def explicit_sharding(x: jax.Array) -> NamedSharding | None:
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
+def laid_like(x: jax.Array, like: jax.Array) -> jax.Array:
+    """`x` in the layout that the type of `like` has on an Explicit mesh; unchanged elsewhere."""
+    sharding = explicit_sharding(like)
+    return x if sharding is None else jax.sharding.reshard(x, sharding)
+
+
 def varying_axes(x: jax.Array) -> frozenset[str]:
     """The axes of an enclosing `shard_map` over which `x` differs from device to device."""
     return jax.typeof(x).manual_axis_type.varying

@@ -13,7 +13,7 @@ gradient 0, whatever its scores are. The mean over the other rows is then `sum(l
 import jax
 import jax.numpy as jnp
 
-from fcfunc import _check
+from fcfunc import _check, _compat
 from fcfunc._precision import wide
 from fcfunc._rule import rule
 
@@ -129,8 +129,7 @@ def softmax_cross_entropy_fwd(logits, targets):
     shifted, row_max, log_sum = _log_sum_exp(logits)
     wide_targets = wide(targets)
     log_probs = shifted - jnp.expand_dims(log_sum, -1)
-    nothing = (targets == 0) & (log_probs == -jnp.inf)  # 0 · log 0 is 0; a NaN is not swallowed
-    loss = -jnp.sum(jnp.where(nothing, 0, wide_targets * log_probs), axis=-1)
+    loss = jnp.sum(_weighted(wide_targets, -log_probs), axis=-1)
     return loss, (logits, targets, row_max, log_sum)
 
 
@@ -182,10 +181,7 @@ def sigmoid_binary_cross_entropy_fwd(logits, targets):
     _check.floating("sigmoid_binary_cross_entropy", logits=logits, targets=targets)
     _check.one_shape("sigmoid_binary_cross_entropy", logits=logits, targets=targets)
     z, t = wide(logits), wide(targets)
-    positive = jnp.where(t == 0, 0, t * jax.nn.softplus(-z))
-    negative = jnp.where(t == 1, 0, (1 - t) * jax.nn.softplus(z))
-    # The where swallows a NaN only of the side that has no weight; the other side still carries it.
-    return positive + negative, (logits, targets)
+    return _weighted(t, jax.nn.softplus(-z)) + _weighted(1 - t, jax.nn.softplus(z)), (logits, targets)
 
 
 def sigmoid_binary_cross_entropy_bwd(residuals, g):
@@ -387,6 +383,11 @@ def l2_penalty_bwd(weights, g):
 _l2_penalty = rule(l2_penalty_fwd, l2_penalty_bwd)
 
 
+def _weighted(weight, surprise):
+    """`weight * surprise`, with 0 · inf = 0: what cannot happen and has no weight costs nothing. A NaN stays."""
+    return weight * jnp.where((weight == 0) & (surprise == jnp.inf), 0, surprise)
+
+
 def _log_sum_exp(logits):
     """`z - max(z)`, `max(z)` and `log Σ exp(z - max(z))`; the shift cancels, so its derivative is stopped."""
     logits = wide(logits)
@@ -407,7 +408,8 @@ def _each_row(g, like):
 def _hit(scores, labels):
     """Where a score is its row's label. An iota is compared, not gathered: it works on scores sharded by class."""
     labels = _index(labels)
-    return jnp.expand_dims(labels, -1) == jax.lax.broadcasted_iota(labels.dtype, scores.shape, scores.ndim - 1)
+    hit = jnp.expand_dims(labels, -1) == jax.lax.broadcasted_iota(labels.dtype, scores.shape, scores.ndim - 1)
+    return _compat.laid_like(hit, scores)
 
 
 def _index(labels):

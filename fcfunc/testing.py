@@ -1,15 +1,180 @@
-"""The proof of a hand-written rule."""
+"""The proof of a hand-written rule, for this library's rules and for anyone's.
 
-from collections.abc import Callable
+`check_vjp(fun, args)` runs every check on a function that has a `custom_vjp` rule, or that calls some, and reports what
+it found; `assert_vjp` raises where it found something. docs/checking-rules.md is the guide.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-__all__ = ["worst_relative_error"]
+from fcfunc import _vjp_oracle, _vjp_transforms
+from fcfunc._check import ARRAYS
+from fcfunc._vjp_case import Case, Drawn, NotApplicable, Shapes, base_sizes, bound, first_line, precision, swept_sizes
+from fcfunc._vjp_checks import CHECKS, FULL_ONLY, NONE, Finding, agrees, check
+
+__all__ = ["Finding", "Report", "Result", "assert_vjp", "check_vjp", "worst_relative_error"]
+
+del _vjp_transforms  # imported for the checks that it registers
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What became of one check.
+
+    Attributes:
+      check: its name.
+      status: "passed", "failed" or "not applicable".
+      reason: why it could not apply; empty otherwise.
+      findings: what it found.
+    """
+
+    check: str
+    status: str
+    reason: str
+    findings: tuple[Finding, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The outcome of `check_vjp`; `print` it.
+
+    Attributes:
+      name: of the function.
+      rules: the names of the rules that it calls.
+      results: one `Result` for each check, in the order they ran.
+      arguments: a verdict for each real argument, by its path: "ok" or the checks that its gradient failed.
+      statics: the positions of the arguments that were held fixed, being no arrays.
+    """
+
+    name: str
+    rules: tuple[str, ...]
+    results: tuple[Result, ...]
+    arguments: dict[str, str]
+    statics: tuple[int, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found."""
+        return not self.findings
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """All that was found, in the order of the checks."""
+        return tuple(finding for result in self.results for finding in result.findings)
+
+    def __str__(self) -> str:
+        passed = [r.check for r in self.results if r.status == "passed"]
+        lines = [f"check_vjp of {self.name} (rules: {', '.join(self.rules)}): {'ok' if self.ok else 'FAILED'}"]
+        lines += [f"  {path}: {verdict}" for path, verdict in self.arguments.items()]
+        if self.statics:
+            lines.append(f"  held fixed, being no arrays: arguments {', '.join(map(str, self.statics))}")
+        lines += [f"- {finding}" for finding in self.findings]
+        lines.append(f"passed: {', '.join(passed) or 'none'}")
+        lines += [f"not applicable: {r.check}: {r.reason}" for r in self.results if r.status == "not applicable"]
+        return "\n".join(lines)
+
+
+def check_vjp(
+    fun: Callable,
+    args: tuple | str | Callable,
+    *,
+    reference: Callable | None = None,
+    kwargs: dict | None = None,
+    fast: bool = False,
+    seed: int = 0,
+    dtype: str = "float32",
+    sizes: dict[str, int] | None = None,
+    at_kink: dict[float, float] | None = None,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+) -> Report:
+    """Tries to show that a hand-written rule is wrong.
+
+    The oracle is automatic differentiation of the undecorated function, which is read from the `custom_vjp` objects that
+    the function calls, wherever they stand in it.
+
+    Args:
+      fun: a `custom_vjp` function, or a function that calls some, of positional arrays or trees of arrays.
+      args: concrete arguments, as a tuple; or their shapes by name, `"n d, d m, m"`, with what to draw where it is not
+        normal numbers: `"n c, n:int<c"` (labels), `"n d:positive"`, `"n:bool"`, `":key"`; or a function
+        `draw(rng, n, d)` that returns the tuple, its parameters after the first being the sizes. By shapes or by a
+        function the checker draws and sweeps the sizes. What is no array (a string, a Python number, a function) is held
+        fixed, as are the `nondiff_argnums` of a `custom_vjp`.
+      reference: the oracle's function, where the rule's own is in doubt or the rule is a deliberate surrogate.
+      kwargs: options of `fun`, held fixed.
+      fast: fewer directions and sizes, no element-by-element differences, no meshes: under a second once warm.
+      seed: of every draw; the same seed gives the same report.
+      dtype: of what is drawn. Other floating-point dtypes are checked besides, where the function takes them.
+      sizes: the sizes by name, instead of a sweep.
+      at_kink: the derivative that the rule declares at a kink, by the point: `{0.0: 0.0}` for ReLU. The first real argument
+        is set to the point everywhere.
+      only: names of the checks to run; empty for all.
+      skip: names of checks to leave out, e.g. `("reverse_over_reverse",)` of a rule meant for one derivative.
+
+    Returns:
+      A `Report`.
+
+    Raises:
+      TypeError: complex arguments, which are not supported; arguments that are neither a tuple, a string nor a function.
+      ValueError: the function calls no rule, has no real argument or output, or a shape cannot be read; an unknown check.
+
+    Example:
+      >>> from fcfunc import ops
+      >>> check_vjp(ops.relu, "n d", at_kink={0.0: 0.0}, fast=True).ok
+      True
+    """
+    unknown = [name for name in (*only, *skip) if name not in CHECKS]
+    if unknown:
+        raise ValueError(f"check_vjp: no check {unknown[0]!r}; there are {', '.join(CHECKS)}")
+    source = Shapes(args) if isinstance(args, str) else Drawn(args) if callable(args) else None
+    if source is None and not isinstance(args, tuple):
+        raise TypeError(f"check_vjp: args must be a tuple, a string of shapes or a function, got {type(args).__name__}")
+    first = base_sizes(source.letters) | (sizes or {}) if source else {}
+    make = functools.partial(_case, fun, args, source, reference, kwargs or {}, fast, seed, dtype, at_kink or {})
+    case, statics = make(first)
+    rules = _rules_called(fun, case)
+    redraw = None if source is None or sizes is not None else lambda sizes: make(sizes)[0]
+    case = dataclasses.replace(case, redraw=redraw, letters=tuple(source.letters) if source else ())
+    results = []
+    for name, function in CHECKS.items():
+        if name in skip or (only and name not in only):
+            continue
+        results.append(_result(name, function, case, _reproduction(case, args, name, seed, dtype)))
+    failed: dict[str, list[str]] = {path: [] for path in case.paths}
+    for result in results:
+        for finding in result.findings:
+            failed.setdefault(finding.argument, []).append(result.check)
+    verdicts = {path: ", ".join(dict.fromkeys(names)) or "ok" for path, names in failed.items() if path}
+    return Report(case.fun.__name__, rules, tuple(results), verdicts, statics)
+
+
+def assert_vjp(fun: Callable, args: tuple | str | Callable, **options) -> None:
+    """`check_vjp` for a test: raises where it found something.
+
+    Args:
+      fun: as for `check_vjp`.
+      args: as for `check_vjp`.
+      **options: as for `check_vjp`.
+
+    Raises:
+      AssertionError: with the printed report, where something was found.
+
+    Example:
+      >>> from fcfunc import ops
+      >>> assert_vjp(ops.affine, "n d, d m, m", fast=True)
+    """
+    report = check_vjp(fun, args, **options)
+    if not report.ok:
+        raise AssertionError(str(report))
 
 
 def worst_relative_error(fun: Callable, reference: Callable, args: tuple, *, key: jax.Array) -> float:
-    """How far the gradients of a rule are from those of its plain twin.
+    """How far the gradients of a rule are from those of its plain twin: one number, where `check_vjp` gives a report.
 
     Both are pulled back from one random cotangent of order 1.
 
@@ -23,20 +188,103 @@ def worst_relative_error(fun: Callable, reference: Callable, args: tuple, *, key
       The largest difference between elements of two gradients, over the largest element of the reference's, the
       worst of all arguments; 0 where both gradients are 0.
     """
-    real = [i for i, a in enumerate(args) if jnp.issubdtype(jnp.result_type(*jax.tree.leaves(a)), jnp.floating)]
-
-    def gradients(f):
-        def of_reals(*reals):
-            filled = list(args)
-            for i, a in zip(real, reals, strict=True):
-                filled[i] = a
-            return f(*filled)
-
-        out, pull = jax.vjp(of_reals, *(args[i] for i in real))
-        return jax.tree.leaves(pull(jax.random.normal(key, out.shape, out.dtype)))
-
+    out, pull = jax.vjp(fun, *args)
+    g = jax.random.normal(key, out.shape, out.dtype)
+    got, expected = jax.tree.leaves(pull(g)), jax.tree.leaves(jax.vjp(reference, *args)[1](g))
     errors = [
-        jnp.max(jnp.abs(got - expected)) / jnp.maximum(jnp.max(jnp.abs(expected)), jnp.finfo(expected.dtype).tiny)
-        for got, expected in zip(gradients(fun), gradients(reference), strict=True)
+        jnp.max(jnp.abs(a - b)) / jnp.maximum(jnp.max(jnp.abs(b)), jnp.finfo(b.dtype).tiny)
+        for a, b in zip(got, expected, strict=True)
+        if b.dtype != jax.dtypes.float0
     ]
     return float(jnp.max(jnp.stack(errors)))
+
+
+def _case(fun, args, source, reference, kwargs, fast, seed, dtype, at_kink, sizes) -> tuple[Case, tuple[int, ...]]:
+    """The case at some sizes, and the positions of the arguments that are held fixed."""
+    given = source.draw(np.random.default_rng([seed, *sizes.values()]), sizes) if source else args
+    held = set(getattr(fun, "nondiff_argnums", ()))
+    fixed = {i: a for i, a in enumerate(given) if i in held or not _is_tree_of_arrays(a)}
+    free = tuple(
+        jax.tree.map(np.asarray, a, is_leaf=_is_key) if not _is_key(a) else a
+        for i, a in enumerate(given)
+        if i not in fixed
+    )
+    complexes = [leaf for leaf in jax.tree.leaves(free) if jnp.issubdtype(leaf.dtype, jnp.complexfloating)]
+    if complexes:
+        raise TypeError(f"check_vjp: complex arguments are not supported, got {complexes[0].dtype}")
+    statics, options = tuple(fixed.items()), tuple(sorted(kwargs.items()))
+    bind = bound
+    try:
+        hash((statics, options, fun, reference))
+    except TypeError:
+        bind = bound.__wrapped__  # what cannot be hashed cannot be kept for the next call
+    call = bind(fun, statics, options)
+    oracle = bind(reference, statics, options) if reference is not None else call
+    case = Case(call, _vjp_oracle.without_rules(oracle), free, seed, dict(sizes), fast, at_kink, reference is not None)
+    if source:
+        case = case.cast(jnp.dtype(dtype))
+    if not case.reals:
+        raise ValueError("check_vjp: no argument is an array of real floating-point numbers: nothing to differentiate")
+    return case, tuple(fixed)
+
+
+def _rules_called(fun: Callable, case: Case) -> tuple[str, ...]:
+    with precision(case.dtype), _vjp_oracle.watched() as calls:
+        outs = case.fun(*case.args)
+    if not calls:
+        name = getattr(fun, "__name__", type(fun).__name__)
+        raise ValueError(f"check_vjp: {name} has no rule of its own and calls no custom_vjp function: nothing to check")
+    if not outs:
+        raise ValueError("check_vjp: no output is an array of real floating-point numbers: nothing to differentiate")
+    return tuple(dict.fromkeys(call.name for call in calls))
+
+
+def _result(name: str, function: Callable, case: Case, reproduce: str) -> Result:
+    if case.fast and name in FULL_ONLY:
+        return Result(name, "not applicable", "left to the full mode", ())
+    try:
+        found = list(function(case))
+    except NotApplicable as e:
+        return Result(name, "not applicable", str(e), ())
+    except Exception as e:
+        found = [Finding(name, NONE, f"the function or its rule raises: {first_line(e)}", dtype=case.dtype.name)]
+    found = [
+        dataclasses.replace(f, seed=case.seed, sizes=f.sizes or case.sizes, reproduce=f.reproduce or reproduce)
+        for f in found
+    ]
+    return Result(name, "failed" if found else "passed", "", tuple(found))
+
+
+def _reproduction(case: Case, args, check_name: str, seed: int, dtype: str) -> str:
+    shown = repr(args) if isinstance(args, str) else "draw" if callable(args) else "args"
+    drawn = f", dtype={dtype!r}" if case.letters and dtype != "float32" else ""
+    kinks = f", at_kink={case.at_kink}" if case.at_kink else ""
+    return f"check_vjp({case.fun.__name__}, {shown}, only=({check_name!r},), seed={seed}{drawn}{kinks})"
+
+
+def _is_key(leaf) -> bool:
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _is_tree_of_arrays(arg) -> bool:
+    leaves = jax.tree.leaves(arg)
+    return bool(leaves) and all(
+        isinstance(leaf, ARRAYS) and not isinstance(leaf, int | float | complex) for leaf in leaves
+    )
+
+
+@check
+def shape_sweep(case: Case) -> Iterator[Finding]:
+    """Other sizes: batch 1, all 1, square, 0, more than 32, more than a tile of 128; against the oracle."""
+    if case.redraw is None:
+        raise NotApplicable("the arguments were given; by shapes, as in 'n d, d m', the sizes are swept")
+    for sizes in swept_sizes(list(case.letters), fast=case.fast):
+        other = case.redraw(sizes).compile()
+        message = "at these sizes the rule differs from automatic differentiation"
+        try:
+            found = list(agrees("shape_sweep", other, 1, message))
+        except NotApplicable:
+            continue  # the function itself does not take these sizes
+        if found:
+            yield from (dataclasses.replace(f, sizes=sizes) for f in found)
+            return

@@ -1,0 +1,254 @@
+"""What a rule is tried on: arguments by shapes or as given, and gradients of them."""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import re
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+TOKEN = re.compile(r"(?P<dims>(\w+\s*)*)(:(?P<kind>int<\w+|int|bool|positive|key))?\s*")
+
+
+class NotApplicable(Exception):
+    """Raised by a check that cannot apply to a case; its text is the reason, for the report."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A function, its oracle and one set of arguments.
+
+    Attributes:
+      fun: arrays in, a list of real arrays out.
+      oracle: the same without its rules.
+      args: the arguments, trees of NumPy arrays (and random keys).
+      seed: of every draw.
+      sizes: what the letters of a shape string stood for.
+      fast: fewer directions, fewer sizes.
+      at_kink: the declared derivative at a kink, by the point.
+      has_reference: the oracle was given by the caller, not read from the rule.
+      redraw: makes the case at other sizes; None where the arguments were given.
+      letters: the names of the sizes.
+      compiled: whether the rule is compiled; the oracle always is.
+    """
+
+    fun: Callable
+    oracle: Callable
+    args: tuple
+    seed: int
+    sizes: dict[str, int]
+    fast: bool
+    at_kink: dict[float, float]
+    has_reference: bool
+    redraw: Callable[[dict[str, int]], "Case"] | None = None
+    letters: tuple[str, ...] = ()
+    compiled: bool = False
+
+    @functools.cached_property
+    def paths(self) -> list[str]:
+        """The real leaves of the arguments, as a person would write them."""
+        leaves = jax.tree.leaves_with_path(self.args)
+        return [f"args{jax.tree_util.keystr(path)}" for path, leaf in leaves if is_real(leaf)]
+
+    @functools.cached_property
+    def reals(self) -> list[np.ndarray]:
+        """The real leaves of the arguments."""
+        return [leaf for leaf in jax.tree.leaves(self.args) if is_real(leaf)]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The narrowest dtype among the real leaves, which bounds what can be asked of the gradient."""
+        return max((leaf.dtype for leaf in self.reals), key=lambda d: jnp.finfo(d).eps)
+
+    @property
+    def eps(self) -> float:
+        """The distance from 1 to the next number of `dtype`."""
+        return float(jnp.finfo(self.dtype).eps)
+
+    def fill(self, reals: Sequence) -> tuple:
+        """The arguments with other real leaves."""
+        new = iter(reals)
+        return jax.tree.map(lambda leaf: next(new) if is_real(leaf) else leaf, self.args)
+
+    def having(self, reals: Sequence) -> "Case":
+        """The same case at other real leaves."""
+        return dataclasses.replace(self, args=self.fill(reals))
+
+    def cast(self, dtype) -> "Case":
+        """The same case with every real leaf in another dtype."""
+        return self.having([leaf.astype(dtype) for leaf in self.reals])
+
+    def even(self) -> "Case":
+        """The case at even sizes, where it was drawn, so that two devices can share each axis."""
+        if self.redraw is None:
+            return self
+        return self.redraw({name: 4 + 2 * i for i, name in enumerate(self.letters)})
+
+    def rng(self, salt: int) -> np.random.Generator:
+        """Draws that repeat: from the seed, the salt of a check and nothing else."""
+        return np.random.default_rng([self.seed, salt])
+
+    def cotangent(self, salt: int) -> list[np.ndarray]:
+        """Random numbers of order 1 in the shapes and dtypes of the outputs."""
+        rng = self.rng(salt)
+        with precision(self.dtype):
+            outs = jax.eval_shape(self.oracle, *self.args)
+        return [rng.standard_normal(out.shape).astype(out.dtype) for out in outs]
+
+    def pull(self, fun: Callable, g: list) -> list[np.ndarray]:
+        """The gradients of the real leaves, as NumPy arrays."""
+        run = compiled_gradients if self.compiled or fun is self.oracle else gradients
+        with precision(self.dtype):
+            return to_numpy(run(fun, self.args, to_jax(g)))
+
+    def compile(self) -> "Case":
+        """The same case, its rule compiled: at many sizes or points that is faster, and eager is checked elsewhere."""
+        return dataclasses.replace(self, compiled=True)
+
+    @functools.cached_property
+    def in_float64(self) -> "Case":
+        """The same case in float64, where the function takes it; else NotApplicable says why it does not."""
+        wide = self.cast(np.float64)
+        try:
+            with precision(np.float64):
+                outs = jax.eval_shape(self.fun, *wide.args)
+        except Exception as e:
+            raise NotApplicable(f"the function does not take float64: {first_line(e)}") from None
+        if any(out.dtype != np.float64 for out in outs):
+            raise NotApplicable(f"the function returns {', '.join(str(o.dtype) for o in outs)} for float64 arguments")
+        return wide
+
+
+def gradients(fun: Callable, args: tuple, g: list) -> list:
+    """The gradients of the real leaves of `args`."""
+    _, back = jax.vjp(fun, *args)
+    return only_real(back(to_jax(g)))
+
+
+compiled_gradients = jax.jit(gradients, static_argnums=0)
+
+
+def only_real(cotangents) -> list:
+    """The leaves that are no float0, the cotangent of what cannot be differentiated."""
+    return [leaf for leaf in jax.tree.leaves(cotangents) if leaf.dtype != jax.dtypes.float0]
+
+
+def to_numpy(tree) -> list[np.ndarray]:
+    """Leaves as NumPy arrays, in their own dtype."""
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def to_jax(arrays: Sequence) -> list[jax.Array]:
+    """A list of arrays on the device."""
+    return [jnp.asarray(a) for a in arrays]
+
+
+def precision(dtype):
+    """Float64 for the block where `dtype` is, the caller's setting otherwise."""
+    return jax.enable_x64(True) if np.dtype(dtype) == np.float64 else contextlib.nullcontext()
+
+
+def is_real(leaf) -> bool:
+    """Whether a leaf is an array of real floating-point numbers."""
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def first_line(error: BaseException) -> str:
+    """The class and first line of an exception."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+@functools.lru_cache(maxsize=256)
+def bound(fun: Callable, statics: tuple, kwargs: tuple) -> Callable:
+    """`fun` with what is no array put in its place, and only the real leaves of its output."""
+
+    def of_arrays(*arrays):
+        args, left = [], iter(arrays)
+        static = dict(statics)
+        for i in range(len(arrays) + len(statics)):
+            args.append(static[i] if i in static else next(left))
+        outs = jax.tree.leaves(fun(*args, **dict(kwargs)))
+        return [out for out in map(jnp.asarray, outs) if jnp.issubdtype(out.dtype, jnp.floating)]
+
+    of_arrays.__name__ = getattr(fun, "__name__", type(fun).__name__)
+    return of_arrays
+
+
+class Shapes:
+    """Arguments by shape, `"n d, d m, m"`: letters are sizes, equal letters equal sizes, numbers themselves.
+
+    A suffix says what is drawn: `n:int<c` labels in [0, c), `n:int` integers, `n:bool`, `n d:positive` numbers in
+    (0, 1), `:key` a random key; without one, normal numbers.
+    """
+
+    def __init__(self, text: str):
+        self.tokens, self.letters, position = [], [], 0
+        for part in text.split(","):
+            match = TOKEN.fullmatch(part.strip())
+            if match is None:
+                raise ValueError(
+                    "check_vjp: a shape is names or numbers of sizes, then at most :int, :int<size, :bool, :positive or "
+                    f":key, and shapes are separated by commas; cannot read\n  {text}\n  {' ' * position}{'^' * len(part)}"
+                )
+            dims, kind = match["dims"].split(), match["kind"] or "real"
+            self.tokens.append((dims, kind))
+            names = [*dims, kind.partition("<")[2]]
+            self.letters += [n for n in names if n and not n.isdigit() and n not in self.letters]
+            position += len(part) + 1
+
+    def draw(self, rng: np.random.Generator, sizes: dict[str, int]) -> tuple:
+        """Arguments of these sizes."""
+        return tuple(self._one(rng, dims, kind, sizes) for dims, kind in self.tokens)
+
+    @staticmethod
+    def _one(rng, dims, kind, sizes):
+        shape = [sizes[d] if d in sizes else int(d) for d in dims]
+        if kind.startswith("int"):
+            name = kind.partition("<")[2]
+            below = sizes[name] if name in sizes else int(name or 10)
+            return rng.integers(0, max(below, 1), shape, dtype=np.int32)
+        if kind == "bool":
+            return rng.integers(0, 2, shape).astype(bool)
+        if kind == "key":
+            return jax.random.key(int(rng.integers(2**31)))
+        return rng.standard_normal(shape) if kind == "real" else rng.uniform(0.05, 1, shape)
+
+
+class Drawn:
+    """Arguments by a function `draw(rng, n=..., d=...)`, whose parameters after the first are the sizes."""
+
+    def __init__(self, draw: Callable):
+        self._draw = draw
+        self.letters = list(inspect.signature(draw).parameters)[1:]
+
+    def draw(self, rng: np.random.Generator, sizes: dict[str, int]) -> tuple:
+        """Arguments of these sizes."""
+        return tuple(self._draw(rng, **sizes))
+
+
+def base_sizes(letters: list[str]) -> dict[str, int]:
+    """Small, all different, none a power of two: no two axes can be confused."""
+    return dict(zip(letters, [5, 3, 7, 6, *range(9, 9 + len(letters))], strict=False))
+
+
+def swept_sizes(letters: list[str], *, fast: bool) -> list[dict[str, int]]:
+    """Batch 1, all 1, square, 0, primes, more than 32, more than a tile of 128: the sizes at which rules break."""
+    base = base_sizes(letters)
+    first, others = letters[0], letters[1:]
+    sweep = [
+        dict.fromkeys(letters, 1),
+        dict.fromkeys(letters, 4),
+        base | {first: 0},
+        base | {first: 1},
+        base | {first: 67},
+    ]
+    if not fast:
+        sweep += [base | {name: 1} for name in others]
+        sweep += [base | {name: 0} for name in others]
+        sweep += [base | {name: 131} for name in letters]
+        sweep += [dict.fromkeys(letters, 2), dict.fromkeys(letters, 33)]
+    return sweep

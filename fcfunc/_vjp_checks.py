@@ -1,0 +1,710 @@
+"""The checks of a rule's numbers: each is one function from a case to what it found.
+
+A check yields a `Finding` for what is wrong, raises `NotApplicable` with the reason where it cannot be made, and says
+nothing where all is well. A new check is a new function under `@check`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fcfunc import _vjp_case, _vjp_oracle
+from fcfunc._vjp_case import Case, NotApplicable, first_line, precision, to_jax, to_numpy
+
+CHECKS: dict[str, Callable[[Case], Iterator["Finding"]]] = {}
+FULL_ONLY: set[str] = set()
+NONE = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong with a rule.
+
+    Attributes:
+      check: the name of the check that found it.
+      argument: the path of the argument whose gradient is wrong, `args[0]['w']`; empty where it is about all.
+      message: what is wrong.
+      index: the worst element's index, or None.
+      got: the rule's value there.
+      expected: what it should be.
+      ulps: the error in units of the last place of the expected value.
+      seed: of the draw.
+      sizes: the sizes drawn.
+      dtype: of the case.
+      reproduce: a line of Python that finds it again.
+    """
+
+    check: str
+    argument: str
+    message: str
+    index: tuple[int, ...] | None = None
+    got: float | None = None
+    expected: float | None = None
+    ulps: float | None = None
+    seed: int = 0
+    sizes: dict[str, int] | None = None
+    dtype: str = ""
+    reproduce: str = ""
+
+    def __str__(self) -> str:
+        where = f" {self.argument}{list(self.index) if self.index else ''}" if self.argument else ""
+        values = ""
+        if self.got is not None and self.expected is not None:
+            values = f": got {self.got:.9g}, expected {self.expected:.9g}, off by {abs(self.got - self.expected):.2g}"
+            values += f" ({self.ulps:.2g} ulp of {self.dtype})" if self.ulps is not None else ""
+        sizes = " at " + ", ".join(f"{k}={v}" for k, v in self.sizes.items()) if self.sizes else ""
+        return f"{self.check}{where}{sizes}, {self.dtype}{values}\n    {self.message}\n    {self.reproduce}"
+
+
+def check(function: Callable) -> Callable:
+    """Registers a check under its name."""
+    CHECKS[function.__name__] = function
+    return function
+
+
+def full_only(function: Callable) -> Callable:
+    """Leaves a check to the full mode."""
+    FULL_ONLY.add(function.__name__)
+    return function
+
+
+def compare(name: str, case: Case, got: list, expected: list, allowed: list | float, message: str) -> Iterator[Finding]:
+    """A finding for each real leaf with an element further from its expected value than allowed, the worst one shown."""
+    if len(got) != len(expected):
+        yield Finding(
+            name, NONE, f"{message}: {len(expected)} gradients expected, got {len(got)}", dtype=case.dtype.name
+        )
+        return
+    tolerances = allowed if isinstance(allowed, list) else [allowed] * len(got)
+    paths = case.paths if len(got) == len(case.paths) else [f"output[{i}]" for i in range(len(got))]
+    for path, a, b, tolerance in zip(paths, got, expected, tolerances, strict=True):
+        if a.shape != b.shape:
+            text = f"{message}: shape {list(b.shape)} expected, got {list(a.shape)}"
+            yield Finding(name, path, text, dtype=case.dtype.name)
+            continue
+        a, b = a.astype(np.float64), b.astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            error = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b))
+        error = np.where(np.isnan(error), np.inf, error)
+        excess = error - tolerance
+        if error.size and excess.max() > 0:
+            worst = tuple(int(i) for i in np.unravel_index(np.argmax(excess), a.shape))
+            spacing = case.eps * 2.0 ** np.floor(np.log2(abs(b[worst]))) if b[worst] and np.isfinite(b[worst]) else None
+            yield Finding(
+                name, path, message, worst, float(a[worst]), float(b[worst]),
+                None if spacing is None else float(error[worst] / spacing), dtype=case.dtype.name,
+            )  # fmt: skip
+
+
+def attempt(name: str, case: Case, by_rule: Callable, by_oracle: Callable, message: str):
+    """Both results; where only the rule's raises that is a finding, where the oracle's does the check cannot apply."""
+    try:
+        expected = by_oracle()
+    except Exception as e:
+        raise NotApplicable(f"the oracle itself raises: {first_line(e)}") from None
+    try:
+        return by_rule(), expected, None
+    except Exception as e:
+        return None, expected, Finding(name, NONE, f"{message}: {first_line(e)}", dtype=case.dtype.name)
+
+
+def largest(leaf: np.ndarray) -> float:
+    """The largest finite magnitude of a leaf."""
+    values = np.abs(leaf.astype(np.float64))
+    return float(values.max(initial=0.0, where=np.isfinite(values)))
+
+
+def rounding(case: Case, leaves: list, factor: float = 1024.0) -> list[float]:
+    """What two orders of the same arithmetic may differ by: a multiple of eps, of the largest element of each leaf."""
+    tiny = float(jnp.finfo(case.dtype).tiny)
+    return [factor * case.eps * largest(leaf) + tiny for leaf in leaves]
+
+
+def truth_and_allowance(case: Case, g: list) -> tuple[list, list[float]]:
+    """The gradient in float64, and what a gradient in the case's own dtype may be off by.
+
+    Allowed is a multiple of the error that automatic differentiation makes in that dtype, and of how far the true
+    gradient moves when each input is moved by its own rounding error: where a sum cancels, a right rule is off too.
+    """
+    auto = case.pull(case.oracle, g)
+    try:
+        wide = case.in_float64
+    except NotApplicable:
+        return auto, rounding(case, auto, 64.0)
+    wide_g = [a.astype(np.float64) for a in g]
+    truth = wide.pull(wide.oracle, wide_g)
+    allowed = [
+        8 * largest(np.where(np.isfinite(a.astype(np.float64) - t), a.astype(np.float64) - t, 0))
+        + 16 * case.eps * largest(t)
+        for a, t in zip(auto, truth, strict=True)
+    ]
+    rng = case.rng(99)
+    for _ in range(3):
+        moved = wide.having([a * (1 + case.eps * rng.choice([-1.0, 1.0], a.shape)) for a in wide.reals])
+        moved_g = [a * (1 + case.eps * rng.choice([-1.0, 1.0], a.shape)) for a in wide_g]
+        shifted = moved.pull(wide.oracle, moved_g)
+        allowed = [max(t, 8 * largest(s - u)) for t, s, u in zip(allowed, shifted, truth, strict=True)]
+    tiny = float(jnp.finfo(case.dtype).tiny)
+    return truth, [t + tiny for t in allowed]
+
+
+def agrees(name: str, case: Case, directions: int, message: str) -> Iterator[Finding]:
+    """The rule's gradients against the oracle's, element by element, for several cotangents."""
+    for direction in range(directions):
+        g = case.cotangent(direction)
+        got, expected, raised = attempt(
+            name, case, lambda g=g: case.pull(case.fun, g), lambda g=g: truth_and_allowance(case, g), "the rule raises"
+        )
+        if raised:
+            yield raised
+            return
+        truth, allowed = expected
+        found = list(compare(name, case, got, truth, allowed, message))
+        yield from found
+        if found:
+            return
+
+
+@check
+def oracle(case: Case) -> Iterator[Finding]:
+    """The rule against automatic differentiation of the undecorated function, in the dtype given and in float64."""
+    directions = 2 if case.fast else 6
+    yield from agrees("oracle", case, directions, "the rule differs from automatic differentiation of its function")
+    if case.dtype != np.float64:
+        yield from agrees("oracle", case.in_float64, directions, "the rule differs from automatic differentiation")
+
+
+@check
+def precision_of_dtypes(case: Case) -> Iterator[Finding]:
+    """Float16, bfloat16, float32: no further from a float64 truth than automatic differentiation, but for a factor."""
+    others = [d for d in ("float16", "bfloat16", "float32") if jnp.dtype(d) != case.dtype]
+    refused = []
+    for name in others:
+        narrow = case.cast(jnp.dtype(name)).compile()
+        try:
+            jax.eval_shape(narrow.oracle, *narrow.args)
+        except Exception as e:
+            refused.append(f"{name}: {first_line(e)}")
+            continue
+        yield from cotangent_types(narrow)
+        message = f"in {name} the rule is further from a float64 truth than automatic differentiation by far"
+        yield from agrees("precision_of_dtypes", narrow, 1 if case.fast else 3, message)
+    if len(refused) == len(others):
+        raise NotApplicable(f"the function takes no other dtype ({refused[0]})")
+
+
+def central_differences(case: Case, g: list, leaf: int, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Derivatives of the sum of g times the outputs along `[k, *shape]` directions of a leaf, and their error estimates.
+
+    Each is extrapolated from three step sizes (Richardson), at three scales; the scale with the smallest estimated error
+    is taken, so that a step over a kink gives way to one that stays on its side.
+    """
+    point = case.reals[leaf]
+
+    def value(moved):
+        reals = list(case.reals)
+        reals[leaf] = moved
+        outs = case.fun(*case.fill(reals))
+        return sum(jnp.sum(out * weight) for out, weight in zip(outs, g, strict=True))
+
+    count, best, error = len(directions), np.zeros(len(directions)), np.full(len(directions), np.inf)
+    steps = np.array([scale / half for scale in (1e-2, 1e-3, 1e-4) for half in (1, 2, 4)])
+    signed = np.concatenate([steps, -steps]).reshape(-1, *[1] * directions.ndim)
+    points = (point[None, None] + signed * directions[None]).reshape(-1, *point.shape)
+    with precision(case.dtype):
+        values = np.asarray(jax.vmap(value)(jnp.asarray(points))).reshape(2, 3, 3, count)
+    size = np.abs(values).max(axis=(0, 1, 2))
+    for i in range(3):
+        h = steps[3 * i : 3 * i + 3, None]
+        d = (values[0, i] - values[1, i]) / (2 * h)
+        first, second = (4 * d[1] - d[0]) / 3, (4 * d[2] - d[1]) / 3
+        extrapolated = (16 * second - first) / 15
+        estimate = np.abs(extrapolated - second) + 1e-14 * size / h[2]
+        take = estimate < error
+        best, error = np.where(take, extrapolated, best), np.where(take, estimate, error)
+    return best, error
+
+
+def against_differences(name: str, case: Case, directions_of: Callable) -> Iterator[Finding]:
+    wide = case.in_float64
+    g = wide.cotangent(20)
+    found_by_rule, _, raised = attempt(name, case, lambda: wide.pull(wide.fun, g), lambda: None, "the rule raises")
+    if raised:
+        yield raised
+        return
+    kept = 0
+    for leaf, (path, gradient) in enumerate(zip(wide.paths, found_by_rule, strict=True)):
+        if not gradient.size:
+            continue
+        directions, labels = directions_of(wide.rng(21 + leaf), gradient)
+        try:
+            slopes, errors = central_differences(wide, g, leaf, directions)
+        except Exception as e:
+            raise NotApplicable(f"the function cannot be vmapped over points: {first_line(e)}") from None
+        along = np.tensordot(directions, gradient, axes=gradient.ndim)
+        scale = np.abs(directions).reshape(len(directions), -1) @ np.abs(gradient).ravel()
+        scale = np.maximum(scale, np.abs(slopes))
+        smooth = errors < 1e-5 * (scale + largest(gradient))  # a difference across a kink is thrown away
+        kept += int(smooth.sum())
+        wrong = smooth & ~(np.abs(along - slopes) <= 1e-7 * scale + 1e-9 * largest(gradient) + 20 * errors)
+        if wrong.any():
+            k = int(np.argmax(np.where(wrong, np.abs(along - slopes), -1)))
+            message = f"the rule differs from central differences {labels[k]}"
+            index = (
+                tuple(int(i) for i in np.argwhere(directions[k])[0]) if np.count_nonzero(directions[k]) == 1 else None
+            )
+            yield Finding(name, path, message, index, float(along[k]), float(slopes[k]), dtype="float64")
+    if not kept:
+        raise NotApplicable("every difference stepped over a kink, or there is no element")
+
+
+@check
+@full_only
+def finite_differences(case: Case) -> Iterator[Finding]:
+    """The rule against central differences of the function, element by element (64 of them, fewer of large arrays)."""
+
+    def elements(rng, gradient):
+        count = int(np.clip(2**18 // gradient.size, 4, 64))
+        flat = rng.permutation(gradient.size)[:count]
+        directions = np.zeros((len(flat), gradient.size))
+        directions[np.arange(len(flat)), flat] = 1
+        return directions.reshape(-1, *gradient.shape), ["by this element"] * len(flat)
+
+    yield from against_differences("finite_differences", case, elements)
+
+
+@check
+def projected_differences(case: Case) -> Iterator[Finding]:
+    """The rule against central differences along random directions: all elements at once, for a large array too."""
+
+    def signs(rng, gradient):
+        return rng.choice([-1.0, 1.0], (3 if case.fast else 8, *gradient.shape)), ["along a random direction"] * 8
+
+    yield from against_differences("projected_differences", case, signs)
+
+
+@check
+def taylor(case: Case) -> Iterator[Finding]:
+    """The remainder f(x + h v) - f(x) - h <gradient, v> falls as h squared: no step size to choose."""
+    wide = case.in_float64
+    g, rng = wide.cotangent(30), case.rng(31)
+    v = [rng.standard_normal(a.shape) for a in wide.reals]
+
+    def remainders(fun):
+        slope = sum(float(np.sum(a * b)) for a, b in zip(wide.pull(fun, g), v, strict=True))
+        out = []
+        for h in (0.0, *steps):
+            moved = wide.fill([a + h * b for a, b in zip(wide.reals, v, strict=True)])
+            with precision(np.float64):
+                outs = to_numpy(wide.fun(*moved))
+            out.append(sum(float(np.sum(a * b)) for a, b in zip(outs, g, strict=True)) - h * slope)
+        return np.abs(np.array(out[1:]) - out[0]), abs(slope) + abs(out[0])
+
+    steps = (1e-3, 1e-4)
+    by_rule, by_oracle, raised = attempt(
+        "taylor", case, lambda: remainders(wide.fun), lambda: remainders(wide.oracle), "the rule raises"
+    )
+    if raised:
+        yield raised
+        return
+
+    def order(r, size):
+        return 2.0 if r[1] < 1e-12 * size else float(np.log10(r[0] / r[1]))
+
+    if order(*by_oracle) < 1.6:
+        raise NotApplicable("a kink lies in the way: the oracle's own remainder does not fall as h squared")
+    if not order(*by_rule) > 1.4:
+        message = (
+            f"the Taylor remainder falls as h^{order(*by_rule):.2f}, not as h^2: the gradient is not the function's"
+        )
+        yield Finding("taylor", NONE, message, dtype="float64")
+
+
+@check
+def forward_mode(case: Case) -> Iterator[Finding]:
+    """Forward mode against the oracle's, where the function has one."""
+    rng = case.rng(40)
+    v = [rng.standard_normal(a.shape).astype(a.dtype) for a in case.reals]
+
+    def push(fun):
+        with precision(case.dtype):
+            return to_numpy(jax.jvp(lambda *r: fun(*case.fill(r)), to_jax(case.reals), to_jax(v))[1])
+
+    expected = push(case.oracle)
+    try:
+        got = push(case.fun)
+    except TypeError as e:
+        raise NotApplicable(f"a custom_vjp function has no forward mode ({first_line(e)[:60]}...)") from None
+    yield from compare(
+        "forward_mode", case, got, expected, rounding(case, expected), "forward mode differs from the oracle's"
+    )
+
+
+@check
+def adjoint(case: Case) -> Iterator[Finding]:
+    """<u, J v> by forward mode of the oracle equals <J^T u, v> by the rule."""
+    wide = case.in_float64
+    for trial in range(2 if case.fast else 8):
+        u, rng = wide.cotangent(50 + trial), case.rng(70 + trial)
+        v = [rng.standard_normal(a.shape) for a in wide.reals]
+        with precision(np.float64):
+            push = jax.jvp(lambda *r: wide.oracle(*wide.fill(r)), to_jax(wide.reals), to_jax(v))[1]
+        forward = [np.asarray(a) * b for a, b in zip(push, u, strict=True)]
+        back = [a * b for a, b in zip(wide.pull(wide.fun, u), v, strict=True)]
+        left, right = sum(map(np.sum, forward)), sum(map(np.sum, back))
+        size = sum(np.abs(a).sum() for a in [*forward, *back])
+        if not abs(left - right) <= 1e-11 * size + 1e-300:
+            message = "<J^T u, v> of the rule is not <u, J v>"
+            yield Finding("adjoint", NONE, message, None, float(right), float(left), dtype="float64")
+            return
+
+
+@check
+def cotangent_types(case: Case) -> Iterator[Finding]:
+    """Each cotangent has its argument's dtype, shape and tree, as the backward pass itself returns it."""
+    g = case.cotangent(0)
+    try:
+        with precision(case.dtype), _vjp_oracle.watched() as calls:
+            gradients = case_gradients(case, g)
+    except Exception as e:
+        yield Finding("cotangent_types", NONE, f"the rule raises: {first_line(e)}", dtype=case.dtype.name)
+        gradients = case.reals
+    for path, primal, gradient in zip(case.paths, case.reals, gradients, strict=True):
+        if gradient.dtype != primal.dtype or gradient.shape != primal.shape:
+            message = f"{primal.dtype}{list(primal.shape)} expected, got {gradient.dtype}{list(gradient.shape)}"
+            yield Finding("cotangent_types", path, message, dtype=case.dtype.name)
+    for call in calls:
+        for cotangents in call.cotangents:
+            yield from _raw_cotangents(call, cotangents, case)
+
+
+def case_gradients(case: Case, g: list) -> list:
+    """The gradients of the real leaves, not yet converted."""
+    return _vjp_case.gradients(case.fun, case.args, g)
+
+
+def _raw_cotangents(call, cotangents, case) -> Iterator[Finding]:
+    where = f"the backward pass of {call.name}"
+    if not isinstance(cotangents, tuple | list) or len(cotangents) != len(call.args):
+        came = f"{len(cotangents)}" if isinstance(cotangents, tuple | list) else type(cotangents).__name__
+        message = f"{where} must return a tuple of {len(call.args)}, one for each argument, got {came}"
+        yield Finding("cotangent_types", NONE, message, dtype=case.dtype.name)
+        return
+    for i, (primal, cotangent) in enumerate(zip(call.args, cotangents, strict=True)):
+        if cotangent is None:
+            continue
+        primals = jax.tree.leaves(primal)
+        given = jax.tree.leaves(cotangent, is_leaf=lambda x: x is None)
+        if len(primals) != len(given):
+            message = f"{where} returns {len(given)} arrays for argument {i}, which has {len(primals)}"
+            yield Finding("cotangent_types", NONE, message, dtype=case.dtype.name)
+            continue
+        for p, c in zip(primals, given, strict=True):
+            if c is None or not hasattr(c, "dtype"):
+                continue
+            p_type = jax.typeof(p)
+            if not jnp.issubdtype(p_type.dtype, jnp.inexact):
+                if c.dtype != jax.dtypes.float0:
+                    message = f"{where} returns {c.dtype} for argument {i} of {p_type.dtype}: None or float0 expected"
+                    yield Finding("integer_arguments", NONE, message, dtype=case.dtype.name)
+            elif c.dtype != p_type.dtype or c.shape != p_type.shape:
+                message = f"{where} returns {c.dtype}{list(c.shape)} for argument {i}, {p_type.str_short()} expected"
+                yield Finding("cotangent_types", NONE, message, dtype=case.dtype.name)
+
+
+@check
+def integer_arguments(case: Case) -> Iterator[Finding]:
+    """Integer, boolean and key arguments get None or float0 from the backward pass, and nothing else."""
+    with precision(case.dtype), _vjp_oracle.watched() as calls:
+        case_gradients(case, case.cotangent(0))
+    whole = [
+        a for call in calls for a in jax.tree.leaves(call.args) if not jnp.issubdtype(jax.typeof(a).dtype, jnp.inexact)
+    ]
+    if not whole:
+        raise NotApplicable("no rule is given an integer, boolean or key argument")
+    for call in calls:
+        for cotangents in call.cotangents:
+            yield from (f for f in _raw_cotangents(call, cotangents, case) if f.check == "integer_arguments")
+
+
+@check
+def rule_used(case: Case) -> Iterator[Finding]:
+    """Every rule that is called has its backward pass run when the function is differentiated, under remat too."""
+    g = case.cotangent(0)
+    ways = {"": case.fun, " under jax.checkpoint": jax.checkpoint(case.fun)}
+    for way, fun in ways.items():
+        with precision(case.dtype), _vjp_oracle.watched() as calls:
+            _vjp_case.gradients(fun, case.args, g)
+        ran = {call.name for call in calls if call.cotangents}
+        for name in sorted({call.name for call in calls} - ran):
+            message = f"the backward pass of {name} never runs{way}: its gradient comes from elsewhere, or is lost"
+            yield Finding("rule_used", NONE, message, dtype=case.dtype.name)
+
+
+@check
+def zero_cotangent(case: Case) -> Iterator[Finding]:
+    """A zero cotangent gives a zero gradient."""
+    g = [np.zeros_like(a) for a in case.cotangent(0)]
+    got = case.pull(case.fun, g)
+    zeros = [np.zeros_like(a) for a in case.reals]
+    yield from compare("zero_cotangent", case, got, zeros, 0.0, "a zero cotangent must give a zero gradient")
+
+
+@check
+def linear_in_cotangent(case: Case) -> Iterator[Finding]:
+    """Exact under powers of two, from tiny to large, and additive."""
+    case = case.compile()
+    g, h = case.cotangent(80), case.cotangent(81)
+    base = case.pull(case.fun, g)
+    limits = jnp.finfo(case.dtype)
+    powers = (-4, 4, 8) if limits.maxexp < 20 else (-40, -8, 8, 20, 60)
+    for power in powers:
+        factor = 2.0**power
+        scaled = case.pull(case.fun, [(a * np.asarray(factor, a.dtype)).astype(a.dtype) for a in g])
+        expected = [a.astype(np.float64) * factor for a in base]
+        floor = float(limits.tiny) * 2.0**24 + 1e-4 * case.eps * max(map(largest, expected), default=0.0)
+        message = f"a cotangent times 2^{power} must give the gradient times 2^{power} exactly"
+        found = list(compare("linear_in_cotangent", case, scaled, expected, floor, message))
+        if found:
+            yield from found
+            return
+    summed = case.pull(case.fun, [a + b for a, b in zip(g, h, strict=True)])
+    parts = [a.astype(np.float64) + b for a, b in zip(base, case.pull(case.fun, h), strict=True)]
+    _, allowed = truth_and_allowance(case, [np.abs(a) + np.abs(b) for a, b in zip(g, h, strict=True)])
+    _, allowed_sum = truth_and_allowance(case, [a + b for a, b in zip(g, h, strict=True)])
+    tolerance = [4 * (s + t) for s, t in zip(allowed, allowed_sum, strict=True)]
+    yield from compare(
+        "linear_in_cotangent", case, summed, parts, tolerance, "the gradient is not additive in the cotangent"
+    )
+
+
+@check
+def partial_cotangents(case: Case) -> Iterator[Finding]:
+    """One output differentiated alone, one argument alone: absent and symbolically zero cotangents are right."""
+    g = case.cotangent(90)
+    if len(g) < 2 and len(case.reals) < 2:
+        raise NotApplicable("there is one output and one argument")
+    whole = case.pull(case.fun, g)
+    for leaf in range(len(case.reals) if len(case.reals) > 1 else 0):
+
+        def alone(real, leaf=leaf):
+            reals = list(case.reals)
+            reals[leaf] = real
+            return case.fun(*case.fill(reals))
+
+        with precision(case.dtype):
+            got = to_numpy(jax.vjp(alone, jnp.asarray(case.reals[leaf]))[1](to_jax(g)))
+        message = "differentiated alone, this argument has another gradient than with the others"
+        for finding in compare(
+            "partial_cotangents", case, got, whole[leaf : leaf + 1], rounding(case, whole[leaf : leaf + 1]), message
+        ):
+            yield dataclasses.replace(finding, argument=case.paths[leaf])
+    for i in range(len(g) if len(g) > 1 else 0):
+
+        def pulled(fun, i=i):
+            with precision(case.dtype):
+                out, back = jax.vjp(lambda *args: fun(*args)[i], *case.args)
+                return to_numpy(_vjp_case.only_real(back(jnp.asarray(g[i], out.dtype))))
+
+        expected = pulled(case.oracle)
+        message = f"with output {i} differentiated alone the gradient is wrong"
+        yield from compare(
+            "partial_cotangents",
+            case,
+            pulled(case.fun),
+            expected,
+            rounding(case, expected, 64.0 if case.eps < 1e-10 else 4.0e3),
+            message,
+        )
+
+
+@check
+def forward_output(case: Case) -> Iterator[Finding]:
+    """The forward pass of the rule returns what the function returns, in value, shape and dtype."""
+    with precision(case.dtype):
+        plain, ruled = case.fun(*case.args), jax.vjp(case.fun, *case.args)[0]
+        given = case.oracle(*case.args) if case.has_reference else plain
+    for i, (a, b) in enumerate(zip(plain, ruled, strict=True)):
+        if a.dtype != b.dtype or a.shape != b.shape:
+            message = f"output {i} is {a.dtype}{list(a.shape)}, under differentiation {b.dtype}{list(b.shape)}"
+            yield Finding("forward_output", NONE, message, dtype=case.dtype.name)
+            return
+    plain, ruled = to_numpy(plain), to_numpy(ruled)
+    message = "under differentiation the output is another"
+    yield from compare("forward_output", case, ruled, plain, rounding(case, plain, 16.0), message)
+    message = "the function differs from the reference"
+    yield from compare("forward_output", case, plain, to_numpy(given), rounding(case, plain, 64.0), message)
+
+
+def special_points(case: Case) -> Iterator[tuple[str, Case]]:
+    """Points where functions have kinks: zeros, ones, ties; in every real leaf by turns."""
+    for leaf, value in enumerate(case.reals):
+        rng = case.rng(100 + leaf)
+        some = rng.uniform(size=value.shape) < 0.3
+        ties = np.broadcast_to(value[..., :1], value.shape) if value.ndim else value
+        for name, moved in {
+            "zero everywhere": np.zeros_like(value),
+            "zero in places": np.where(some, 0.0, value),
+            "one in places": np.where(some, 1.0, value),
+            "minus one in places": np.where(some, -1.0, value),
+            "equal along its last axis": ties,
+        }.items():
+            yield f"{case.paths[leaf]} {name}", case.having([*case.reals[:leaf], moved, *case.reals[leaf + 1 :]])
+
+
+@check
+def kinks(case: Case) -> Iterator[Finding]:
+    """At zeros, ones and ties the rule is the oracle's, or at a kink the subgradient of least norm, or as declared."""
+    wide = case.in_float64.compile()
+    for point, slope in case.at_kink.items():
+        at = wide.having([np.full_like(wide.reals[0], point), *wide.reals[1:]])
+        got = at.pull(at.fun, [np.ones_like(a) for a in at.cotangent(0)])[:1]
+        message = f"at {point:g} the derivative was declared to be {slope:g}"
+        for finding in compare("kinks", at, got, [np.full_like(got[0], slope)], 0.0, message):
+            yield dataclasses.replace(finding, argument=case.paths[0])
+    for name, at in special_points(wide):
+        g = at.cotangent(110)
+        try:
+            expected = at.pull(at.oracle, g)
+        except Exception:
+            continue
+        got = at.pull(at.fun, g)
+        for leaf, (a, b) in enumerate(zip(got, expected, strict=True)):
+            off = np.isfinite(b) & ~(np.abs(a - b) <= 1e-9 * (largest(b) + 1))
+            for index in np.argwhere(off)[:4]:
+                found = _at_kink(at, g, leaf, tuple(int(i) for i in index), a, b, declared=set(case.at_kink.values()))
+                if found:
+                    yield dataclasses.replace(found, message=f"{found.message} ({name})")
+                    return
+
+
+def _at_kink(case, g, leaf, index, got, expected, declared) -> Finding | None:
+    """Whether a gradient that is not the oracle's is a convention at a kink, or wrong."""
+    h, base = 1e-6, case.reals[leaf]
+
+    def value(delta):
+        moved = base.copy()
+        moved[index] += delta
+        with precision(np.float64):
+            outs = to_numpy(case.fun(*case.fill([*case.reals[:leaf], moved, *case.reals[leaf + 1 :]])))
+        return sum(float(np.sum(a * b)) for a, b in zip(outs, g, strict=True))
+
+    centre = value(0.0)
+    left, right = (centre - value(-h)) / h, (value(h) - centre) / h
+    size = max(abs(left), abs(right), 1.0)
+    low, high = min(left, right), max(left, right)
+    least = 0.0 if low <= 0 <= high else (low if low > 0 else high)
+    a, b = float(got[index]), float(expected[index])
+    path = case.paths[leaf]
+    if high - low < 1e-4 * size:
+        if abs(a - (left + right) / 2) < 1e-4 * size:
+            return None  # the oracle is the one that is wrong here
+        return Finding(
+            "kinks", path, "the function is smooth here, and the rule is wrong", index, a, b, dtype="float64"
+        )
+    if abs(a - least) < 1e-4 * size or any(abs(a - d * s) < 1e-4 * size for d in declared for s in (low, high, 1.0)):
+        return None
+    message = f"at a kink (slopes {left:.4g} and {right:.4g}) neither the oracle's derivative nor the one of least norm"
+    return Finding("kinks", path, message, index, a, b, dtype="float64")
+
+
+@check
+def extremes(case: Case) -> Iterator[Finding]:
+    """±1e30, ±inf, NaN and denormals: finite where the oracle is and equal to it; a spoiled row spoils no other."""
+    case, limits = case.compile(), jnp.finfo(case.dtype)
+    large = 1e30 if limits.maxexp > 100 else 1e4
+    g = case.cotangent(120)
+    clean, clean_oracle = case.pull(case.fun, g), case.pull(case.oracle, g)
+    for leaf, value in enumerate(case.reals):
+        if not value.size:
+            continue
+        at = tuple(int(i) for i in case.rng(121 + leaf).integers(0, value.shape))
+        for extreme in (large, -large, np.inf, -np.inf, np.nan, float(limits.tiny) / 8):
+            moved = value.copy()
+            moved[at] = extreme
+            spoiled = case.having([*case.reals[:leaf], moved, *case.reals[leaf + 1 :]])
+            got, expected = spoiled.pull(spoiled.fun, g), spoiled.pull(spoiled.oracle, g)
+            message = f"{case.paths[leaf]}{list(at)} = {extreme:g}: the oracle's gradient is finite, and the rule's is another"
+            for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+                a, b = a.astype(np.float64), b.astype(np.float64)
+                with np.errstate(invalid="ignore", over="ignore"):
+                    near = np.abs(a - b) <= 0.05 * np.abs(b) + 64 * case.eps * (1 + largest(clean_oracle[i]))
+                    near = near | (np.abs(a - b) <= 64 * case.eps * largest(b))
+                # At a denormal, flushed to 0, the oracle can be the one that is wrong; `kinks` looks there.
+                comparable = np.isfinite(a) if 0 < abs(extreme) < 1e-3 else np.full(a.shape, False)
+                wrong = np.isfinite(b) & ~near & ~np.isnan(extreme) & ~comparable
+                kept = _same(expected[i], clean_oracle[i])
+                leaked = kept & ~_same(got[i], clean[i]) & ~near
+                for mask, text in (
+                    (wrong, message),
+                    (leaked, f"{case.paths[leaf]}{list(at)} = {extreme:g} reaches a row not its own"),
+                ):
+                    if mask.any():
+                        index = tuple(int(j) for j in np.argwhere(mask)[0])
+                        yield Finding(
+                            "extremes",
+                            case.paths[i],
+                            text,
+                            index,
+                            float(a[index]),
+                            float(b[index]),
+                            dtype=case.dtype.name,
+                        )
+                        return
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (a == b) | (np.isnan(a) & np.isnan(b))
+
+
+@check
+def repeatable(case: Case) -> Iterator[Finding]:
+    """The same bits the second time and the third, with another case in between: nothing is remembered."""
+    g, other = case.cotangent(130), case.having([a * np.asarray(0.5, a.dtype) for a in case.reals])
+    first = case.pull(case.fun, g)
+    for time in ("second", "third"):
+        again = case.pull(case.fun, g)
+        yield from compare("repeatable", case, again, first, 0.0, f"the {time} call gives other bits than the first")
+        other.pull(case.fun, g)
+
+
+@check
+def interleaved(case: Case) -> Iterator[Finding]:
+    """Two forward passes, then two backward passes, first in first out: nothing leaks from one to the other."""
+    g = case.cotangent(140)
+    rng = case.rng(141)
+    other = case.having(
+        [rng.standard_normal(a.shape).astype(a.dtype) * np.asarray(0.1, a.dtype) + a for a in case.reals]
+    )
+    apart = [c.pull(c.fun, g) for c in (case, other)]
+    with precision(case.dtype):
+        backs = [jax.vjp(c.fun, *c.args)[1] for c in (case, other)]
+        together = [to_numpy(_vjp_case.only_real(back(to_jax(g)))) for back in backs]
+    for got, expected in zip(together, apart, strict=True):
+        yield from compare(
+            "interleaved", case, got, expected, 0.0, "a second forward pass changes the first one's gradient"
+        )
+
+
+@check
+def arguments_untouched(case: Case) -> Iterator[Finding]:
+    """Neither pass writes into an argument or a cotangent, nor frees one."""
+    g = case.cotangent(150)
+    before = [a.copy() for a in (*case.reals, *g)]
+    with precision(case.dtype):
+        args = case.fill(to_jax(case.reals))
+        _, back = jax.vjp(case.fun, *args)
+        back(to_jax(g))
+        freed = any(leaf.is_deleted() for leaf in jax.tree.leaves(args) if isinstance(leaf, jax.Array))
+        case.fun(*case.args)
+        _, back = jax.vjp(case.fun, *case.args)
+        try:
+            back(g)
+        except TypeError:
+            pass  # JAX itself takes no NumPy cotangent
+    if freed or not all(np.array_equal(a, b, equal_nan=True) for a, b in zip(before, (*case.reals, *g), strict=True)):
+        message = "an argument or a cotangent was freed or written into"
+        yield Finding("arguments_untouched", NONE, message, dtype=case.dtype.name)

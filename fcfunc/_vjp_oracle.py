@@ -1,0 +1,98 @@
+"""A function without its hand-written rules, and what the rules did while a function ran."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex
+
+from fcfunc import _compat
+
+INLINED = ("custom_vjp_call", "jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2")
+
+
+@functools.lru_cache(maxsize=256)
+def without_rules(fun: Callable) -> Callable:
+    """`fun` with every `custom_vjp` in it undone: the same outputs, gradients by automatic differentiation.
+
+    `fun` is traced to a jaxpr, which holds the undecorated function of each rule, and that is evaluated in its place.
+    Rules inside loops and conditionals are undone too; `custom_jvp` functions stay as they are.
+    """
+
+    def undone(*args):
+        closed, shape = jax.make_jaxpr(fun, return_shape=True)(*args)
+        outs = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(args))
+        return jax.tree.unflatten(jax.tree.structure(shape), outs)
+
+    return undone
+
+
+def _evaluate(jaxpr, consts, args):
+    env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+
+    def read(atom):
+        return atom.val if isinstance(atom, jex.Literal) else env[atom]
+
+    for eqn in jaxpr.eqns:
+        values = [read(atom) for atom in eqn.invars]
+        if eqn.primitive.name in INLINED:
+            inner = next(p for p in eqn.params.values() if isinstance(p, jex.ClosedJaxpr | jex.Jaxpr))
+            if isinstance(inner, jex.Jaxpr):
+                inner = jex.ClosedJaxpr(inner, ())
+            outs = _evaluate(inner.jaxpr, inner.consts, values)
+        else:
+            outs = _compat.bind(eqn.primitive, values, {k: _undone(p) for k, p in eqn.params.items()})
+        env.update(zip(eqn.outvars, outs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _undone(param):
+    """A parameter of an equation, with the rules undone in any jaxpr that it holds (the body of a loop, a branch)."""
+    if isinstance(param, tuple) and any(isinstance(p, jex.ClosedJaxpr) for p in param):
+        return tuple(_undone(p) for p in param)
+    if isinstance(param, jex.ClosedJaxpr) and "custom_vjp_call" in str(param):
+        avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in param.jaxpr.invars]
+        return jax.make_jaxpr(lambda *args: _evaluate(param.jaxpr, param.consts, list(args)))(*avals)
+    return param
+
+
+class Call(NamedTuple):
+    """One call of a rule: the differentiable arguments it was given, and what its backward pass returned, if it ran."""
+
+    name: str
+    args: tuple
+    cotangents: list[Any]
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[Call]]:
+    """Records every `custom_vjp` function that is called inside the block, and every backward pass.
+
+    Compiled functions are run operation by operation inside the block: a program compiled earlier would hide its rules.
+    """
+    calls: list[Call] = []
+    original = jax.custom_vjp.__call__
+
+    def call(self, *args, **kwargs):
+        fixed = set(self.nondiff_argnums)
+        record = Call(self.__name__, tuple(a for i, a in enumerate(args) if i not in fixed), [])
+        calls.append(record)
+
+        @functools.wraps(self.bwd)
+        def bwd(*args):
+            cotangents = self.bwd(*args)
+            record.cotangents.append(cotangents)
+            return cotangents
+
+        double = jax.custom_vjp(self.fun, nondiff_argnums=self.nondiff_argnums)
+        double.defvjp(self.fwd, bwd, symbolic_zeros=self.symbolic_zeros)
+        return original(double, *args, **kwargs)
+
+    jax.custom_vjp.__call__ = call
+    try:
+        with jax.disable_jit():
+            yield calls
+    finally:
+        jax.custom_vjp.__call__ = original

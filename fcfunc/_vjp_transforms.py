@@ -1,0 +1,277 @@
+"""The checks of a rule under JAX's transformations: vmap, jit, scan, remat, second derivatives, other sizes, meshes."""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from fcfunc import _compat, _vjp_case
+from fcfunc._vjp_case import Case, NotApplicable, precision, to_jax, to_numpy
+from fcfunc._vjp_checks import NONE, Finding, attempt, check, compare, full_only, rounding
+
+
+def _wide(case: Case) -> Case:
+    """In float64 where that is taken: there a difference is a difference, not rounding."""
+    try:
+        return case.in_float64
+    except NotApplicable:
+        return case
+
+
+@check
+def vmap_equals_loop(case: Case) -> Iterator[Finding]:
+    """Batched over everything, and over one argument at a time, the gradients are those of a loop."""
+    for at in {c.dtype: c for c in (_wide(case), case)}.values():
+        rng, g = at.rng(200), at.cotangent(201)
+        count = len(at.reals)
+        choices = [set(range(count + 1))] + ([{i} for i in range(count + 1)] if count or not at.fast else [])
+        for batched in choices:
+            stacks = [
+                np.stack(
+                    [a + np.asarray(k * 0.25, a.dtype) * rng.standard_normal(a.shape).astype(a.dtype) for k in range(3)]
+                )
+                for a in [*at.reals, *g]
+            ]
+            axes = [0 if (i if i < count else count) in batched else None for i in range(len(stacks))]
+            given = [s if axis == 0 else s[0] for s, axis in zip(stacks, axes, strict=True)]
+
+            def pull(*leaves, at=at):
+                return _vjp_case.gradients(at.fun, at.fill(leaves[:count]), leaves[count:])
+
+            def batch(pull=pull, axes=axes, given=given, at=at):
+                with precision(at.dtype):
+                    return to_numpy(jax.vmap(pull, in_axes=axes)(*to_jax(given)))
+
+            def loop(axes=axes, given=given, at=at):
+                rows = [[s[k] if axis == 0 else s for s, axis in zip(given, axes, strict=True)] for k in range(3)]
+                pulled = [at.having(row[:count]).pull(at.fun, row[count:]) for row in rows]
+                return [np.stack(leaf) for leaf in zip(*pulled, strict=True)]
+
+            names = ["everything"] if len(batched) > 1 else [*at.paths, "the cotangent"][next(iter(batched)) :][:1]
+            message = f"vmap over {names[0]} differs from a loop"
+            got, expected, raised = attempt("vmap_equals_loop", at, batch, loop, f"vmap over {names[0]} raises")
+            if raised:
+                yield raised
+                return
+            found = list(compare("vmap_equals_loop", at, got, expected, rounding(at, expected), message))
+            if found:
+                yield from found
+                return
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _compiled_forward(fun: Callable, args: tuple):
+    return jax.vjp(fun, *args)
+
+
+@jax.jit
+def _compiled_backward(back, g: list):
+    return _vjp_case.only_real(back(g))
+
+
+@check
+def compiled_equals_eager(case: Case) -> Iterator[Finding]:
+    """Compiled as one program, and forward and backward apart, the gradients are those of the eager run."""
+    g = case.cotangent(210)
+    eager = case.pull(case.fun, g)
+
+    def whole():
+        with precision(case.dtype):
+            return to_numpy(_vjp_case.compiled_gradients(case.fun, case.args, to_jax(g)))
+
+    def apart():
+        with precision(case.dtype):
+            _, back = _compiled_forward(case.fun, case.args)
+            return to_numpy(_compiled_backward(back, to_jax(g)))
+
+    for way, run in (("compiled", whole), ("compiled apart, forward and backward,", apart)):
+        got, _, raised = attempt("compiled_equals_eager", case, run, lambda: None, f"{way} the rule raises")
+        if raised:
+            yield raised
+        else:
+            message = f"{way} the gradient is another than eager"
+            yield from compare("compiled_equals_eager", case, got, eager, rounding(case, eager, 256.0), message)
+
+
+@check
+def scan_and_checkpoint(case: Case) -> Iterator[Finding]:
+    """Inside `lax.scan` and `jax.checkpoint` the gradients are those outside, times the number of steps."""
+    g = case.cotangent(220)
+    expected = [2 * a.astype(np.float64) for a in case.pull(case.fun, g)]
+
+    def twice(*args):
+        outs = jax.checkpoint(case.fun)(*args)
+        zeros = [jnp.zeros(out.shape, out.dtype) for out in outs]
+        return jax.lax.scan(
+            lambda c, _: ([a + b for a, b in zip(c, case.fun(*args), strict=True)], None), zeros, length=2
+        )[0]
+
+    def scanned():
+        return case.pull(twice, g)
+
+    got, _, raised = attempt("scan_and_checkpoint", case, scanned, lambda: None, "inside lax.scan the rule raises")
+    if raised:
+        yield raised
+        return
+    message = "inside lax.scan the gradient is another"
+    yield from compare("scan_and_checkpoint", case, got, expected, rounding(case, expected), message)
+
+    def remat():
+        return case.pull(jax.checkpoint(case.fun), g)
+
+    got, _, raised = attempt("scan_and_checkpoint", case, remat, lambda: None, "under jax.checkpoint the rule raises")
+    if raised:
+        yield raised
+        return
+    half = [a / 2 for a in expected]
+    message = "under jax.checkpoint the gradient is another"
+    yield from compare("scan_and_checkpoint", case, got, half, rounding(case, half), message)
+
+
+def _second(case: Case, transform: Callable, name: str, message: str) -> Iterator[Finding]:
+    wide = case.in_float64
+    g = wide.cotangent(230)
+
+    def derivative(fun):
+        def first(reals, weights):
+            return _vjp_case.gradients(fun, wide.fill(reals), weights)
+
+        with precision(np.float64):
+            return to_numpy(transform(first, to_jax(wide.reals), to_jax(g)))
+
+    got, expected, raised = attempt(
+        name, wide, lambda: derivative(wide.fun), lambda: derivative(wide.oracle), f"{message} raises"
+    )
+    if raised:
+        yield raised
+    else:
+        largest_of_all = max((float(np.abs(a).max(initial=0.0)) for a in expected), default=0.0)
+        allowed = [t + 1e-11 * largest_of_all for t in rounding(wide, expected, 4096.0)]
+        for finding in compare(name, wide, got, expected, allowed, f"{message} differs from the oracle's"):
+            yield finding
+
+
+@check
+def reverse_over_reverse(case: Case) -> Iterator[Finding]:
+    """The gradient of the gradient, by the arguments and by the cotangent, against the oracle's."""
+
+    def transform(first, reals, g):
+        rng = case.rng(231)
+        out, back = jax.vjp(first, reals, g)
+        return back([jnp.asarray(rng.standard_normal(a.shape)) for a in out])
+
+    yield from _second(case, transform, "reverse_over_reverse", "reverse over reverse")
+
+
+@check
+def forward_over_reverse(case: Case) -> Iterator[Finding]:
+    """The directional derivative of the gradient against the oracle's."""
+
+    def transform(first, reals, g):
+        rng = case.rng(232)
+        tangents = [[jnp.asarray(rng.standard_normal(a.shape)) for a in tree] for tree in (reals, g)]
+        return jax.jvp(first, (reals, g), tuple(tangents))[1]
+
+    yield from _second(case, transform, "forward_over_reverse", "forward over reverse")
+
+
+def _layouts(case: Case) -> Iterator[tuple[str, list[PartitionSpec]]]:
+    """Each even size, sharded over two devices wherever it stands: on the first axis it has in each array, or the last."""
+    leaves = jax.tree.leaves(case.args)
+    for size in sorted({n for leaf in case.reals for n in leaf.shape if n and n % 2 == 0}):
+        seen = []
+        for end, last in (("first", 0), ("last", -1)):
+            specs = []
+            for leaf in leaves:
+                at = [i for i, n in enumerate(leaf.shape) if n == size]
+                chosen = at[last] if at else None
+                specs.append(PartitionSpec(*["x" if i == chosen else None for i in range(leaf.ndim)]))
+            if specs not in seen:
+                seen.append(specs)
+                yield f"every axis of {size} sharded (the {end} where an array has two)", specs
+
+
+def _sharded(fun: Callable, case: Case, g: list, mesh, specs: list) -> list[np.ndarray]:
+    """The gradients, computed where the arguments lie."""
+
+    def pull(args, g):
+        out, back = jax.vjp(fun, *args)
+        return _vjp_case.only_real(back([_compat.laid_like(a, o) for a, o in zip(g, out, strict=True)]))
+
+    leaves, treedef = jax.tree.flatten(case.args)
+    with precision(case.dtype), jax.set_mesh(mesh):
+        placed = [jax.device_put(leaf, NamedSharding(mesh, s)) for leaf, s in zip(leaves, specs, strict=True)]
+        return to_numpy(jax.jit(pull)(jax.tree.unflatten(treedef, placed), to_jax(g)))
+
+
+def _two_devices() -> list:
+    if jax.device_count() < 2:
+        raise NotApplicable("needs two devices: XLA_FLAGS=--xla_force_host_platform_device_count=8 makes virtual ones")
+    return jax.devices()[:2]
+
+
+@check
+@full_only
+def sharded_equals_unsharded(case: Case) -> Iterator[Finding]:
+    """On Auto and on Explicit meshes the gradients are those of one device, wherever the oracle's are."""
+    name, devices, case = "sharded_equals_unsharded", _two_devices(), case.even()
+    g, tried = case.cotangent(240), 0
+    expected = case.pull(case.oracle, g)
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((2,), ("x",), axis_types=(kind,), devices=devices)
+        for layout, specs in _layouts(case):
+            run = functools.partial(_sharded, case=case, g=g, mesh=mesh, specs=specs)
+            where = f"on an {kind.name} mesh with {layout}"
+            try:
+                got, _, raised = attempt(
+                    name, case, lambda: run(case.fun), lambda: run(case.oracle), f"{where} the rule raises"
+                )
+            except NotApplicable:
+                continue  # nor does automatic differentiation work on this layout
+            tried += 1
+            message = f"{where} the gradient is another"
+            found = [raised] if raised else list(compare(name, case, got, expected, rounding(case, expected), message))
+            if found:
+                yield from found
+                return
+    if not tried:
+        raise NotApplicable("no axis has an even size, or automatic differentiation works on no layout either")
+
+
+@check
+@full_only
+def shard_map_equals_unsharded(case: Case) -> Iterator[Finding]:
+    """Inside `shard_map`, rows sharded and the rest replicated, the gradients are those of one device."""
+    name, devices, case = "shard_map_equals_unsharded", _two_devices(), case.even()
+    g, rows = case.cotangent(250), case.reals[0].shape[0] if case.reals[0].ndim else 0
+    if not rows or rows % 2 or any(not a.ndim or a.shape[0] != rows for a in g):
+        raise NotApplicable("the outputs do not have the rows of the first argument, or their number is odd")
+    leaves, treedef = jax.tree.flatten(case.args)
+    specs = [PartitionSpec("x") if leaf.ndim and leaf.shape[0] == rows else PartitionSpec() for leaf in leaves]
+    real_specs = [s for leaf, s in zip(leaves, specs, strict=True) if _vjp_case.is_real(leaf)]
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,), devices=devices)
+
+    def run(fun):
+        local = jax.shard_map(
+            lambda args, g: _vjp_case.gradients(fun, args, g),
+            mesh=mesh,
+            in_specs=(jax.tree.unflatten(treedef, specs), PartitionSpec("x")),
+            out_specs=real_specs,
+        )
+        with precision(case.dtype):
+            return to_numpy(jax.jit(local)(case.args, to_jax(g)))
+
+    expected = case.pull(case.oracle, g)
+    message = "inside shard_map, rows sharded,"
+    got, by_oracle, raised = attempt(
+        name, case, lambda: run(case.fun), lambda: run(case.oracle), f"{message} the rule raises"
+    )
+    if list(compare(name, case, by_oracle, expected, rounding(case, expected), "")):
+        raise NotApplicable("the rows of the function are not independent")
+    if raised:
+        yield raised
+    else:
+        yield from compare(name, case, got, expected, rounding(case, expected), f"{message} the gradient is another")
