@@ -1,0 +1,25 @@
+"""check_vjp finds every planted bug, and names it."""
+
+import pytest
+
+from fcfunc.testing import check_vjp
+from tests.planted import PLANTED, RIGHT
+
+
+def test_the_corpus_is_large_enough_and_has_no_name_twice():
+    assert len(PLANTED) >= 60
+    assert len({bug.name for bug in PLANTED}) == len(PLANTED)
+
+
+@pytest.mark.parametrize("bug", PLANTED, ids=lambda bug: bug.name)
+def test_a_planted_bug_is_found_by_a_check_that_names_it(bug):
+    report = check_vjp(bug.fun, bug.args, **bug.options)
+    found = {finding.check for finding in report.findings}
+    assert found & set(bug.found_by), report
+
+
+@pytest.mark.parametrize("rule", RIGHT, ids=lambda rule: rule.name)
+def test_the_same_rules_without_a_bug_pass(rule):
+    skip = ("sharded_equals_unsharded", "shard_map_equals_unsharded")  # textbook rules do fail there
+    report = check_vjp(rule.fun, rule.args, skip=skip, **rule.options)
+    assert report.ok, report
