@@ -191,8 +191,8 @@ class Shapes:
             match = TOKEN.fullmatch(part.strip())
             if match is None:
                 raise ValueError(
-                    "check_vjp: a shape is names or numbers of sizes, then at most :int, :int<size, :bool, :positive or "
-                    f":key, and shapes are separated by commas; cannot read\n  {text}\n  {' ' * position}{'^' * len(part)}"
+                    "check_vjp: cannot read this shape; expected are names or numbers of sizes, then at most one of "
+                    f":int, :int<size, :bool, :positive, :key\n  {text}\n  {' ' * position}{'^' * max(len(part), 1)}"
                 )
             dims, kind = match["dims"].split(), match["kind"] or "real"
             self.tokens.append((dims, kind))

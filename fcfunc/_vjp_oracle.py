@@ -1,8 +1,8 @@
 """A function without its hand-written rules, and what the rules did while a function ran."""
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -66,11 +66,13 @@ class Call(NamedTuple):
     cotangents: list[Any]
 
 
-@contextlib.contextmanager
-def watched() -> Iterator[list[Call]]:
-    """Records every `custom_vjp` function that is called inside the block, and every backward pass.
+def watch(function: Callable, *args) -> tuple[list[Call], BaseException | None]:
+    """Traces `function(*args)` and records every `custom_vjp` function that it calls, and every backward pass.
 
-    Compiled functions are run operation by operation inside the block: a program compiled earlier would hide its rules.
+    Nothing is computed. Functions that were compiled before are traced anew: their programs would hide their rules.
+
+    Returns:
+      The calls, and what was raised, or None.
     """
     calls: list[Call] = []
     original = jax.custom_vjp.__call__
@@ -92,7 +94,13 @@ def watched() -> Iterator[list[Call]]:
 
     jax.custom_vjp.__call__ = call
     try:
-        with jax.disable_jit():
-            yield calls
+        with _watched(next(_count)):
+            jax.eval_shape(lambda *args: function(*args), *args)
+    except Exception as e:
+        return calls, e
     finally:
         jax.custom_vjp.__call__ = original
+    return calls, None
+
+
+_watched, _count = jax.make_user_context(0), itertools.count(1)  # a value never seen before makes JAX trace anew

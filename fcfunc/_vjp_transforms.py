@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from fcfunc import _compat, _vjp_case
 from fcfunc._vjp_case import Case, NotApplicable, precision, to_jax, to_numpy
-from fcfunc._vjp_checks import NONE, Finding, attempt, check, compare, full_only, rounding
+from fcfunc._vjp_checks import Finding, attempt, check, compare, full_only, rounding
 
 
 def _wide(case: Case) -> Case:

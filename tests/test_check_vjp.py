@@ -1,0 +1,189 @@
+"""check_vjp passes every rule of this library, says what it did, and refuses bad use."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fcfunc
+from fcfunc import losses, ops, reference
+from fcfunc.testing import assert_vjp, check_vjp, worst_relative_error
+from tests.table import RULES
+
+
+def drawing(row):
+    return lambda rng, n, d: row.draw(int(rng.integers(2**31)), n, d, np.float32)
+
+
+@pytest.mark.parametrize("row", RULES, ids=lambda row: row.name)
+def test_every_rule_of_the_table_is_proven(row):
+    assert_vjp(row.fun, drawing(row))
+
+
+@pytest.mark.parametrize("row", RULES, ids=lambda row: row.name)
+def test_every_rule_of_the_table_is_proven_against_its_independent_twin(row):
+    assert_vjp(
+        row.fun, drawing(row), reference=row.reference, fast=True, dtype="float64", only=["oracle", "forward_output"]
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_relu_of_64_by_256_raises_no_alarm(dtype, seed):
+    assert_vjp(ops.relu, "64 256", at_kink={0.0: 0.0}, fast=True, dtype=dtype, seed=seed, skip=["shape_sweep"])
+
+
+def test_a_whole_network_is_proven_through_the_plain_functions_that_call_its_rules():
+    params = fcfunc.init(jax.random.key(0), [3, 4, 2])
+
+    @jax.jit
+    def loss(params, x, labels):
+        logits = fcfunc.apply(params, x, activation="tanh")
+        return jnp.mean(losses.softmax_cross_entropy_with_integer_labels(logits, labels)) + losses.l2_penalty(params)
+
+    x = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
+    report = check_vjp(loss, (params, x, np.array([0, 1, 1, 0, 1, 0])), fast=True)
+    assert report.ok, report
+    assert report.rules == ("affine", "tanh", "softmax_cross_entropy_with_integer_labels", "l2_penalty")
+    assert list(report.arguments)[:2] == ["args[0][0]['b']", "args[0][0]['w']"]
+    (sweep,) = [r for r in report.results if r.check == "shape_sweep"]
+    assert sweep.status == "not applicable"
+    assert "the arguments were given" in sweep.reason
+
+
+@jax.custom_vjp
+def wrong_at_one_place(x, w):
+    return x * w
+
+
+wrong_at_one_place.defvjp(
+    lambda x, w: (x * w, (x, w)), lambda res, g: (g * res[1], (g * res[0]).at[1, 2].multiply(1.5))
+)
+
+
+def test_a_finding_tells_argument_index_values_error_and_how_to_see_it_again():
+    report = check_vjp(wrong_at_one_place, "n d, n d", seed=7, sizes={"n": 3, "d": 4})
+    finding = report.findings[0]
+    assert (finding.check, finding.argument, finding.index, finding.seed) == ("oracle", "args[1]", (1, 2), 7)
+    np.testing.assert_allclose(finding.got, 1.5 * finding.expected, rtol=1e-5)
+    assert finding.ulps > 1000
+    assert finding.sizes == {"n": 3, "d": 4}
+    assert "oracle" in report.arguments["args[1]"]
+    assert report.arguments["args[0]"] == "ok"
+    again = eval(finding.reproduce, {"check_vjp": check_vjp, "wrong_at_one_place": wrong_at_one_place})
+    assert again.findings[0] == finding
+
+
+def test_every_check_passes_fails_or_says_why_it_does_not_apply():
+    report = check_vjp(ops.relu, "n d", fast=True)
+    assert all(r.status in ("passed", "failed", "not applicable") for r in report.results)
+    assert all(bool(r.reason) == (r.status == "not applicable") for r in report.results)
+    printed = str(report)
+    assert all(r.check in printed for r in report.results)
+
+
+def test_the_same_seed_gives_the_same_report_and_another_another_draw():
+    one, two, three = (check_vjp(wrong_at_one_place, "3 4, 3 4", fast=True, seed=s) for s in (0, 0, 1))
+    assert one == two
+    assert one.findings[0].got != three.findings[0].got
+
+
+def test_assert_vjp_raises_with_the_report():
+    with pytest.raises(AssertionError, match=r"FAILED[\s\S]*oracle args\[1\]\[1, 2\]"):
+        assert_vjp(wrong_at_one_place, "3 4, 3 4", fast=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def scaled(x, power, name):
+    assert name == "a name"
+    return x**power
+
+
+scaled.defvjp(lambda x, power, name: (x**power, x), lambda power, name, x, g: (g * power * x ** (power - 1),))
+
+
+def test_static_arguments_keywords_closures_and_partials_are_held_fixed():
+    x = np.linspace(0.5, 1.5, 6, dtype=np.float32).reshape(2, 3)
+    report = check_vjp(scaled, (x, 3, "a name"), fast=True)
+    assert report.ok, report
+    assert report.statics == (1, 2)
+    closure = check_vjp(lambda x: scaled(x, 2, "a name"), (x,), fast=True)
+    assert closure.ok, closure
+    assert_vjp(ops.softmax, "n d", kwargs={"axis": 0}, fast=True)
+    assert_vjp(functools.partial(ops.softmax, axis=0), "n d", fast=True)
+
+
+def test_a_reference_replaces_an_oracle_in_doubt():
+    """A straight-through estimator: wrong by its own function, right by the one that it stands for."""
+    rounded = jax.custom_vjp(lambda x: jnp.round(x))
+    rounded.defvjp(lambda x: (jnp.round(x), None), lambda _, g: (g,))
+    assert not check_vjp(rounded, "n d", fast=True).ok
+    checks = ("oracle", "zero_cotangent", "linear_in_cotangent", "vmap_equals_loop", "shape_sweep")
+    assert_vjp(rounded, "n d", reference=lambda x: x, only=checks, fast=True)
+    found = check_vjp(rounded, "n d", reference=lambda x: x * 2, only=checks, fast=True).findings
+    assert found[0].check == "oracle"
+
+
+def test_given_the_twin_as_reference_a_wrong_function_is_found_too():
+    shifted = jax.custom_vjp(lambda x: jnp.tanh(x) + jnp.asarray(0.1, x.dtype))
+    shifted.defvjp(lambda x: (shifted.fun(x), jnp.tanh(x)), lambda y, g: (g * (1 - y**2),))
+    assert check_vjp(shifted, "n d", fast=True).ok
+    report = check_vjp(shifted, "n d", reference=jnp.tanh, fast=True)
+    assert {f.check for f in report.findings} == {"forward_output"}
+
+
+def test_a_function_without_a_rule_is_said_to_have_none():
+    with pytest.raises(ValueError, match="relu has no rule of its own and calls no custom_vjp function"):
+        check_vjp(reference.relu, "n d")
+
+
+def test_rules_of_a_function_compiled_before_are_still_seen():
+    compiled = jax.jit(lambda x: ops.tanh(x))
+    compiled(jnp.ones((5, 3)))
+    assert check_vjp(compiled, "n d", fast=True).rules == ("tanh",)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("n d, d* m", r"cannot read this shape[\s\S]*n d, d\* m\n      \^\^\^\^\^"),
+        ("n d, n:float", "cannot read this shape"),
+        ("n d:int<", "cannot read this shape"),
+    ],
+)
+def test_a_shape_that_cannot_be_read_is_shown(args, message):
+    with pytest.raises(ValueError, match=message):
+        check_vjp(ops.affine, args)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: check_vjp(ops.relu, np.ones(3)),
+            TypeError,
+            "args must be a tuple, a string of shapes or a function, got ndarray",
+        ),
+        (lambda: check_vjp(ops.relu, "n d", only=["magic"]), ValueError, "no check 'magic'; there are oracle, "),
+        (
+            lambda: check_vjp(ops.relu, (np.ones(3, np.complex64),)),
+            TypeError,
+            "complex arguments are not supported, got complex64",
+        ),
+        (lambda: check_vjp(ops.relu, (np.ones(3, np.int32),)), ValueError, "no argument is an array of real"),
+    ],
+)
+def test_bad_use_gets_a_clear_error(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_worst_relative_error_is_small_for_a_right_rule_and_large_for_a_wrong_one():
+    x = jax.random.normal(jax.random.key(0), (5, 4))
+    key = jax.random.key(1)
+    assert worst_relative_error(ops.tanh, reference.tanh, (x,), key=key) < 1e-6
+    wrong = jax.custom_vjp(jnp.tanh)
+    wrong.defvjp(lambda x: (jnp.tanh(x), x), lambda x, g: (g,))
+    assert worst_relative_error(wrong, reference.tanh, (x,), key=key) > 0.1
