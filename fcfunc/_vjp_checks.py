@@ -6,6 +6,7 @@ nothing where all is well. A new check is a new function under `@check`.
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +100,9 @@ def compare(name: str, case: Case, got: list, expected: list, allowed: list | fl
             )  # fmt: skip
 
 
-def attempt(name: str, case: Case, by_rule: Callable, by_oracle: Callable, message: str):
+def attempt(
+    name: str, case: Case, by_rule: Callable, by_oracle: Callable, message: str
+) -> tuple[Any, Any, Finding | None]:
     """Both results; where only the rule's raises that is a finding, where the oracle's does the check cannot apply."""
     try:
         expected = by_oracle()

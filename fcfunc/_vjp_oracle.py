@@ -88,7 +88,7 @@ def watch(function: Callable, *args) -> tuple[list[Call], BaseException | None]:
             record.cotangents.append(cotangents)
             return cotangents
 
-        double = jax.custom_vjp(self.fun, nondiff_argnums=self.nondiff_argnums)
+        double: Any = jax.custom_vjp(self.fun, nondiff_argnums=self.nondiff_argnums)
         double.defvjp(self.fwd, bwd, symbolic_zeros=self.symbolic_zeros)
         return original(double, *args, **kwargs)
 

@@ -21,42 +21,45 @@ def _wide(case: Case) -> Case:
         return case
 
 
+def _batched(case: Case, leaves: list, axes: list) -> list[np.ndarray]:
+    """The gradients under `vmap`; `leaves` are the real leaves of the arguments, then the cotangents."""
+    count = len(case.reals)
+
+    def pull(*leaves):
+        return _vjp_case.gradients(case.fun, case.fill(leaves[:count]), list(leaves[count:]))
+
+    with precision(case.dtype):
+        return to_numpy(jax.vmap(pull, in_axes=axes)(*to_jax(leaves)))
+
+
+def _looped(case: Case, leaves: list, axes: list) -> list[np.ndarray]:
+    """The same by a loop over the batch of three."""
+    count, pulled = len(case.reals), []
+    for k in range(3):
+        row = [leaf[k] if axis == 0 else leaf for leaf, axis in zip(leaves, axes, strict=True)]
+        pulled.append(case.having(row[:count]).pull(case.fun, row[count:]))
+    return [np.stack(leaf) for leaf in zip(*pulled, strict=True)]
+
+
 @check
 def vmap_equals_loop(case: Case) -> Iterator[Finding]:
     """Batched over everything, and over one argument at a time, the gradients are those of a loop."""
+    name, paths = "vmap_equals_loop", [*case.paths, "the cotangent"]
     for at in {c.dtype: c for c in (_wide(case), case)}.values():
-        rng, g = at.rng(200), at.cotangent(201)
-        count = len(at.reals)
-        choices = [set(range(count + 1))] + ([{i} for i in range(count + 1)] if count or not at.fast else [])
-        for batched in choices:
-            stacks = [
-                np.stack(
-                    [a + np.asarray(k * 0.25, a.dtype) * rng.standard_normal(a.shape).astype(a.dtype) for k in range(3)]
-                )
-                for a in [*at.reals, *g]
-            ]
-            axes = [0 if (i if i < count else count) in batched else None for i in range(len(stacks))]
-            given = [s if axis == 0 else s[0] for s, axis in zip(stacks, axes, strict=True)]
-
-            def pull(*leaves, at=at):
-                return _vjp_case.gradients(at.fun, at.fill(leaves[:count]), leaves[count:])
-
-            def batch(pull=pull, axes=axes, given=given, at=at):
-                with precision(at.dtype):
-                    return to_numpy(jax.vmap(pull, in_axes=axes)(*to_jax(given)))
-
-            def loop(axes=axes, given=given, at=at):
-                rows = [[s[k] if axis == 0 else s for s, axis in zip(given, axes, strict=True)] for k in range(3)]
-                pulled = [at.having(row[:count]).pull(at.fun, row[count:]) for row in rows]
-                return [np.stack(leaf) for leaf in zip(*pulled, strict=True)]
-
-            names = ["everything"] if len(batched) > 1 else [*at.paths, "the cotangent"][next(iter(batched)) :][:1]
-            message = f"vmap over {names[0]} differs from a loop"
-            got, expected, raised = attempt("vmap_equals_loop", at, batch, loop, f"vmap over {names[0]} raises")
-            if raised:
-                yield raised
-                return
-            found = list(compare("vmap_equals_loop", at, got, expected, rounding(at, expected), message))
+        rng, g, count = at.rng(200), at.cotangent(201), len(at.reals)
+        stacks = [
+            np.stack([a + np.asarray(k / 4, a.dtype) * rng.standard_normal(a.shape).astype(a.dtype) for k in range(3)])
+            for a in [*at.reals, *g]
+        ]
+        for over in ("everything", *paths):
+            chosen = [over in ("everything", paths[min(i, count)]) for i in range(len(stacks))]
+            axes = [0 if batched else None for batched in chosen]
+            leaves = [s if batched else s[0] for s, batched in zip(stacks, chosen, strict=True)]
+            run = functools.partial(_batched, at, leaves, axes)
+            loop = functools.partial(_looped, at, leaves, axes)
+            got, expected, raised = attempt(name, at, run, loop, f"vmap over {over} raises")
+            message = f"vmap over {over} differs from a loop"
+            found = [raised] if raised else list(compare(name, at, got, expected, rounding(at, expected), message))
             if found:
                 yield from found
                 return
@@ -150,8 +153,7 @@ def _second(case: Case, transform: Callable, name: str, message: str) -> Iterato
     else:
         largest_of_all = max((float(np.abs(a).max(initial=0.0)) for a in expected), default=0.0)
         allowed = [t + 1e-11 * largest_of_all for t in rounding(wide, expected, 4096.0)]
-        for finding in compare(name, wide, got, expected, allowed, f"{message} differs from the oracle's"):
-            yield finding
+        yield from compare(name, wide, got, expected, allowed, f"{message} differs from the oracle's")
 
 
 @check
@@ -179,7 +181,7 @@ def forward_over_reverse(case: Case) -> Iterator[Finding]:
 
 
 def _layouts(case: Case) -> Iterator[tuple[str, list[PartitionSpec]]]:
-    """Each even size, sharded over two devices wherever it stands: on the first axis it has in each array, or the last."""
+    """Each even size sharded over two devices wherever it stands: on the first such axis of an array, or the last."""
     leaves = jax.tree.leaves(case.args)
     for size in sorted({n for leaf in case.reals for n in leaf.shape if n and n % 2 == 0}):
         seen = []
@@ -223,12 +225,10 @@ def sharded_equals_unsharded(case: Case) -> Iterator[Finding]:
     for kind in (AxisType.Auto, AxisType.Explicit):
         mesh = jax.make_mesh((2,), ("x",), axis_types=(kind,), devices=devices)
         for layout, specs in _layouts(case):
-            run = functools.partial(_sharded, case=case, g=g, mesh=mesh, specs=specs)
+            run = [functools.partial(_sharded, fun, case, g, mesh, specs) for fun in (case.fun, case.oracle)]
             where = f"on an {kind.name} mesh with {layout}"
             try:
-                got, _, raised = attempt(
-                    name, case, lambda: run(case.fun), lambda: run(case.oracle), f"{where} the rule raises"
-                )
+                got, _, raised = attempt(name, case, run[0], run[1], f"{where} the rule raises")
             except NotApplicable:
                 continue  # nor does automatic differentiation work on this layout
             tried += 1

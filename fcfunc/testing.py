@@ -95,24 +95,24 @@ def check_vjp(
 ) -> Report:
     """Tries to show that a hand-written rule is wrong.
 
-    The oracle is automatic differentiation of the undecorated function, which is read from the `custom_vjp` objects that
-    the function calls, wherever they stand in it.
+    The oracle is automatic differentiation of the undecorated function, which is read from the `custom_vjp` objects
+    that the function calls, wherever they stand in it. docs/checking-rules.md lists the checks.
 
     Args:
       fun: a `custom_vjp` function, or a function that calls some, of positional arrays or trees of arrays.
       args: concrete arguments, as a tuple; or their shapes by name, `"n d, d m, m"`, with what to draw where it is not
         normal numbers: `"n c, n:int<c"` (labels), `"n d:positive"`, `"n:bool"`, `":key"`; or a function
         `draw(rng, n, d)` that returns the tuple, its parameters after the first being the sizes. By shapes or by a
-        function the checker draws and sweeps the sizes. What is no array (a string, a Python number, a function) is held
-        fixed, as are the `nondiff_argnums` of a `custom_vjp`.
+        function the checker draws and sweeps the sizes. What is no array (a string, a Python number, a function) is
+        held fixed, as are the `nondiff_argnums` of a `custom_vjp`.
       reference: the oracle's function, where the rule's own is in doubt or the rule is a deliberate surrogate.
       kwargs: options of `fun`, held fixed.
       fast: fewer directions and sizes, no element-by-element differences, no meshes: under a second once warm.
       seed: of every draw; the same seed gives the same report.
       dtype: of what is drawn. Other floating-point dtypes are checked besides, where the function takes them.
       sizes: the sizes by name, instead of a sweep.
-      at_kink: the derivative that the rule declares at a kink, by the point: `{0.0: 0.0}` for ReLU. The first real argument
-        is set to the point everywhere.
+      at_kink: the derivative that the rule declares at a kink, by the point: `{0.0: 0.0}` for ReLU. The first real
+        argument is set to the point everywhere.
       only: names of the checks to run; empty for all.
       skip: names of checks to leave out, e.g. `("reverse_over_reverse",)` of a rule meant for one derivative.
 
@@ -120,8 +120,8 @@ def check_vjp(
       A `Report`.
 
     Raises:
-      TypeError: complex arguments, which are not supported; arguments that are neither a tuple, a string nor a function.
-      ValueError: the function calls no rule, has no real argument or output, or a shape cannot be read; an unknown check.
+      TypeError: complex arguments, which are not supported; arguments that are no tuple, string or function.
+      ValueError: the function calls no rule, has no real argument or output, or a shape cannot be read; no such check.
 
     Example:
       >>> from fcfunc import ops

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 
 class Planted(NamedTuple):
@@ -193,7 +194,7 @@ def remembered():
     def bwd(res, g):
         x = kept["x"]
         dx, dw, db = affine_bwd(res, g)
-        return dx, (x.T @ g if x.shape == res[0].shape and not isinstance(x, jax.core.Tracer) else dw), db
+        return dx, (x.T @ g if x.shape == res[0].shape and not isinstance(x, Tracer) else dw), db
 
     return fwd, bwd
 
@@ -204,7 +205,7 @@ plant("affine_remembers_the_last_input", AFFINE, "interleaved", affine, _fwd, _b
 
 def wrong_when_traced(res, g):
     dx, dw, db = affine_bwd(res, g)
-    return dx, dw, db * (2 if isinstance(g, jax.core.Tracer) else 1)
+    return dx, dw, db * (2 if isinstance(g, Tracer) else 1)
 
 
 plant_affine(
@@ -235,7 +236,7 @@ plant(
     lambda x, w, b: (affine(x, w, b) * 1.001, (x, w)), affine_bwd,
 )  # fmt: skip
 plant(
-    "affine_forward_calls_itself_without_second_derivative", AFFINE, ("reverse_over_reverse", "forward_over_reverse"), affine,
+    "affine_input_detached", AFFINE, ("reverse_over_reverse", "forward_over_reverse"), affine,
     lambda x, w, b: (affine(x, w, b), (lax.stop_gradient(x), w)), affine_bwd,
 )  # fmt: skip
 
@@ -437,13 +438,14 @@ def norm_bwd(term):
     return bwd
 
 
+right_norm_bwd = norm_bwd(lambda n, i, s: i * (s - mean(s) - n * mean(s * n)))
 plant_norm = functools.partial(plant, args="n d, d, d", fun=layer_norm, fwd=norm_fwd)
 plant_norm("layer_norm_constant_variance", found_by="oracle", bwd=norm_bwd(lambda n, i, s: i * (s - mean(s))))
 plant_norm("layer_norm_constant_mean", found_by="oracle", bwd=norm_bwd(lambda n, i, s: i * (s - n * mean(s * n))))
 plant_norm("layer_norm_statistics_fixed", found_by="oracle", bwd=norm_bwd(lambda n, i, s: i * s))
 plant_norm(
     "layer_norm_scale_averaged", found_by="oracle",
-    bwd=lambda res, g: (norm_bwd(lambda n, i, s: i * (s - mean(s) - n * mean(s * n)))(res, g)[0], jnp.mean(g * res[0], axis=0), jnp.sum(g, axis=0)),
+    bwd=lambda res, g: (right_norm_bwd(res, g)[0], jnp.mean(g * res[0], axis=0), jnp.sum(g, axis=0)),
 )  # fmt: skip
 
 
@@ -499,7 +501,7 @@ plant_linear(
 )
 plant_linear(
     "linear_cross_entropy_label_of_the_last_chunk", found_by=("oracle", "shape_sweep"),
-    bwd=lambda res, g: chunked(-1e30)((res[0], res[1], jnp.where(res[2] >= res[1].shape[1] // CHUNK * CHUNK, -1, res[2])), g),
+    bwd=lambda res, g: chunked(-1e30)((*res[:2], jnp.where(res[2] >= res[1].shape[1] // CHUNK * CHUNK, -1, res[2])), g),
 )  # fmt: skip
 
 # --- several outputs, trees, structure
@@ -567,7 +569,7 @@ def right(name, args, fun, fwd, bwd, **options):
 
 
 right("dropout", "n d, :key", dropout, lambda x, key: (dropout(x, key), key), lambda key, g: (dropped(key, g), None))
-right("layer_norm", "n d, d, d", layer_norm, norm_fwd, norm_bwd(lambda n, i, s: i * (s - mean(s) - n * mean(s * n))))
+right("layer_norm", "n d, d, d", layer_norm, norm_fwd, right_norm_bwd)
 right("relu", "n d", at_kink={0.0: 0.0}, **one(relu, lambda x, y, g: jnp.where(x > 0, g, 0)))
 right("sigmoid", "n d", **one(jax.nn.sigmoid, lambda x, y, g: g * y * (1 - y)))
 right("tanh", "n d", **one(jnp.tanh, lambda x, y, g: g * (1 - y**2)))
@@ -578,7 +580,7 @@ right(
 )  # fmt: skip
 right(
     "rms_norm", "n d",
-    **one(rms_norm, lambda x, y, g: (r := lax.rsqrt(mean(x**2) + np.asarray(1e-3, x.dtype))) * (g - y * mean(g * y))),
+    **one(rms_norm, lambda x, y, g: lax.rsqrt(mean(x**2) + np.asarray(1e-3, x.dtype)) * (g - y * mean(g * y))),
 )  # fmt: skip
 right(
     "two_outputs", "n d", moments, lambda x: (moments(x), x),

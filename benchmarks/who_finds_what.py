@@ -1,0 +1,129 @@
+"""The corpus of planted bugs through `check_vjp`, `jax.test_util.check_grads` and `torch.autograd.gradcheck`.
+
+    python -m benchmarks.who_finds_what > docs/who-finds-what.md
+
+check_grads runs in reverse mode to order 2 (its default modes raise on any `custom_vjp`), gradcheck in float64 on the rule
+wrapped as an autograd Function, its backward pass the planted one. Each gets three draws; a bug counts as found where at
+least one draw raises. All see small arguments, of 5 rows. Where gradcheck has no port of the rule, the cell is empty.
+"""
+
+import os
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+import sys
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.test_util import check_grads
+
+from fcfunc._vjp_case import Shapes, base_sizes, is_real
+from fcfunc.testing import check_vjp
+from tests.planted import PLANTED, RIGHT, Planted
+
+
+def draw(bug: Planted, seed: int, dtype) -> tuple:
+    """Arguments of small, unequal sizes."""
+    shapes = Shapes(bug.args)
+    args = shapes.draw(np.random.default_rng(seed), base_sizes(shapes.letters))
+    return tuple(jnp.asarray(a, dtype) if is_real(a) else jnp.asarray(a) for a in args)
+
+
+def by_check_vjp(bug: Planted, seed: int) -> bool:
+    """Whether the checker reports anything."""
+    return not check_vjp(bug.fun, bug.args, seed=seed, **bug.options).ok
+
+
+def by_check_grads(bug: Planted, seed: int) -> bool:
+    """Whether `check_grads` raises."""
+    args = draw(bug, seed, jnp.float32)
+    reals = [i for i, a in enumerate(args) if is_real(a)]
+
+    def of_reals(*given):
+        filled = list(args)
+        for i, a in zip(reals, given, strict=True):
+            filled[i] = a
+        return bug.fun(*filled)
+
+    try:
+        check_grads(of_reals, [args[i] for i in reals], order=2, modes=("rev",))
+    except Exception:
+        return True
+    return False
+
+
+def by_gradcheck(bug: Planted, seed: int) -> bool | None:
+    """Whether `gradcheck` raises or says no; None where there is no port."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    rule = bug.fun
+    if not isinstance(rule, jax.custom_vjp) or rule.symbolic_zeros:
+        return None
+    with jax.enable_x64(True):
+        args = draw(bug, seed, jnp.float64)
+        reals = [i for i, a in enumerate(args) if is_real(a)]
+
+        class Ported(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, *tensors):
+                given = list(args)
+                for i, t in zip(reals, tensors, strict=True):
+                    given[i] = jnp.asarray(t.detach().numpy())
+                out = rule.fun(*given)
+                _, ctx.residuals = rule.fwd(*given)
+                ctx.many = isinstance(out, tuple)
+                outs = out if ctx.many else (out,)
+                ported = tuple(torch.from_numpy(np.array(o)) for o in outs)
+                return ported if ctx.many else ported[0]
+
+            @staticmethod
+            def backward(ctx, *grads):
+                g = tuple(jnp.asarray(t.detach().numpy()) for t in grads)
+                cotangents = rule.bwd(ctx.residuals, g if ctx.many else g[0])
+                kept = [cotangents[i] for i in reals]
+                return tuple(None if c is None else torch.from_numpy(np.array(c)) for c in kept)
+
+        inputs = [torch.tensor(np.array(args[i]), requires_grad=True) for i in reals]
+        try:
+            return not torch.autograd.gradcheck(Ported.apply, inputs)
+        except Exception:
+            return True
+
+
+CHECKERS = {"check_vjp": by_check_vjp, "check_grads": by_check_grads, "gradcheck": by_gradcheck}
+
+
+def main() -> None:
+    """Prints the table in Markdown."""
+    warnings.simplefilter("ignore")
+    rows, counts = [], dict.fromkeys(CHECKERS, 0)
+    for bug in PLANTED:
+        cells = []
+        for name, found_by in CHECKERS.items():
+            found = [found_by(bug, seed) for seed in range(3 if name != "check_vjp" else 1)]
+            counts[name] += any(found)
+            cells.append("" if found[0] is None else "found" if any(found) else "-")
+        rows.append(f"| {bug.name.replace('_', ' ')} | {' | '.join(cells)} |")
+        print(bug.name, cells, file=sys.stderr, flush=True)
+    alarms = {
+        name: sum(bool(f(rule, s)) for rule in RIGHT for s in range(3))
+        for name, f in CHECKERS.items()
+        if name != "check_vjp"
+    }
+    print("# Who finds what\n")
+    print("Printed by `python -m benchmarks.who_finds_what`, whose first lines say how each checker is called.\n")
+    print(f"| planted bug | {' | '.join(CHECKERS)} |\n|---|{'---|' * len(CHECKERS)}")
+    print("\n".join(rows))
+    print(f"| **found of {len(PLANTED)}** | {' | '.join(f'**{n}**' for n in counts.values())} |")
+    print(
+        f"\nAlarms on {len(RIGHT)} right rules, three draws each: "
+        + ", ".join(f"{k} {v}" for k, v in alarms.items())
+        + "."
+    )
+    print("What check_vjp says of right rules is measured by `python -m benchmarks.false_alarms`.")
+
+
+if __name__ == "__main__":
+    main()
