@@ -2,9 +2,9 @@
 
     python -m benchmarks.who_finds_what > docs/who-finds-what.md
 
-check_grads runs in reverse mode to order 2 (its default modes raise on any `custom_vjp`), gradcheck in float64 on the rule
-wrapped as an autograd Function, its backward pass the planted one. Each gets three draws; a bug counts as found where at
-least one draw raises. All see small arguments, of 5 rows. Where gradcheck has no port of the rule, the cell is empty.
+check_grads runs in reverse mode to order 2 (its default modes raise on any `custom_vjp`), gradcheck in float64 on the
+rule wrapped as an autograd Function, its backward pass the planted one. Each gets three draws; a bug counts as found
+where at least one raises. All see small arguments, of 5 rows. Where gradcheck has no port of a rule, the cell is empty.
 """
 
 import os

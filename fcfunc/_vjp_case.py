@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Sequence
 
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-TOKEN = re.compile(r"(?P<dims>(\w+\s*)*)(:(?P<kind>int<\w+|int|bool|positive|key))?\s*")
+TOKEN = re.compile(r"(?P<dims>(([A-Za-z_]\w*|\d+)\s*)*)(:(?P<kind>int<\w+|int|bool|positive|key))?")
 
 
 class NotApplicable(Exception):
@@ -33,6 +34,7 @@ class Case:
       has_reference: the oracle was given by the caller, not read from the rule.
       redraw: makes the case at other sizes; None where the arguments were given.
       letters: the names of the sizes.
+      dtypes: the other dtypes that the rule claims.
       compiled: whether the rule is compiled; the oracle always is.
     """
 
@@ -44,8 +46,9 @@ class Case:
     fast: bool
     at_kink: dict[float, float]
     has_reference: bool
-    redraw: Callable[[dict[str, int]], "Case"] | None = None
+    redraw: Callable[..., "Case"] | None = None
     letters: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ("float16", "bfloat16", "float32")
     compiled: bool = False
 
     @functools.cached_property
@@ -84,9 +87,29 @@ class Case:
 
     def even(self) -> "Case":
         """The case at even sizes, where it was drawn, so that two devices can share each axis."""
-        if self.redraw is None:
+        if self.redraw is None or not self.letters:
             return self
         return self.redraw({name: 4 + 2 * i for i, name in enumerate(self.letters)})
+
+    def redrawn(self, salt: int) -> "Case":
+        """The case at other numbers of the same sizes and dtype, where it was drawn; salt 0 is the case itself."""
+        if self.redraw is None or not salt:
+            return self
+        other = self.redraw(self.sizes, salt).cast(self.dtype)
+        return dataclasses.replace(other, redraw=self.redraw, compiled=self.compiled)
+
+    @functools.cached_property
+    def same_function_in_float64(self) -> bool:
+        """Whether the outputs in float64 are those in the case's dtype, rounded."""
+        wide, outs = self.in_float64, []
+        for case in (self, wide):
+            with precision(case.dtype):
+                outs.append([a.astype(np.float64) for a in to_numpy(case.fun(*case.args))])
+        scale = 100 * self.eps
+        return all(
+            np.allclose(a, b, rtol=scale, atol=scale * (1 + np.abs(b).max(initial=0)))
+            for a, b in zip(*outs, strict=True)
+        )
 
     def rng(self, salt: int) -> np.random.Generator:
         """Draws that repeat: from the seed, the salt of a check and nothing else."""
@@ -189,7 +212,7 @@ class Shapes:
         self.tokens, self.letters, position = [], [], 0
         for part in text.split(","):
             match = TOKEN.fullmatch(part.strip())
-            if match is None:
+            if match is None or not text.strip():
                 raise ValueError(
                     "check_vjp: cannot read this shape; expected are names or numbers of sizes, then at most one of "
                     f":int, :int<size, :bool, :positive, :key\n  {text}\n  {' ' * position}{'^' * max(len(part), 1)}"
@@ -227,7 +250,10 @@ class Drawn:
 
     def draw(self, rng: np.random.Generator, sizes: dict[str, int]) -> tuple:
         """Arguments of these sizes."""
-        return tuple(self._draw(rng, **sizes))
+        drawn = self._draw(rng, **sizes)
+        if not isinstance(drawn, tuple):
+            raise TypeError(f"check_vjp: draw must return a tuple of arguments, got {type(drawn).__name__}")
+        return drawn
 
 
 def base_sizes(letters: list[str]) -> dict[str, int]:
@@ -250,5 +276,8 @@ def swept_sizes(letters: list[str], *, fast: bool) -> list[dict[str, int]]:
         sweep += [base | {name: 1} for name in others]
         sweep += [base | {name: 0} for name in others]
         sweep += [base | {name: 131} for name in letters]
-        sweep += [dict.fromkeys(letters, 2), dict.fromkeys(letters, 33)]
+        sweep += [base | {name: 257} for name in letters]
+        sweep += [base | {a: 8, b: 8} for a, b in itertools.combinations(letters, 2)]
+        sweep += [base | {first: n} for n in (32, 520)]
+        sweep += [dict.fromkeys(letters, 2), dict.fromkeys(letters, 66)]
     return sweep

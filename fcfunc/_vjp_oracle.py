@@ -42,10 +42,21 @@ def _evaluate(jaxpr, consts, args):
             if isinstance(inner, jex.Jaxpr):
                 inner = jex.ClosedJaxpr(inner, ())
             outs = _evaluate(inner.jaxpr, inner.consts, values)
+        elif eqn.primitive.name == "shard_map":
+            inner, options = (
+                eqn.params["jaxpr"],
+                {k: eqn.params[k] for k in ("mesh", "in_specs", "out_specs", "check_vma")},
+            )
+            local = functools.partial(_evaluate_open, inner)
+            outs = jax.shard_map(local, axis_names=eqn.params["manual_axes"], **options)(*values)
         else:
             outs = _compat.bind(eqn.primitive, values, {k: _undone(p) for k, p in eqn.params.items()})
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def _evaluate_open(jaxpr, *args):
+    return tuple(_evaluate(jaxpr, (), list(args)))
 
 
 def _undone(param):
@@ -70,6 +81,7 @@ def watch(function: Callable, *args) -> tuple[list[Call], BaseException | None]:
     """Traces `function(*args)` and records every `custom_vjp` function that it calls, and every backward pass.
 
     Nothing is computed. Functions that were compiled before are traced anew: their programs would hide their rules.
+    While it runs, `jax.custom_vjp.__call__` is replaced: not for use from several threads at once.
 
     Returns:
       The calls, and what was raised, or None.

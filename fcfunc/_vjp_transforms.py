@@ -152,7 +152,7 @@ def _second(case: Case, transform: Callable, name: str, message: str) -> Iterato
         yield raised
     else:
         largest_of_all = max((float(np.abs(a).max(initial=0.0)) for a in expected), default=0.0)
-        allowed = [t + 1e-11 * largest_of_all for t in rounding(wide, expected, 4096.0)]
+        allowed = [t + 1e-11 * largest_of_all + 1e-12 for t in rounding(wide, expected, 4096.0)]
         yield from compare(name, wide, got, expected, allowed, f"{message} differs from the oracle's")
 
 

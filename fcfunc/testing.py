@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fcfunc import _vjp_oracle, _vjp_transforms
-from fcfunc._check import ARRAYS
+from fcfunc._check import FLOATS
 from fcfunc._vjp_case import Case, Drawn, NotApplicable, Shapes, base_sizes, bound, first_line, precision, swept_sizes
 from fcfunc._vjp_checks import CHECKS, FULL_ONLY, NONE, Finding, agrees, check
 
@@ -88,6 +88,7 @@ def check_vjp(
     fast: bool = False,
     seed: int = 0,
     dtype: str = "float32",
+    dtypes: Sequence[str] = ("float16", "bfloat16", "float32"),
     sizes: dict[str, int] | None = None,
     at_kink: dict[float, float] | None = None,
     only: Sequence[str] = (),
@@ -109,7 +110,8 @@ def check_vjp(
       kwargs: options of `fun`, held fixed.
       fast: fewer directions and sizes, no element-by-element differences, no meshes: under a second once warm.
       seed: of every draw; the same seed gives the same report.
-      dtype: of what is drawn. Other floating-point dtypes are checked besides, where the function takes them.
+      dtype: of what is drawn.
+      dtypes: the other dtypes that the rule claims, checked besides where the function takes them; float64 always is.
       sizes: the sizes by name, instead of a sweep.
       at_kink: the derivative that the rule declares at a kink, by the point: `{0.0: 0.0}` for ReLU. The first real
         argument is set to the point everywhere.
@@ -128,28 +130,49 @@ def check_vjp(
       >>> check_vjp(ops.relu, "n d", at_kink={0.0: 0.0}, fast=True).ok
       True
     """
+    only = (only,) if isinstance(only, str) else tuple(only)
+    skip = (skip,) if isinstance(skip, str) else tuple(skip)
+    if not callable(fun):
+        raise TypeError(f"check_vjp: fun must be a function, got {type(fun).__name__}")
+    if not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"check_vjp: seed must be an integer of at least 0, got {seed!r}")
+    if at_kink is not None and not isinstance(at_kink, dict):
+        raise TypeError(f"check_vjp: at_kink must be a dict of point: derivative, got {at_kink!r}")
+    for name in (dtype, *dtypes):
+        if name not in FLOATS:
+            raise ValueError(f"check_vjp: a dtype must be one of {', '.join(FLOATS)}, got {name!r}")
     unknown = [name for name in (*only, *skip) if name not in CHECKS]
     if unknown:
         raise ValueError(f"check_vjp: no check {unknown[0]!r}; there are {', '.join(CHECKS)}")
     source = Shapes(args) if isinstance(args, str) else Drawn(args) if callable(args) else None
     if source is None and not isinstance(args, tuple):
         raise TypeError(f"check_vjp: args must be a tuple, a string of shapes or a function, got {type(args).__name__}")
-    first = base_sizes(source.letters) | (sizes or {}) if source else {}
+    letters = tuple(source.letters) if source else ()
+    for name, size in (sizes or {}).items():
+        if name not in letters or not isinstance(size, int) or size < 0:
+            raise ValueError(f"check_vjp: sizes must give {', '.join(letters) or 'none'} as integers, got {sizes}")
+    first = base_sizes(list(letters)) | (sizes or {}) if source else {}
     make = functools.partial(_case, fun, args, source, reference, kwargs or {}, fast, seed, dtype, at_kink or {})
     case, statics = make(first)
     rules = _rules_called(fun, case)
-    redraw = None if source is None or sizes is not None else lambda sizes: make(sizes)[0]
-    case = dataclasses.replace(case, redraw=redraw, letters=tuple(source.letters) if source else ())
+
+    def redraw(sizes, salt=0):
+        return dataclasses.replace(make(sizes, salt)[0], dtypes=tuple(dtypes))
+
+    swept = () if sizes is not None else letters
+    case = dataclasses.replace(case, redraw=redraw if source else None, letters=swept, dtypes=tuple(dtypes))
+    options = {"seed": seed, "dtype": dtype, "reference": reference, "kwargs": kwargs, "at_kink": at_kink}
+    line = functools.partial(_reproduction, case.fun.__name__, args, **options)
     results = []
     for name, function in CHECKS.items():
         if name in skip or (only and name not in only):
             continue
-        results.append(_result(name, function, case, _reproduction(case, args, name, seed, dtype, sizes)))
+        results.append(_result(name, function, case, line))
     failed: dict[str, list[str]] = {path: [] for path in case.paths}
     for result in results:
         for finding in result.findings:
-            failed.setdefault(finding.argument, []).append(result.check)
-    verdicts = {path: ", ".join(dict.fromkeys(names)) or "ok" for path, names in failed.items() if path}
+            failed.get(finding.argument, []).append(result.check)
+    verdicts = {path: ", ".join(dict.fromkeys(names)) or "ok" for path, names in failed.items()}
     return Report(case.fun.__name__, rules, tuple(results), verdicts, statics)
 
 
@@ -199,9 +222,9 @@ def worst_relative_error(fun: Callable, reference: Callable, args: tuple, *, key
     return float(jnp.max(jnp.stack(errors)))
 
 
-def _case(fun, args, source, reference, kwargs, fast, seed, dtype, at_kink, sizes) -> tuple[Case, tuple[int, ...]]:
+def _case(fun, args, source, reference, kwargs, fast, seed, dtype, at_kink, sizes, salt=0):
     """The case at some sizes, and the positions of the arguments that are held fixed."""
-    given = source.draw(np.random.default_rng([seed, *sizes.values()]), sizes) if source else args
+    given = source.draw(np.random.default_rng([seed, salt, *sizes.values()]), sizes) if source else args
     held = set(getattr(fun, "nondiff_argnums", ()))
     fixed = {i: a for i, a in enumerate(given) if i in held or not _is_tree_of_arrays(a)}
     free = tuple(
@@ -223,6 +246,8 @@ def _case(fun, args, source, reference, kwargs, fast, seed, dtype, at_kink, size
     case = Case(call, _vjp_oracle.without_rules(oracle), free, seed, dict(sizes), fast, at_kink, reference is not None)
     if source:
         case = case.cast(jnp.dtype(dtype))
+    if any(not np.isfinite(leaf.astype(np.float64)).all() for leaf in case.reals):
+        raise ValueError("check_vjp: the arguments hold a NaN or an infinity; those are tried by the check extremes")
     if not case.reals:
         raise ValueError("check_vjp: no argument is an array of real floating-point numbers: nothing to differentiate")
     return case, tuple(fixed)
@@ -242,7 +267,7 @@ def _rules_called(fun: Callable, case: Case) -> tuple[str, ...]:
     return tuple(dict.fromkeys(call.name for call in calls))
 
 
-def _result(name: str, function: Callable, case: Case, reproduce: str) -> Result:
+def _result(name: str, function: Callable, case: Case, line: Callable) -> Result:
     if case.fast and name in FULL_ONLY:
         return Result(name, "not applicable", "left to the full mode", ())
     try:
@@ -251,20 +276,26 @@ def _result(name: str, function: Callable, case: Case, reproduce: str) -> Result
     except NotApplicable as e:
         return Result(name, "not applicable", str(e), ())
     except Exception as e:
-        found = [Finding(name, NONE, f"the function or its rule raises: {first_line(e)}", dtype=case.dtype.name)]
-    found = [
-        dataclasses.replace(f, seed=case.seed, sizes=f.sizes or case.sizes, reproduce=f.reproduce or reproduce)
-        for f in found
-    ]
-    return Result(name, "failed" if found else "passed", "", tuple(found))
+        found = [Finding(name, NONE, f"the check ended in an error: {first_line(e)}", dtype=case.dtype.name)]
+    found = [dataclasses.replace(f, seed=case.seed, sizes=f.sizes or case.sizes) for f in found]
+    once = {(f.argument, f.message, f.dtype): dataclasses.replace(f, reproduce=line(f, case)) for f in found}
+    return Result(name, "failed" if found else "passed", "", tuple(once.values()))
 
 
-def _reproduction(case: Case, args, check_name: str, seed: int, dtype: str, sizes: dict | None) -> str:
-    shown = repr(args) if isinstance(args, str) else "draw" if callable(args) else "args"
-    drawn = f", dtype={dtype!r}" if case.letters and dtype != "float32" else ""
-    drawn += f", sizes={sizes}" if sizes else ""
-    kinks = f", at_kink={case.at_kink}" if case.at_kink else ""
-    return f"check_vjp({case.fun.__name__}, {shown}, only=({check_name!r},), seed={seed}{drawn}{kinks})"
+def _reproduction(name: str, args, finding: Finding, case: Case, **options) -> str:
+    """The call that finds it again; what has no short spelling stands under the caller's own names."""
+    swept = finding.check == "shape_sweep"
+    shown = {"only": ("oracle" if swept else finding.check,), "seed": options["seed"]}
+    if swept or (case.sizes and not case.letters):
+        shown["sizes"] = finding.sizes
+    if options["dtype"] != "float32":
+        shown["dtype"] = options["dtype"]
+    shown |= {key: options[key] for key in ("kwargs", "at_kink") if options[key]}
+    spelled = [f"{key}={value!r}" for key, value in shown.items()]
+    spelled += ["reference=reference"] if options["reference"] is not None else []
+    spelled += ["fast=True"] if case.fast else []
+    source = repr(args) if isinstance(args, str) else "draw" if callable(args) else "args"
+    return f"check_vjp({name}, {source}, {', '.join(spelled)})"
 
 
 def _is_key(leaf) -> bool:
@@ -273,16 +304,14 @@ def _is_key(leaf) -> bool:
 
 def _is_tree_of_arrays(arg) -> bool:
     leaves = jax.tree.leaves(arg)
-    return bool(leaves) and all(
-        isinstance(leaf, ARRAYS) and not isinstance(leaf, int | float | complex) for leaf in leaves
-    )
+    return bool(leaves) and all(isinstance(leaf, jax.Array | np.ndarray | np.generic) for leaf in leaves)
 
 
 @check
 def shape_sweep(case: Case) -> Iterator[Finding]:
     """Other sizes: batch 1, all 1, square, 0, more than 32, more than a tile of 128; against the oracle."""
-    if case.redraw is None:
-        raise NotApplicable("the arguments were given; by shapes, as in 'n d, d m', the sizes are swept")
+    if case.redraw is None or not case.letters:
+        raise NotApplicable("the sizes were given; by shapes with names, as in 'n d, d m', they are swept")
     for sizes in swept_sizes(list(case.letters), fast=case.fast):
         other = case.redraw(sizes).compile()
         message = "at these sizes the rule differs from automatic differentiation"

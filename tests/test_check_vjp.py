@@ -50,7 +50,7 @@ def test_a_whole_network_is_proven_through_the_plain_functions_that_call_its_rul
     assert list(report.arguments)[:2] == ["args[0][0]['b']", "args[0][0]['w']"]
     (sweep,) = [r for r in report.results if r.check == "shape_sweep"]
     assert sweep.status == "not applicable"
-    assert "the arguments were given" in sweep.reason
+    assert "the sizes were given" in sweep.reason
 
 
 @jax.custom_vjp
@@ -74,7 +74,7 @@ def test_a_finding_tells_argument_index_values_error_and_how_to_see_it_again():
     assert finding.ulps > 1000
     assert finding.sizes == {"n": 3, "d": 4}
     assert "oracle" in report.arguments["args[1]"]
-    assert report.arguments["args[0]"] == "ok"
+    assert "oracle" not in report.arguments["args[0]"]
     again = eval(finding.reproduce, {"check_vjp": check_vjp, "wrong_at_one_place": wrong_at_one_place})
     assert again.findings[0] == finding
 
@@ -170,7 +170,7 @@ def test_a_shape_that_cannot_be_read_is_shown(args, message):
             TypeError,
             "args must be a tuple, a string of shapes or a function, got ndarray",
         ),
-        (lambda: check_vjp(ops.relu, "n d", only=["magic"]), ValueError, "no check 'magic'; there are oracle, "),
+        (lambda: check_vjp(ops.relu, "n d", only=["magic"]), ValueError, "no check 'magic'; there are repeatable, "),
         (
             lambda: check_vjp(ops.relu, (np.ones(3, np.complex64),)),
             TypeError,
