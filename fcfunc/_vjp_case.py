@@ -242,11 +242,12 @@ class Shapes:
 
 
 class Drawn:
-    """Arguments by a function `draw(rng, n=..., d=...)`, whose parameters after the first are the sizes."""
+    """Arguments by a function `draw(rng, n, d)`: its parameters after the first without a default are the sizes."""
 
     def __init__(self, draw: Callable):
         self._draw = draw
-        self.letters = list(inspect.signature(draw).parameters)[1:]
+        parameters = list(inspect.signature(draw).parameters.values())[1:]
+        self.letters = [p.name for p in parameters if p.default is p.empty]
 
     def draw(self, rng: np.random.Generator, sizes: dict[str, int]) -> tuple:
         """Arguments of these sizes."""
