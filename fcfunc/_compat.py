@@ -1,9 +1,11 @@
-"""What differs between JAX releases: the type of a value on a mesh, the evaluation of an equation.
+"""What differs between JAX releases: the type of a value on a mesh, the evaluation of an equation;
+and what differs between its backends.
 
 Everything else in the package asks here, so that an upgrade of JAX is a change to one file.
 """
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 
 
@@ -11,6 +13,25 @@ def explicit_sharding(x: jax.Array) -> NamedSharding | None:
     """The sharding in the type of `x` where its mesh has Explicit axes, else None."""
     sharding = jax.typeof(x).sharding
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+def product(x: jax.Array, y: jax.Array, dims, *, accumulate, out_sharding=None) -> jax.Array:
+    """`lax.dot_general` of operands of one dtype, accumulated and returned in another.
+
+    XLA's CPU backend lacks some products of bfloat16 into float32 (of a matrix with a stack of matrices, which an
+    ensemble under `vmap` makes); there the operands are widened first, which changes no number.
+    """
+
+    def narrow(x, y):
+        return jax.lax.dot_general(x, y, dims, preferred_element_type=accumulate, out_sharding=out_sharding)
+
+    if x.dtype != jnp.bfloat16:
+        return narrow(x, y)
+
+    def widened(x, y):
+        return narrow(x.astype(accumulate), y.astype(accumulate))
+
+    return jax.lax.platform_dependent(x, y, cpu=widened, default=narrow)
 
 
 def laid_like(x: jax.Array, like: jax.Array) -> jax.Array:

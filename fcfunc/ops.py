@@ -78,9 +78,7 @@ def affine_fwd(x, w, b, *, flatten=False):
             f"got x {list(x.shape)}, w {list(w.shape)}, b {list(b.shape)}{' with flatten=True' if flatten else ''}"
         )
     rows = x.reshape(x.shape[0], w.shape[0]) if flatten else x
-    out = jax.lax.dot_general(
-        rows, w, (((rows.ndim - 1,), (0,)), ((), ())), preferred_element_type=accumulator(x.dtype)
-    )
+    out = _compat.product(rows, w, (((rows.ndim - 1,), (0,)), ((), ())), accumulate=accumulator(x.dtype))
     out = out + jnp.broadcast_to(wide(b), out.shape)
     return out.astype(x.dtype), (x, w)
 
@@ -90,24 +88,15 @@ def affine_bwd(residuals, g):
     x, w = residuals
     rows = x.reshape(*g.shape[:-1], w.shape[0])  # the same array, unless the forward pass flattened it
     batch = tuple(range(g.ndim - 1))
+    wide_in = accumulator(g.dtype)
     # dx = g wᵀ
-    dx = jax.lax.dot_general(
-        g,
-        w,
-        (((g.ndim - 1,), (1,)), ((), ())),
-        preferred_element_type=accumulator(g.dtype),
-        out_sharding=_compat.explicit_sharding(rows),
-    )
+    by_w = (((g.ndim - 1,), (1,)), ((), ()))
+    dx = _compat.product(g, w, by_w, accumulate=wide_in, out_sharding=_compat.explicit_sharding(rows))
     # dw = xᵀ g
-    dw = jax.lax.dot_general(
-        rows,
-        g,
-        ((batch, batch), ((), ())),
-        preferred_element_type=accumulator(g.dtype),
-        out_sharding=_compat.explicit_sharding(w),
-    )
+    by_rows = ((batch, batch), ((), ()))
+    dw = _compat.product(rows, g, by_rows, accumulate=wide_in, out_sharding=_compat.explicit_sharding(w))
     # db = 1ᵀ g, the sum over the batch: b is broadcast, that is, multiplied by an invisible input of ones
-    db = jnp.sum(g, axis=batch, dtype=accumulator(g.dtype))
+    db = jnp.sum(g, axis=batch, dtype=wide_in)
     return dx.reshape(x.shape).astype(x.dtype), dw.astype(w.dtype), db.astype(w.dtype)
 
 

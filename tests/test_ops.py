@@ -45,6 +45,18 @@ def test_affine_sums_long_bfloat16_columns_in_float32():
     assert float(dw[0, 0]) == float(db[0]) == 4096  # a sum kept in bfloat16 stops at 256
 
 
+@pytest.mark.parametrize("in_axes", [(0, None), (None, 0), (0, 0)])
+def test_bfloat16_gradients_work_under_vmap_over_inputs_or_cotangents_alone(in_axes):
+    rng = np.random.default_rng(0)
+    x, g = (rng.standard_normal((4, 5, d)).astype(jnp.bfloat16) for d in (3, 7))
+    w, b = jnp.ones((3, 7), jnp.bfloat16), jnp.ones(7, jnp.bfloat16)
+    pull = lambda x, g: jax.vjp(ops.affine, x, w, b)[1](g)
+    x, g = (a if axis == 0 else a[0] for a, axis in zip((x, g), in_axes, strict=True))
+    dw = jax.vmap(pull, in_axes)(jnp.asarray(x), jnp.asarray(g))[1]
+    expected = np.swapaxes(np.broadcast_to(x, (4, 5, 3)), 1, 2).astype(np.float32) @ np.asarray(g, np.float32)
+    np.testing.assert_allclose(dw.astype(jnp.float32), expected, rtol=2e-2, atol=2e-2)
+
+
 def test_softmax_of_many_equal_float16_logits_is_uniform():
     np.testing.assert_allclose(ops.softmax(jnp.zeros(100_000, jnp.float16)), 1e-5, rtol=2e-2)
     np.testing.assert_allclose(ops.log_softmax(jnp.zeros(100_000, jnp.float16)), -np.log(1e5), rtol=1e-3)
