@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcfunc import _vjp_oracle, _vjp_transforms
+from fcfunc import _vjp_checks, _vjp_oracle, _vjp_transforms
 from fcfunc._check import FLOATS
 from fcfunc._vjp_case import Case, Drawn, NotApplicable, Shapes, base_sizes, bound, first_line, precision, swept_sizes
-from fcfunc._vjp_checks import CHECKS, FULL_ONLY, NONE, Finding, agrees, check
+from fcfunc._vjp_findings import CHECKS, FULL_ONLY, NONE, Finding, agrees, check
 
 __all__ = ["Finding", "Report", "Result", "assert_vjp", "check_vjp", "worst_relative_error"]
 
-del _vjp_transforms  # imported for the checks that it registers
+del _vjp_checks, _vjp_transforms  # imported for the checks that they register
 
 
 @dataclasses.dataclass(frozen=True)
