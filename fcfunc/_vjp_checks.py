@@ -127,7 +127,10 @@ def against_differences(name: str, case: Case, directions_of: Callable) -> Itera
         along = np.tensordot(directions, gradient, axes=gradient.ndim)
         scale = np.abs(directions).reshape(len(directions), -1) @ np.abs(gradient).ravel()
         scale = np.maximum(scale, np.abs(slopes))
-        smooth = errors < 1e-5 * (scale + largest(gradient))  # a difference across a kink is thrown away
+        # A difference across a kink is thrown away. The bound is of the size that a sum of random signs has, not of
+        # the sum of magnitudes: in a large array that would let a few kinks pass.
+        spread = np.sqrt((directions**2).reshape(len(directions), -1) @ (gradient**2).ravel())
+        smooth = errors < 1e-6 * (spread + largest(gradient))
         if wide.has_reference:  # a surrogate's gradient is not that of its values, nor is the rule's
             by_reference = np.tensordot(directions, wide.pull(wide.oracle, g)[leaf], axes=gradient.ndim)
             smooth = smooth & (np.abs(by_reference - slopes) <= 1e-6 * scale)
