@@ -103,10 +103,7 @@ def make_train_epoch(loss_fn: Callable, optimizer: optax.GradientTransformation,
         order = jax.random.permutation(jax.random.fold_in(order_key, state.step), n)
 
         def step(state, indices):
-            batch = jax.tree.map(
-                lambda a: jnp.asarray(a).at[indices].get(mode="promise_in_bounds", unique_indices=True), data
-            )
-            return _step(loss_fn, optimizer, state, batch)
+            return _step(loss_fn, optimizer, state, _take(data, indices))
 
         return _over_batches(step, state, order, batch_size)
 
@@ -118,8 +115,7 @@ def _evaluate(loss_fn, params, data, batch_size):
     n = _count("evaluate", data, 1)
 
     def step(_, indices):
-        batch = jax.tree.map(lambda a: jnp.asarray(a).at[indices].get(mode="promise_in_bounds"), data)
-        loss, metrics = _loss_and_metrics(loss_fn, params, batch, None)
+        loss, metrics = _loss_and_metrics(loss_fn, params, _take(data, indices), None)
         return None, {"loss": loss, **metrics}
 
     _, metrics = _over_batches(step, None, jnp.arange(n), min(batch_size, n))
@@ -312,6 +308,11 @@ def _over_batches(step, carry, indices, batch_size):
         carry, last = step(carry, indices[whole:])
         metrics = jax.tree.map(lambda m, x: jnp.concatenate([m, jnp.expand_dims(x, 0)]), metrics, last)
     return carry, metrics
+
+
+def _take(data, indices):
+    """The examples at some indices, each of them once and within bounds."""
+    return jax.tree.map(lambda a: jnp.asarray(a).at[indices].get(mode="promise_in_bounds", unique_indices=True), data)
 
 
 def _batch_sizes(n: int, batch_size: int) -> np.ndarray:
