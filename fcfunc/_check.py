@@ -17,14 +17,14 @@ def describe(x) -> str:
     return f"{jnp.result_type(x)}[{','.join(map(str, jnp.shape(x)))}]"
 
 
-def array(where: str, **arrays) -> None:
+def array(where: str, /, **arrays) -> None:
     """TypeError where an argument is neither an array nor a number."""
     for name, x in arrays.items():
         if not isinstance(x, ARRAYS):
             raise TypeError(f"{where}: {name} must be an array, got {describe(x)}")
 
 
-def floating(where: str, **arrays) -> None:
+def floating(where: str, /, **arrays) -> None:
     """TypeError where an array is not of one of the real floating-point dtypes that the rules are proven for."""
     array(where, **arrays)
     for name, x in arrays.items():
@@ -32,7 +32,7 @@ def floating(where: str, **arrays) -> None:
             raise TypeError(f"{where}: {name} must be of dtype {', '.join(FLOATS)}, got {describe(x)}")
 
 
-def one_dtype(where: str, **arrays) -> None:
+def one_dtype(where: str, /, **arrays) -> None:
     """TypeError where floating-point arrays that enter one formula differ in dtype: nothing is promoted silently."""
     floating(where, **arrays)
     if len({jnp.result_type(x) for x in arrays.values()}) > 1:
@@ -40,7 +40,30 @@ def one_dtype(where: str, **arrays) -> None:
         raise TypeError(f"{where}: one dtype expected for all of {', '.join(arrays)}, got {came}; cast one side")
 
 
-def one_shape(where: str, **arrays) -> None:
+def operands(where: str, compute_dtype, /, **arrays) -> np.dtype:
+    """The dtype that the operands of a product take: `compute_dtype`, or, where that is None, the arrays' own.
+
+    TypeError where it is none of those offered, or where without it the arrays differ in dtype.
+    """
+    if compute_dtype is None:
+        one_dtype(where, **arrays)
+        return jnp.result_type(next(iter(arrays.values())))
+    floating(where, **arrays)
+    x, *weights = arrays
+    one_dtype(where, **{name: arrays[name] for name in weights})
+    dtype = jnp.dtype(compute_dtype)
+    if dtype == jnp.float16:
+        raise TypeError(
+            f"{where}: compute_dtype float16 is not offered, its gradients underflow without loss scaling; use bfloat16"
+        )
+    if dtype.name not in FLOATS or dtype != jax.dtypes.canonicalize_dtype(dtype):
+        raise TypeError(
+            f"{where}: compute_dtype must be bfloat16, float32 or, with jax_enable_x64, float64, got {dtype.name}"
+        )
+    return dtype
+
+
+def one_shape(where: str, /, **arrays) -> None:
     """ValueError where arrays that are combined element by element differ in shape: nothing is broadcast."""
     array(where, **arrays)
     if len({jnp.shape(x) for x in arrays.values()}) > 1:
@@ -58,6 +81,30 @@ def labels(where: str, labels, *, scores) -> None:
             f"{where}: labels must have the shape of the scores without their last axis (the classes), "
             f"got labels {list(jnp.shape(labels))} for scores {list(jnp.shape(scores))}"
         )
+
+
+def counting(where: str, shape: tuple, mask, weights, smoothing) -> None:
+    """TypeError or ValueError where the mask, weights and smoothing of a loss of this shape are not what they must be."""
+    if mask is not None:
+        array(where, where=mask)
+        if jnp.result_type(mask) != bool:
+            raise TypeError(f"{where}: where must be booleans, got {describe(mask)}")
+    if weights is not None:
+        floating(where, weights=weights)
+    for name, a in (("where", mask), ("weights", weights)):
+        if a is not None and jnp.shape(a) != tuple(shape):
+            raise ValueError(f"{where}: {name} must have the shape of the loss, {list(shape)}, got {list(jnp.shape(a))}")
+    if not 0 <= smoothing <= 1:
+        raise ValueError(f"{where}: label_smoothing must be in [0, 1], got {smoothing}")
+
+
+def class_weights(where: str, weights, classes: int, *, name: str = "class_weights") -> None:
+    """TypeError or ValueError where there are weights of classes, and they are not one number for each class."""
+    if weights is None:
+        return
+    floating(where, **{name: weights})
+    if jnp.shape(weights) != (classes,):
+        raise ValueError(f"{where}: {name} must be [{classes}], one for each class, got {list(jnp.shape(weights))}")
 
 
 def axis(where: str, axis, **arrays) -> None:

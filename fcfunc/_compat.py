@@ -6,7 +6,7 @@ Everything else in the package asks here, so that an upgrade of JAX is a change 
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def explicit_sharding(x: jax.Array) -> NamedSharding | None:
@@ -18,20 +18,18 @@ def explicit_sharding(x: jax.Array) -> NamedSharding | None:
 def product(x: jax.Array, y: jax.Array, dims, *, accumulate, out_sharding=None) -> jax.Array:
     """`lax.dot_general` of operands of one dtype, accumulated and returned in another.
 
-    XLA's CPU backend lacks some products of bfloat16 into float32 (of a matrix with a stack of matrices, which an
-    ensemble under `vmap` makes); there the operands are widened first, which changes no number.
+    Where XLA's CPU backend lacks a product of two bfloat16 operands into float32 is one form: a matrix, by its first
+    axis, with a stack of matrices, which an ensemble under `vmap` makes. Given a batch of one the product is simplified
+    into a form that every backend has.
     """
-
-    def narrow(x, y):
+    ((x_by, y_by), _) = dims
+    if x.dtype == accumulate or x_by[0] != 0:
         return jax.lax.dot_general(x, y, dims, preferred_element_type=accumulate, out_sharding=out_sharding)
-
-    if x.dtype != jnp.bfloat16:
-        return narrow(x, y)
-
-    def widened(x, y):
-        return narrow(x.astype(accumulate), y.astype(accumulate))
-
-    return jax.lax.platform_dependent(x, y, cpu=widened, default=narrow)
+    if out_sharding is not None:
+        out_sharding = NamedSharding(out_sharding.mesh, PartitionSpec(None, *out_sharding.spec))
+    dims = ((tuple(i + 1 for i in x_by), tuple(i + 1 for i in y_by)), ((0,), (0,)))
+    x, y = jnp.expand_dims(x, 0), jnp.expand_dims(y, 0)
+    return jax.lax.dot_general(x, y, dims, preferred_element_type=accumulate, out_sharding=out_sharding)[0]
 
 
 def laid_like(x: jax.Array, like: jax.Array) -> jax.Array:

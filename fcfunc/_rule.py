@@ -14,13 +14,15 @@ def rule(fwd: Callable, bwd: Callable) -> Callable:
     """Joins `fwd(*args, **options) -> (out, residuals)` and `bwd(residuals, g, **options) -> cotangents`.
 
     The result computes `fwd(*args, **options)[0]` and is differentiated in reverse mode by `bwd`. Positional arguments
-    are arrays or trees of them; keyword options are static and hashable, and `bwd` is given those that it names.
+    are arrays or trees of them; keyword options are static and hashable, and `bwd` is given those that it names, or all
+    where it takes `**options`.
     `jax.custom_vjp` alone takes no keyword-only options, which is why this function exists.
 
     `fwd` is plain JAX and never calls the joined function: so the rule can itself be differentiated
     (`jax.hessian`, `jvp` of `grad`), and `jax.grad` of the undecorated function is an oracle for `bwd`.
     """
     bwd_options = inspect.signature(bwd).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in bwd_options.values())
 
     def primal(options, *args):
         return fwd(*args, **dict(options))[0]
@@ -29,7 +31,7 @@ def rule(fwd: Callable, bwd: Callable) -> Callable:
         return fwd(*args, **dict(options))
 
     def joined_bwd(options, residuals, g):
-        return bwd(residuals, g, **{name: value for name, value in options if name in bwd_options})
+        return bwd(residuals, g, **{name: value for name, value in options if takes_all or name in bwd_options})
 
     primal.__name__ = fwd.__name__.removesuffix("_fwd")  # the name seen in a jaxpr and in a profile
     joined = jax.custom_vjp(primal, nondiff_argnums=(0,))

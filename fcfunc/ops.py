@@ -6,6 +6,9 @@ joins them. The formulas are derived in docs/derivations.md. `fcfunc.reference` 
 
 All take float16, bfloat16, float32 or float64, compute in at least float32 and return the dtype they were given.
 All are differentiable in reverse mode to any order and in forward-over-reverse; `jax.jvp` alone needs the twin.
+
+Here are the layers and what acts on a row; `fcfunc.activations` and `fcfunc.norms` hold the rest, and all of it is
+found here by name as well, so that this module is the one namespace of operations.
 """
 
 import math
@@ -13,33 +16,43 @@ import math
 import jax
 import jax.numpy as jnp
 
-from fcfunc import _check, _compat
+from fcfunc import _check, _compat, activations, norms
 from fcfunc._precision import accumulator, wide
 from fcfunc._rule import rule
+from fcfunc.activations import *  # noqa: F403
+from fcfunc.norms import *  # noqa: F403
 
 __all__ = [
     "affine",
     "affine_bwd",
     "affine_fwd",
+    "dropout",
+    "dropout_bwd",
+    "dropout_fwd",
+    "layer",
+    "layer_bwd",
+    "layer_fwd",
     "log_softmax",
     "log_softmax_bwd",
     "log_softmax_fwd",
-    "relu",
-    "relu_bwd",
-    "relu_fwd",
-    "sigmoid",
-    "sigmoid_bwd",
-    "sigmoid_fwd",
     "softmax",
     "softmax_bwd",
     "softmax_fwd",
-    "tanh",
-    "tanh_bwd",
-    "tanh_fwd",
 ]
+__all__ += activations.__all__
+__all__ += norms.__all__
 
 
-def affine(x: jax.Array, w: jax.Array, b: jax.Array, *, flatten: bool = False) -> jax.Array:
+def affine(
+    x: jax.Array,
+    w: jax.Array,
+    b: jax.Array,
+    *,
+    flatten: bool = False,
+    compute_dtype=None,
+    out_dtype=None,
+    round_cotangent: bool = True,
+) -> jax.Array:
     r"""An affine layer: :math:`y_{nj} = \sum_i x_{ni} w_{ij} + b_j`.
 
     The bias reaches every row as if through an invisible input of ones, `y = x w + 1 b`; so its gradient is
@@ -50,14 +63,23 @@ def affine(x: jax.Array, w: jax.Array, b: jax.Array, *, flatten: bool = False) -
       w: weights, `[fan_in, fan_out]`.
       b: biases, `[fan_out]`.
       flatten: every axis of `x` after the first is features, as for images.
+      compute_dtype: of the operands of all three products, the two of the backward pass included: "bfloat16" beside
+        float32 weights is mixed precision. `x` may then differ from `w` and `b` in dtype. None: the one dtype of the
+        arguments. The sums are in float32 in any case, and the gradient of `w` goes from there to the dtype of `w`
+        without being rounded to the operands' dtype.
+      out_dtype: of the output; None: the operands' dtype.
+      round_cotangent: round the output's cotangent to the operands' dtype before its two products. False leaves it as
+        it is, and both products then run in float32, as automatic differentiation would have them: slower, and free of
+        this one rounding.
 
     Returns:
-      `[..., fan_out]` (with `flatten=True` `[batch, fan_out]`), in the dtype of the arguments. The gradient of `x`
-      has the shape of `x` in both cases. Saved for the backward pass: `x` and `w`.
+      `[..., fan_out]` (with `flatten=True` `[batch, fan_out]`). The gradient of `x` has the shape of `x` in both cases.
+      Saved for the backward pass: `x` and `w`.
 
     Raises:
       ValueError: the shapes do not fit together.
-      TypeError: the arguments are not of one floating-point dtype.
+      TypeError: the arguments are not of one floating-point dtype and no `compute_dtype` is given, or one is given that
+        is not bfloat16, float32 or float64.
 
     Source: derived in docs/derivations.md#affine.
 
@@ -65,12 +87,15 @@ def affine(x: jax.Array, w: jax.Array, b: jax.Array, *, flatten: bool = False) -
       >>> affine(jnp.array([[1., 2.]]), jnp.array([[1., 0.], [0., 3.]]), jnp.array([0.5, 0.5]))
       Array([[1.5, 6.5]], dtype=float32)
     """
-    return _affine(x, w, b, flatten=flatten)
+    return _affine(
+        x, w, b, flatten=flatten, compute_dtype=compute_dtype, out_dtype=out_dtype, round_cotangent=round_cotangent
+    )
 
 
-def affine_fwd(x, w, b, *, flatten=False):
+def affine_fwd(x, w, b, *, flatten=False, compute_dtype=None, out_dtype=None, round_cotangent=True):
     """`(out, residuals)` of `affine`."""
-    _check.one_dtype("affine", x=x, w=w, b=b)
+    del round_cotangent  # the backward pass alone rounds it
+    operands = _check.operands("affine", compute_dtype, x=x, w=w, b=b)
     features = x.shape[1:] if flatten else x.shape[-1:]
     if x.ndim < 1 or w.ndim != 2 or b.shape != w.shape[1:] or math.prod(features) != w.shape[0]:
         raise ValueError(
@@ -78,23 +103,27 @@ def affine_fwd(x, w, b, *, flatten=False):
             f"got x {list(x.shape)}, w {list(w.shape)}, b {list(b.shape)}{' with flatten=True' if flatten else ''}"
         )
     rows = x.reshape(x.shape[0], w.shape[0]) if flatten else x
-    out = _compat.product(rows, w, (((rows.ndim - 1,), (0,)), ((), ())), accumulate=accumulator(x.dtype))
-    out = out + jnp.broadcast_to(wide(b), out.shape)
-    return out.astype(x.dtype), (x, w)
+    by_w, wide_in = (((rows.ndim - 1,), (0,)), ((), ())), accumulator(operands)
+    out = _compat.product(rows.astype(operands), w.astype(operands), by_w, accumulate=wide_in)
+    out = out + jnp.broadcast_to(b.astype(wide_in), out.shape)
+    return out.astype(operands if out_dtype is None else out_dtype), (x, w)
 
 
-def affine_bwd(residuals, g):
+def affine_bwd(residuals, g, *, compute_dtype=None, round_cotangent=True):
     """Cotangents `(dx, dw, db)` of `affine`, `dx` in the shape of `x`, flattened or not."""
     x, w = residuals
+    operands = x.dtype if compute_dtype is None else jnp.dtype(compute_dtype)
+    wide_in = accumulator(operands)
     rows = x.reshape(*g.shape[:-1], w.shape[0])  # the same array, unless the forward pass flattened it
     batch = tuple(range(g.ndim - 1))
-    wide_in = accumulator(g.dtype)
+    narrow = operands if round_cotangent or g.dtype == operands else wide_in
+    rows_, w_, g_ = (a.astype(operands).astype(narrow) for a in (rows, w, g if round_cotangent else g))
     # dx = g wᵀ
     by_w = (((g.ndim - 1,), (1,)), ((), ()))
-    dx = _compat.product(g, w, by_w, accumulate=wide_in, out_sharding=_compat.explicit_sharding(rows))
+    dx = _compat.product(g_, w_, by_w, accumulate=wide_in, out_sharding=_compat.explicit_sharding(rows))
     # dw = xᵀ g
     by_rows = ((batch, batch), ((), ()))
-    dw = _compat.product(rows, g, by_rows, accumulate=wide_in, out_sharding=_compat.explicit_sharding(w))
+    dw = _compat.product(rows_, g_, by_rows, accumulate=wide_in, out_sharding=_compat.explicit_sharding(w))
     # db = 1ᵀ g, the sum over the batch: b is broadcast, that is, multiplied by an invisible input of ones
     db = jnp.sum(g, axis=batch, dtype=wide_in)
     return dx.reshape(x.shape).astype(x.dtype), dw.astype(w.dtype), db.astype(w.dtype)
@@ -103,120 +132,156 @@ def affine_bwd(residuals, g):
 _affine = rule(affine_fwd, affine_bwd)
 
 
-def relu(x: jax.Array) -> jax.Array:
-    r"""The rectifier: :math:`y = \max(x, 0)`.
+def layer(
+    x: jax.Array,
+    w: jax.Array,
+    b: jax.Array,
+    *,
+    activation: str,
+    flatten: bool = False,
+    compute_dtype=None,
+    out_dtype=None,
+    round_cotangent: bool = True,
+    **options,
+) -> jax.Array:
+    r"""A layer, affine and activation in one rule: :math:`y = f(x w + b)`, saving the least.
 
-    The derivative is 1 for `x > 0` and 0 for `x < 0`. At the kink it is 0, by convention. A NaN stays a NaN and
-    passes the cotangent on, so that it is seen.
+    Two rules in a row save what each needs; one rule for both can do with less than the pre-activation `x w + b`. It is
+    computed in at least float32 and rounded once, after the activation.
+
+    Args:
+      x: inputs, as for `affine`.
+      w: weights, `[fan_in, fan_out]`.
+      b: biases, `[fan_out]`.
+      activation: one of "elu", "gelu", "leaky_relu", "log_softmax", "relu", "sigmoid", "silu", "softmax", "softplus",
+        "tanh".
+      flatten: as for `affine`.
+      compute_dtype: as for `affine`.
+      out_dtype: as for `affine`.
+      round_cotangent: as for `affine`, of the pre-activation's cotangent.
+      **options: of the activation, such as `negative_slope` or `approximate`.
+
+    Returns:
+      As `affine`. Saved for the backward pass: `x` and `w`; and for "relu" and "leaky_relu" one BIT per output; for
+      "gelu" and "silu" nothing, `b` apart: the pre-activation is computed again, one more product; for the others
+      the output.
+
+    Raises:
+      ValueError: the shapes do not fit together; an unknown activation.
+      TypeError: as for `affine`.
+
+    Source: derived in docs/derivations.md#layer.
+
+    Example:
+      >>> layer(jnp.array([[1., 2.]]), jnp.array([[1., 0.], [0., -3.]]), jnp.zeros(2), activation="relu")
+      Array([[1., 0.]], dtype=float32)
+    """
+    if activation not in _LAYERS:
+        raise ValueError(f"layer: unknown activation {activation!r}; known are {', '.join(_LAYERS)}")
+    return _layer(
+        x,
+        w,
+        b,
+        activation=activation,
+        flatten=flatten,
+        compute_dtype=compute_dtype,
+        out_dtype=out_dtype,
+        round_cotangent=round_cotangent,
+        **options,
+    )
+
+
+def layer_fwd(x, w, b, *, activation, flatten=False, compute_dtype=None, out_dtype=None, round_cotangent=True, **options):
+    """`(out, residuals)` of `layer`."""
+    del round_cotangent
+    operands = _check.operands("layer", compute_dtype, x=x, w=w, b=b)
+    z, _ = affine_fwd(x, w, b, flatten=flatten, compute_dtype=compute_dtype, out_dtype=accumulator(operands))
+    forward, _, saves = _LAYERS[activation]
+    out, residuals = forward(z, **options)
+    out = out.astype(operands if out_dtype is None else out_dtype)
+    return out, (x, w, _packed(residuals) if saves == "mask" else out if saves == "output" else b)
+
+
+def layer_bwd(
+    residuals, g, *, activation, flatten=False, compute_dtype=None, out_dtype=None, round_cotangent=True, **options
+):
+    """Cotangents `(dx, dw, db)` of `layer`."""
+    del out_dtype  # `g` has it
+    x, w, saved = residuals
+    _, backward, saves = _LAYERS[activation]
+    if saves == "mask":
+        saved = _unpacked(saved, g.shape[-1])
+    elif saves == "input":
+        wide_in = accumulator(x.dtype if compute_dtype is None else jnp.dtype(compute_dtype))
+        saved, _ = affine_fwd(x, w, saved, flatten=flatten, compute_dtype=compute_dtype, out_dtype=wide_in)
+    # dz = g ∘ f′(z), then (dx, dw, db) as for affine
+    (dz,) = backward(saved, wide(g), **options)
+    return affine_bwd((x, w), dz, compute_dtype=compute_dtype, round_cotangent=round_cotangent)
+
+
+_layer = rule(layer_fwd, layer_bwd)
+
+
+def _packed(mask):
+    """Booleans as bits, eight to a byte, along the last axis; as they are where that axis lies on several devices."""
+    sharding = _compat.explicit_sharding(mask)
+    if not mask.size or (sharding is not None and any(axis is not None for axis in sharding.spec[mask.ndim - 1 :])):
+        return mask
+    return jnp.packbits(mask, axis=-1)
+
+
+def _unpacked(bits, count):
+    return bits if bits.dtype == bool else jnp.unpackbits(bits, axis=-1, count=count).astype(bool)
+
+
+def dropout(x: jax.Array, *, rate: float, key: jax.Array) -> jax.Array:
+    r"""Dropout: :math:`y = x ∘ k / (1 - r)`, `k` 1 with probability `1 - r` and else 0, so that the mean of `y` is `x`.
+
+    What is dropped is 0, also where it was NaN or infinite. The same key drops the same elements: give each call its own,
+    by `jax.random.fold_in`, and inside `shard_map` each device.
 
     Args:
       x: any shape.
+      rate: `r`, the probability to drop, in [0, 1].
+      key: a random key.
 
     Returns:
-      The shape and dtype of `x`. Saved for the backward pass: one boolean per element.
+      The shape and dtype of `x`. Saved for the backward pass: the key alone, from which the mask is drawn again.
 
     Raises:
-      TypeError: `x` is not of a floating-point dtype.
+      TypeError: `x` is not of a floating-point dtype; no key.
+      ValueError: `rate` is outside [0, 1].
 
-    Source: derived in docs/derivations.md#relu.
-
-    Example:
-      >>> relu(jnp.array([-1., 0., 2.]))
-      Array([0., 0., 2.], dtype=float32)
-    """
-    return _relu(x)
-
-
-def relu_fwd(x):
-    """`(out, residuals)` of `relu`."""
-    _check.floating("relu", x=x)
-    dead = x <= 0  # false for a NaN, which so stays alive
-    return jnp.where(dead, 0, x), dead
-
-
-def relu_bwd(dead, g):
-    """Cotangent `(dx,)` of `relu`."""
-    # dx = g ∘ [x > 0]
-    return (jnp.where(dead, 0, g),)
-
-
-_relu = rule(relu_fwd, relu_bwd)
-
-
-def sigmoid(x: jax.Array) -> jax.Array:
-    r"""The logistic function: :math:`y = 1 / (1 + e^{-x})`, without overflow for any `x`.
-
-    Args:
-      x: any shape.
-
-    Returns:
-      The shape and dtype of `x`. Saved for the backward pass: the output.
-
-    Raises:
-      TypeError: `x` is not of a floating-point dtype.
-
-    Source: derived in docs/derivations.md#sigmoid.
+    Source: Srivastava et al. 2014, Dropout; derived in docs/derivations.md#dropout.
 
     Example:
-      >>> sigmoid(jnp.array([0., 1e30]))
-      Array([0.5, 1. ], dtype=float32)
+      >>> dropout(jnp.ones(6), rate=0.5, key=jax.random.key(0))
+      Array([2., 0., 2., 0., 0., 0.], dtype=float32)
     """
-    return _sigmoid(x)
+    return _dropout(x, key, rate=rate)
 
 
-def sigmoid_fwd(x):
-    """`(out, residuals)` of `sigmoid`."""
-    _check.floating("sigmoid", x=x)
-    out = jax.lax.logistic(wide(x)).astype(x.dtype)
-    return out, out
+def dropout_fwd(x, key, *, rate):
+    """`(out, residuals)` of `dropout`."""
+    _check.floating("dropout", x=x)
+    _check.key("dropout", key)
+    if not 0 <= rate <= 1:
+        raise ValueError(f"dropout: rate, the probability to drop, must be in [0, 1], got {rate}")
+    return _thinned(x, key, rate), key
 
 
-def sigmoid_bwd(out, g):
-    """Cotangent `(dx,)` of `sigmoid`."""
-    y = wide(out)
-    # dx = g ∘ y ∘ (1 − y)
-    return ((wide(g) * y * (1 - y)).astype(g.dtype),)
+def dropout_bwd(key, g, *, rate):
+    """Cotangents `(dx, None)` of `dropout`: a key has no gradient."""
+    # dx = g ∘ k / (1 − r)
+    return _thinned(g, key, rate), None
 
 
-_sigmoid = rule(sigmoid_fwd, sigmoid_bwd)
+_dropout = rule(dropout_fwd, dropout_bwd)
 
 
-def tanh(x: jax.Array) -> jax.Array:
-    r"""The hyperbolic tangent: :math:`y = \tanh x`.
-
-    Args:
-      x: any shape.
-
-    Returns:
-      The shape and dtype of `x`. Saved for the backward pass: the output.
-
-    Raises:
-      TypeError: `x` is not of a floating-point dtype.
-
-    Source: derived in docs/derivations.md#tanh.
-
-    Example:
-      >>> tanh(jnp.array([0., 1e30]))
-      Array([0., 1.], dtype=float32)
-    """
-    return _tanh(x)
-
-
-def tanh_fwd(x):
-    """`(out, residuals)` of `tanh`."""
-    _check.floating("tanh", x=x)
-    out = jnp.tanh(wide(x)).astype(x.dtype)
-    return out, out
-
-
-def tanh_bwd(out, g):
-    """Cotangent `(dx,)` of `tanh`."""
-    y = wide(out)
-    # dx = g ∘ (1 − y²), as a product: 1 − y is exact where y is near 1, 1 − y² is not
-    return ((wide(g) * (1 - y) * (1 + y)).astype(g.dtype),)
-
-
-_tanh = rule(tanh_fwd, tanh_bwd)
+def _thinned(x, key, rate):
+    kept = _compat.laid_like(jax.random.bernoulli(key, 1 - rate, x.shape), x)
+    return jnp.where(kept, x * (1 / (1 - rate) if rate < 1 else 0.0), 0)
 
 
 def softmax(x: jax.Array, *, axis: int = -1) -> jax.Array:
@@ -310,3 +375,19 @@ def _shifted(x, axis):
     """`x - max(x)`: the largest exponential is 1. The shift cancels, so its derivative is stopped, not computed."""
     x = wide(x)
     return x - jax.lax.stop_gradient(jnp.max(x, axis=axis, keepdims=True, initial=-jnp.inf))
+
+
+# The two halves of each activation, and what the rule of a layer saves for the second one beside x and w: one bit per
+# output, the output, or the input, which is computed again.
+_LAYERS = {
+    "elu": (activations.elu_fwd, activations.elu_bwd, "output"),
+    "gelu": (activations.gelu_fwd, activations.gelu_bwd, "input"),
+    "leaky_relu": (activations.leaky_relu_fwd, activations.leaky_relu_bwd, "mask"),
+    "log_softmax": (log_softmax_fwd, log_softmax_bwd, "output"),
+    "relu": (activations.relu_fwd, activations.relu_bwd, "mask"),
+    "sigmoid": (activations.sigmoid_fwd, activations.sigmoid_bwd, "output"),
+    "silu": (activations.silu_fwd, activations.silu_bwd, "input"),
+    "softmax": (softmax_fwd, softmax_bwd, "output"),
+    "softplus": (activations.softplus_fwd, activations.softplus_bwd, "output"),
+    "tanh": (activations.tanh_fwd, activations.tanh_bwd, "output"),
+}

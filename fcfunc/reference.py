@@ -13,12 +13,25 @@ import jax.numpy as jnp
 from fcfunc._precision import accumulator, wide
 
 
-def affine(x, w, b, *, flatten=False):
-    """Twin of `fcfunc.ops.affine`."""
+def affine(x, w, b, *, flatten=False, compute_dtype=None, out_dtype=None, round_cotangent=True):
+    """Twin of `fcfunc.ops.affine`; automatic differentiation rounds no cotangent, whatever `round_cotangent` says."""
+    del round_cotangent
+    operands = jnp.dtype(x.dtype if compute_dtype is None else compute_dtype)
+    x, w = x.astype(operands), w.astype(operands)
     if flatten:
         x = x.reshape(x.shape[0], math.prod(x.shape[1:]))
-    out = jnp.matmul(x, w, preferred_element_type=accumulator(x.dtype))
-    return (out + jnp.broadcast_to(wide(b), out.shape)).astype(x.dtype)
+    out = jnp.matmul(x, w, preferred_element_type=accumulator(operands))
+    return (out + jnp.broadcast_to(b.astype(out.dtype), out.shape)).astype(out_dtype or operands)
+
+
+def layer(
+    x, w, b, *, activation, flatten=False, compute_dtype=None, out_dtype=None, round_cotangent=True, **options
+):
+    """Twin of `fcfunc.ops.layer`."""
+    del round_cotangent
+    operands = jnp.dtype(x.dtype if compute_dtype is None else compute_dtype)
+    z = affine(x, w, b, flatten=flatten, compute_dtype=operands, out_dtype=accumulator(operands))
+    return globals()[activation](z, **options).astype(out_dtype or operands)
 
 
 def relu(x):
@@ -26,14 +39,79 @@ def relu(x):
     return jnp.where(x <= 0, 0, x)
 
 
+def leaky_relu(x, *, negative_slope=0.01):
+    """Twin of `fcfunc.ops.leaky_relu`."""
+    return jnp.where(x <= 0, negative_slope * x, x)
+
+
+def elu(x, *, alpha=1.0):
+    """Twin of `fcfunc.ops.elu`."""
+    return _widened(lambda x: jnp.where(x > 0, x, alpha * (jnp.exp(jnp.where(x > 0, 0, x)) - 1)), x)
+
+
 def sigmoid(x):
     """Twin of `fcfunc.ops.sigmoid`."""
     return _widened(jax.nn.sigmoid, x)
 
 
+def silu(x):
+    """Twin of `fcfunc.ops.silu`."""
+    return _widened(lambda x: _times_probability(x, jax.nn.sigmoid(x)), x)
+
+
+def softplus(x):
+    """Twin of `fcfunc.ops.softplus`."""
+    return _widened(jax.nn.softplus, x)
+
+
+def gelu(x, *, approximate=True):
+    """Twin of `fcfunc.ops.gelu`."""
+
+    def exact(x):
+        return _times_probability(x, 0.5 * (1 + jax.lax.erf(x / math.sqrt(2))))
+
+    def with_tanh(x):
+        c = jnp.clip(x, -40, 40)  # beyond, tanh is ±1 to the last digit, and its argument would overflow
+        return _times_probability(x, 0.5 * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (c + 0.044715 * c**3))))
+
+    return _widened(with_tanh if approximate else exact, x)
+
+
 def tanh(x):
     """Twin of `fcfunc.ops.tanh`."""
     return _widened(jnp.tanh, x)
+
+
+def dropout(x, *, rate, key):
+    """Twin of `fcfunc.ops.dropout`."""
+    if rate == 1:
+        return jnp.zeros_like(x)
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+
+
+def layer_norm(x, scale, offset, *, eps=1e-5):
+    """Twin of `fcfunc.ops.layer_norm`."""
+    return _normalise(x, -1, eps)[0](scale, offset)
+
+
+def rms_norm(x, scale, *, eps=1e-5):
+    """Twin of `fcfunc.ops.rms_norm`."""
+    z = wide(x)
+    square = jnp.mean(z**2, axis=-1, keepdims=True)
+    normal = z / jnp.sqrt(jnp.where(square == jnp.inf, jnp.nan, square) + eps)
+    return (normal * jnp.broadcast_to(scale.astype(z.dtype), z.shape)).astype(x.dtype)
+
+
+def batch_norm(x, scale, offset, state, *, training, decay=0.9, eps=1e-5):
+    """Twin of `fcfunc.ops.batch_norm`."""
+    axes = tuple(range(x.ndim - 1))
+    if not training:
+        return _normalise(x, axes, eps, state["mean"], state["var"])[0](scale, offset), state
+    finish, mean, var = _normalise(x, axes, eps)
+    rows = math.prod(x.shape[:-1])
+    batch = {"mean": mean.reshape(-1), "var": var.reshape(-1) * rows / (rows - 1)}
+    moved = {name: decay * state[name] + (1 - decay) * batch[name].astype(state[name].dtype) for name in batch}
+    return finish(scale, offset), moved
 
 
 def softmax(x, *, axis=-1):
@@ -46,24 +124,42 @@ def log_softmax(x, *, axis=-1):
     return _widened(lambda x: _log_softmax(x, axis), x)
 
 
-def softmax_cross_entropy_with_integer_labels(logits, labels, *, ignore_index=None):
+def softmax_cross_entropy_with_integer_labels(
+    logits, labels, *, where=None, weights=None, class_weights=None, label_smoothing=0.0, ignore_index=None
+):
     """Twin of `fcfunc.losses.softmax_cross_entropy_with_integer_labels`."""
-    logits, hit, ignored, poison = _labelled(logits, labels, ignore_index)
-    picked = jnp.sum(jnp.where(hit, _log_softmax(logits, -1), 0), axis=-1)
-    return jnp.where(ignored, 0, -picked * poison)
+    logits, hit, ignored, poison = _labelled(logits, labels, ignore_index, where)
+    return jnp.where(
+        ignored, 0, _cross_entropy(logits, hit.astype(logits.dtype), weights, class_weights, label_smoothing) * poison
+    )
 
 
-def softmax_cross_entropy(logits, targets):
+def softmax_cross_entropy(logits, targets, *, where=None, weights=None, class_weights=None, label_smoothing=0.0):
     """Twin of `fcfunc.losses.softmax_cross_entropy`."""
-    log_probs, targets = _log_softmax(wide(logits), -1), wide(targets)
-    nothing = (targets == 0) & (log_probs == -jnp.inf)
-    return -jnp.sum(targets * jnp.where(nothing, 0, log_probs), axis=-1)
+    if where is None:
+        return _cross_entropy(wide(logits), wide(targets), weights, class_weights, label_smoothing)
+    logits, targets = (jnp.where(jnp.expand_dims(where, -1), wide(a), 0) for a in (logits, targets))
+    return jnp.where(where, _cross_entropy(logits, targets, weights, class_weights, label_smoothing), 0)
 
 
-def sigmoid_binary_cross_entropy(logits, targets):
+def linear_softmax_cross_entropy(x, w, b, labels, *, chunk_size=None, compute_dtype=None, round_cotangent=True, **options):
+    """Twin of `fcfunc.losses.linear_softmax_cross_entropy`: dense, whatever `chunk_size` says."""
+    del chunk_size, round_cotangent
+    logits = affine(x, w, b, compute_dtype=compute_dtype, out_dtype=accumulator(compute_dtype or x.dtype))
+    return softmax_cross_entropy_with_integer_labels(logits, labels, **options)
+
+
+def sigmoid_binary_cross_entropy(
+    logits, targets, *, where=None, weights=None, positive_weights=None, label_smoothing=0.0
+):
     """Twin of `fcfunc.losses.sigmoid_binary_cross_entropy`."""
-    logits, targets = wide(logits), wide(targets)
-    return targets * jax.nn.softplus(-logits) + (1 - targets) * jax.nn.softplus(logits)
+    z, t = wide(logits), wide(targets) * (1 - label_smoothing) + label_smoothing / 2
+    if where is not None:
+        z, t = jnp.where(where, z, 0), jnp.where(where, t, 0)
+    positive = t if positive_weights is None else t * jnp.broadcast_to(positive_weights.astype(t.dtype), t.shape)
+    loss = positive * jax.nn.softplus(-z) + (1 - t) * jax.nn.softplus(z)
+    loss = loss if weights is None else loss * weights.astype(loss.dtype)
+    return loss if where is None else jnp.where(where, loss, 0)
 
 
 def squared_error(predictions, targets):
@@ -102,12 +198,42 @@ def _widened(fun, x):
     return fun(wide(x)).astype(x.dtype)
 
 
+def _times_probability(x, p):
+    """`x p`, the limit 0 at -inf."""
+    return jnp.where(x == -jnp.inf, 0, x) * p
+
+
+def _normalise(x, axes, eps, mean=None, var=None):
+    """A function that scales and shifts the normalised `x`, and the statistics; a variance of inf counts as NaN."""
+    z = wide(x)
+    if mean is None:
+        mean = jnp.mean(z, axis=axes, keepdims=True)
+        var = jnp.mean((z - mean) ** 2, axis=axes, keepdims=True)
+
+    def fill(a):
+        return jnp.broadcast_to(a.astype(z.dtype), z.shape)
+
+    deviation = jnp.sqrt(fill(jnp.where(var == jnp.inf, jnp.nan, var)) + eps)
+    normal = (z - fill(mean)) / deviation
+    return lambda scale, offset: (normal * fill(scale) + fill(offset)).astype(x.dtype), mean, var
+
+
 def _log_softmax(x, axis):
     shifted = x - jax.lax.stop_gradient(jnp.max(x, axis=axis, keepdims=True, initial=-jnp.inf))
     return shifted - jnp.log(jnp.sum(jnp.exp(shifted), axis=axis, keepdims=True))
 
 
-def _labelled(scores, labels, ignore_index):
+def _cross_entropy(logits, targets, weights, class_weights, smoothing):
+    targets = (1 - smoothing) * targets + smoothing / max(targets.shape[-1], 1)
+    if class_weights is not None:
+        targets = targets * jnp.broadcast_to(class_weights.astype(targets.dtype), targets.shape)
+    log_probs = _log_softmax(logits, -1)
+    nothing = (targets == 0) & (log_probs == -jnp.inf)
+    loss = -jnp.sum(targets * jnp.where(nothing, 0, log_probs), axis=-1)
+    return loss if weights is None else loss * weights.astype(loss.dtype)
+
+
+def _labelled(scores, labels, ignore_index, where=None):
     """Scores with ignored rows set to 0, the label's mask, the ignored rows, and NaN for impossible labels, else 1.
 
     Impossible labels make their scores NaN as well: setting the scores, and not only the loss, is what keeps a NaN out
@@ -116,7 +242,9 @@ def _labelled(scores, labels, ignore_index):
     scores, classes = wide(scores), scores.shape[-1]
     labels = labels.astype(jnp.int64 if labels.dtype.itemsize > 4 else jnp.int32)
     hit = jnp.expand_dims(labels, -1) == jax.lax.broadcasted_iota(labels.dtype, scores.shape, scores.ndim - 1)
-    ignored = jnp.zeros(labels.shape, bool) if ignore_index is None else labels == ignore_index
+    ignored = jnp.zeros(labels.shape, bool) if where is None else ~where
+    if ignore_index is not None:
+        ignored = ignored | (labels == ignore_index)
     poison = jnp.where(ignored | ((labels >= 0) & (labels < classes)), 1, jnp.nan)
     scores = jnp.where(jnp.expand_dims(ignored, -1), 0, scores * jnp.expand_dims(poison, -1))
     return scores, hit, ignored, poison

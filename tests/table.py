@@ -57,28 +57,137 @@ def _params(seed, n, d, dtype):
     return ([{"w": first, "b": b}, {"w": second}],)
 
 
-def _row(module, name, draw, **options):
+def _scaled(seed, n, d, dtype):
+    return _normal(seed, (n, d), (d,), dtype=dtype)
+
+
+def _normed(seed, n, d, dtype):
+    return _normal(seed, (n, d), (d,), (d,), dtype=dtype)
+
+
+def _batch(seed, n, d, dtype):
+    return _normal(seed, (n + 2, d), (d,), (d,), dtype=dtype)
+
+
+def _keyed(seed, n, d, dtype):
+    return *_x(seed, n, d, dtype), jax.random.key(seed)
+
+
+def _classes(seed, n, d, dtype):
+    return (jnp.asarray(np.random.default_rng(seed + 2).uniform(0.1, 2, d).astype(dtype)),)
+
+
+def _rows_that_count(seed, n, dtype):
+    rng = np.random.default_rng(seed + 3)
+    return jnp.asarray(rng.uniform(size=n) < 0.7), jnp.asarray(rng.uniform(0.1, 2, n).astype(dtype))
+
+
+def _labelled_and_weighted(seed, n, d, dtype):
+    return *_labelled(seed, n, d, dtype), *_rows_that_count(seed, n, dtype), *_classes(seed, n, d, dtype)
+
+
+def _pair_and_weighted(seed, n, d, dtype):
+    return *_pair(seed, n, d, dtype), *_rows_that_count(seed, n, dtype), *_classes(seed, n, d, dtype)
+
+
+def _elements_weighted(seed, n, d, dtype):
+    rng = np.random.default_rng(seed + 3)
+    counts, weights = rng.uniform(size=(n, d)) < 0.7, rng.uniform(0.1, 2, (n, d)).astype(dtype)
+    return *_pair(seed, n, d, dtype), jnp.asarray(counts), jnp.asarray(weights), *_classes(seed, n, d, dtype)
+
+
+def _last_layer(seed, n, d, dtype):
+    x, w, b = _affine(seed, n, d, dtype)
+    return x, w, b, jnp.asarray(np.random.default_rng(seed + 1).integers(0, d + 2, n, dtype=np.int32))
+
+
+def _last_layer_weighted(seed, n, d, dtype):
+    return *_last_layer(seed, n, d, dtype), *_rows_that_count(seed, n, dtype), *_classes(seed, n, d + 2, dtype)
+
+
+WEIGHTED = ("where", "weights", "class_weights")
+
+
+def _row(module, name, draw, *, keywords=(), **options):
+    """A row by name; the last arguments drawn are given by `keywords`."""
     fun, twin = getattr(module, name), getattr(reference, name)
-    if not options:
+    if not options and not keywords:
         return Row(name, fun, twin, draw)
-    label = f"{name}-{'-'.join(f'{k}={v}' for k, v in options.items())}"
-    return Row(label, lambda *args: fun(*args, **options), lambda *args: twin(*args, **options), draw)
+    label = "-".join([name, *(k for k in keywords if k != "key"), *(f"{k}={v}" for k, v in options.items())])
+
+    def of(function):
+        def call(*args):
+            positional = len(args) - len(keywords)
+            return function(*args[:positional], **dict(zip(keywords, args[positional:], strict=True)), **options)
+
+        return call
+
+    return Row(label, of(fun), of(twin), draw)
+
+
+def _statistics(batch_norm):
+    """`batch_norm` in training as one array: the output, and the state below it."""
+
+    def of_batch(x, scale, offset):
+        zeros = jnp.zeros(x.shape[-1:], x.dtype)
+        out, state = batch_norm(x, scale, offset, {"mean": zeros, "var": zeros}, training=True)
+        return jnp.concatenate([out, jnp.stack([state["mean"], state["var"]])])
+
+    return of_batch
 
 
 RULES = [
     _row(ops, "affine", _affine),
     _row(ops, "affine", _images, flatten=True),
     _row(ops, "relu", _x),
+    _row(ops, "leaky_relu", _x, negative_slope=0.2),
+    _row(ops, "elu", _x, alpha=0.7),
     _row(ops, "sigmoid", _x),
     _row(ops, "tanh", _x),
+    _row(ops, "softplus", _x),
+    _row(ops, "silu", _x),
+    _row(ops, "gelu", _x),
+    _row(ops, "gelu", _x, approximate=False),
+    _row(ops, "layer", _affine, activation="relu"),
+    _row(ops, "layer", _images, activation="gelu", flatten=True),
+    _row(ops, "layer", _affine, activation="tanh"),
+    _row(ops, "dropout", _keyed, keywords=("key",), rate=0.3),
+    _row(ops, "layer_norm", _normed),
+    _row(ops, "rms_norm", _scaled),
+    Row("batch_norm", _statistics(ops.batch_norm), _statistics(reference.batch_norm), _batch),
     _row(ops, "softmax", _x),
     _row(ops, "softmax", _x, axis=0),
     _row(ops, "log_softmax", _x),
     _row(ops, "log_softmax", _x, axis=0),
     _row(losses, "softmax_cross_entropy_with_integer_labels", _labelled),
     _row(losses, "softmax_cross_entropy_with_integer_labels", _labelled, ignore_index=1),
+    _row(
+        losses,
+        "softmax_cross_entropy_with_integer_labels",
+        _labelled_and_weighted,
+        keywords=WEIGHTED,
+        label_smoothing=0.2,
+    ),
+    _row(losses, "linear_softmax_cross_entropy", _last_layer, chunk_size=3),
+    _row(
+        losses,
+        "linear_softmax_cross_entropy",
+        _last_layer_weighted,
+        keywords=WEIGHTED,
+        chunk_size=4,
+        label_smoothing=0.2,
+        ignore_index=1,
+    ),
     _row(losses, "softmax_cross_entropy", _pair),
+    _row(losses, "softmax_cross_entropy", _pair_and_weighted, keywords=WEIGHTED, label_smoothing=0.2),
     _row(losses, "sigmoid_binary_cross_entropy", _pair),
+    _row(
+        losses,
+        "sigmoid_binary_cross_entropy",
+        _elements_weighted,
+        keywords=("where", "weights", "positive_weights"),
+        label_smoothing=0.2,
+    ),
     _row(losses, "squared_error", _pair),
     _row(losses, "negative_log_likelihood", _probs),
     _row(losses, "negative_log_likelihood", _probs, ignore_index=1),

@@ -39,9 +39,15 @@ def assert_like_twin(row, args, dtype):
 
 
 @every_rule
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize(("n", "d"), SIZES)
-def test_rule_equals_autodiff_of_its_twin(row, dtype, n, d):
+def test_rule_equals_autodiff_of_its_twin(row, n, d):
+    assert_like_twin(row, row.draw(0, n, d, jnp.float32), "float32")
+
+
+@every_rule
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("n", "d"), [(1, 5), (33, 17)])
+def test_rule_equals_autodiff_of_its_twin_in_half_precision(row, dtype, n, d):
     assert_like_twin(row, row.draw(0, n, d, jnp.dtype(dtype)), dtype)
 
 
@@ -129,7 +135,7 @@ def squares(tree):
 @pytest.mark.parametrize("value", [0.0, -0.0, 1e30, -1e30, np.inf, -np.inf, np.nan])
 def test_extreme_inputs_give_what_the_twin_gives_and_stay_in_their_row(row, value):
     """Where the loss is NaN so is a gradient; a NaN or infinity in one row leaves the other rows alone."""
-    if row.name in ("l2_penalty", "softmax-axis=0", "log_softmax-axis=0"):
+    if row.name in ("l2_penalty", "softmax-axis=0", "log_softmax-axis=0", "batch_norm"):
         pytest.skip("its rows are not independent")
     args = row.draw(0, 4, 3, jnp.float32)
     hostile = (args[0].at[1].set(value), *args[1:])
@@ -140,7 +146,7 @@ def test_extreme_inputs_give_what_the_twin_gives_and_stay_in_their_row(row, valu
     np.testing.assert_array_equal(out[others], hostile_out[others])
     np.testing.assert_array_equal(grads[0][others], hostile_grads[0][others])
     twin_out, twin_grads = gradients(row.reference, hostile, g)
-    np.testing.assert_allclose(hostile_out, twin_out, rtol=1e-5)
+    np.testing.assert_allclose(hostile_out, twin_out, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(hostile_grads[0], twin_grads[0], rtol=1e-4, atol=1e-6)
     if np.isnan(value) and "ignore_index" not in row.name and "negative_log" not in row.name:
         assert np.isnan(hostile_out[1]).all()

@@ -1,0 +1,85 @@
+"""Rows of scores and their labels: which score is the label's, which rows count, and sums that do not overflow."""
+
+import jax
+import jax.numpy as jnp
+
+from fcfunc import _compat
+from fcfunc._precision import wide
+
+
+def hit(scores, labels, start=0):
+    """Where a score is its row's label, `start` being the class of the first score.
+
+    An iota is compared, not gathered: it works on scores sharded by class.
+    """
+    labels = _index(labels)
+    classes = jax.lax.broadcasted_iota(labels.dtype, scores.shape, scores.ndim - 1)
+    hit = jnp.expand_dims(labels, -1) == classes + jnp.asarray(start, labels.dtype)
+    return _compat.laid_like(hit, scores)
+
+
+def settle(value, labels, classes, *, ignore_index=None, where=None):
+    """`value`, a number per row or per score: NaN in rows of impossible labels, 0 in rows that do not count."""
+    labels = _index(labels)
+    possible = (labels >= 0) & (labels < classes)
+    counted = jnp.ones(labels.shape, bool) if where is None else where
+    if ignore_index is not None:
+        counted = counted & (labels != ignore_index)
+    if value.ndim > labels.ndim:
+        possible, counted = each_score(possible, value), each_score(counted, value)
+    return jnp.where(counted, jnp.where(possible, value, jnp.nan), 0)
+
+
+def each_score(row, like):
+    """A number per row, for each of the row's scores."""
+    return jnp.broadcast_to(jnp.expand_dims(row, -1), like.shape)
+
+
+def pick(hits, values):
+    """The label's own value of each row, from values per score or per class; 0 where the label is not among them."""
+    values = jnp.broadcast_to(wide(values), hits.shape)
+    return jnp.sum(jnp.where(hits, values, 0), axis=-1)
+
+
+def times_class(value, class_weights):
+    """Scores times the weights of their classes, where there are any."""
+    return value if class_weights is None else value * jnp.broadcast_to(class_weights.astype(value.dtype), value.shape)
+
+
+def label_targets(hits, smoothing, classes, dtype):
+    """`t = (1 − ε) onehot(y) + ε/C`."""
+    spread = smoothing / max(classes, 1)
+    return jnp.where(hits, jnp.asarray(1 - smoothing + spread, dtype), jnp.asarray(spread, dtype))
+
+
+def minus_targets(p, hits, own_weight, class_weights, smoothing, classes, part=None):
+    """`p Σ u t − u t` for the targets of labels; of a part of the classes, where `part` is their weights."""
+    if class_weights is None and not smoothing:
+        return jnp.where(hits, p - 1, p)
+    spread = smoothing / max(classes, 1)
+    all_weights = classes if class_weights is None else jnp.sum(class_weights.astype(p.dtype))
+    total = each_score((1 - smoothing) * own_weight + spread * all_weights, p)
+    return p * total - times_class(label_targets(hits, smoothing, classes, p.dtype), class_weights if part is None else part)
+
+
+def weighted(weight, surprise):
+    """`weight * surprise`, with 0 · inf = 0: what cannot happen and has no weight costs nothing. A NaN stays."""
+    return weight * jnp.where((weight == 0) & (surprise == jnp.inf), 0, surprise)
+
+
+def log_sum_exp(logits):
+    """`z - max(z)`, `max(z)` and `log Σ exp(z - max(z))`; the shift cancels, so its derivative is stopped."""
+    logits = wide(logits)
+    row_max = jax.lax.stop_gradient(jnp.max(logits, axis=-1, initial=-jnp.inf))
+    shifted = logits - jnp.expand_dims(row_max, -1)
+    return shifted, row_max, jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
+
+
+def surprise(logits, row_max, log_sum):
+    """`-log p = log Σ exp(z - max z) - (z - max z)`, of each score."""
+    return jnp.expand_dims(log_sum, -1) - (wide(logits) - jnp.expand_dims(row_max, -1))
+
+
+def _index(labels):
+    """Labels in at least 32 bits with a sign: `arange(200)` in int8 would wrap and hit the wrong class."""
+    return labels.astype(jnp.int64 if labels.dtype.itemsize > 4 else jnp.int32)

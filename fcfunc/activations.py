@@ -1,0 +1,384 @@
+"""Activations: functions of one number, applied to each, with hand-written backward rules.
+
+Every rule reads as those in `fcfunc.ops`, where all of these are to be found as well. The derivative at a kink and what
+a rule saves are in its docstring. A NaN stays a NaN; -inf gives the limit.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from fcfunc import _check
+from fcfunc._precision import wide
+from fcfunc._rule import rule
+
+__all__ = [
+    "elu",
+    "elu_bwd",
+    "elu_fwd",
+    "gelu",
+    "gelu_bwd",
+    "gelu_fwd",
+    "leaky_relu",
+    "leaky_relu_bwd",
+    "leaky_relu_fwd",
+    "relu",
+    "relu_bwd",
+    "relu_fwd",
+    "sigmoid",
+    "sigmoid_bwd",
+    "sigmoid_fwd",
+    "silu",
+    "silu_bwd",
+    "silu_fwd",
+    "softplus",
+    "softplus_bwd",
+    "softplus_fwd",
+    "tanh",
+    "tanh_bwd",
+    "tanh_fwd",
+]
+
+
+def relu(x: jax.Array) -> jax.Array:
+    r"""The rectifier: :math:`y = \max(x, 0)`.
+
+    The derivative is 1 for `x > 0` and 0 for `x < 0`. At the kink it is 0, by convention. A NaN stays a NaN and
+    passes the cotangent on, so that it is seen.
+
+    Args:
+      x: any shape.
+
+    Returns:
+      The shape and dtype of `x`. Saved for the backward pass: one boolean per element.
+
+    Raises:
+      TypeError: `x` is not of a floating-point dtype.
+
+    Source: derived in docs/derivations.md#relu.
+
+    Example:
+      >>> relu(jnp.array([-1., 0., 2.]))
+      Array([0., 0., 2.], dtype=float32)
+    """
+    return _relu(x)
+
+
+def relu_fwd(x):
+    """`(out, residuals)` of `relu`."""
+    _check.floating("relu", x=x)
+    dead = x <= 0  # false for a NaN, which so stays alive
+    return jnp.where(dead, 0, x), dead
+
+
+def relu_bwd(dead, g):
+    """Cotangent `(dx,)` of `relu`."""
+    # dx = g ∘ [x > 0]
+    return (jnp.where(dead, 0, g),)
+
+
+_relu = rule(relu_fwd, relu_bwd)
+
+
+def sigmoid(x: jax.Array) -> jax.Array:
+    r"""The logistic function: :math:`y = 1 / (1 + e^{-x})`, without overflow for any `x`.
+
+    Args:
+      x: any shape.
+
+    Returns:
+      The shape and dtype of `x`. Saved for the backward pass: the output.
+
+    Raises:
+      TypeError: `x` is not of a floating-point dtype.
+
+    Source: derived in docs/derivations.md#sigmoid.
+
+    Example:
+      >>> sigmoid(jnp.array([0., 1e30]))
+      Array([0.5, 1. ], dtype=float32)
+    """
+    return _sigmoid(x)
+
+
+def sigmoid_fwd(x):
+    """`(out, residuals)` of `sigmoid`."""
+    _check.floating("sigmoid", x=x)
+    out = jax.lax.logistic(wide(x)).astype(x.dtype)
+    return out, out
+
+
+def sigmoid_bwd(out, g):
+    """Cotangent `(dx,)` of `sigmoid`."""
+    y = wide(out)
+    # dx = g ∘ y ∘ (1 − y)
+    return ((wide(g) * y * (1 - y)).astype(g.dtype),)
+
+
+_sigmoid = rule(sigmoid_fwd, sigmoid_bwd)
+
+
+def tanh(x: jax.Array) -> jax.Array:
+    r"""The hyperbolic tangent: :math:`y = \tanh x`.
+
+    Args:
+      x: any shape.
+
+    Returns:
+      The shape and dtype of `x`. Saved for the backward pass: the output.
+
+    Raises:
+      TypeError: `x` is not of a floating-point dtype.
+
+    Source: derived in docs/derivations.md#tanh.
+
+    Example:
+      >>> tanh(jnp.array([0., 1e30]))
+      Array([0., 1.], dtype=float32)
+    """
+    return _tanh(x)
+
+
+def tanh_fwd(x):
+    """`(out, residuals)` of `tanh`."""
+    _check.floating("tanh", x=x)
+    out = jnp.tanh(wide(x)).astype(x.dtype)
+    return out, out
+
+
+def tanh_bwd(out, g):
+    """Cotangent `(dx,)` of `tanh`."""
+    y = wide(out)
+    # dx = g ∘ (1 − y²), as a product: 1 − y is exact where y is near 1, 1 − y² is not
+    return ((wide(g) * (1 - y) * (1 + y)).astype(g.dtype),)
+
+
+_tanh = rule(tanh_fwd, tanh_bwd)
+
+
+def softplus(x: jax.Array) -> jax.Array:
+    r"""Softplus, the smooth rectifier: :math:`y = \log(1 + e^x)`, without overflow for any `x`.
+
+    Args:
+      x: any shape.
+
+    Returns:
+      The shape and dtype of `x`. Saved for the backward pass: the output.
+
+    Raises:
+      TypeError: `x` is not of a floating-point dtype.
+
+    Source: derived in docs/derivations.md#softplus.
+
+    Example:
+      >>> softplus(jnp.array([0., 1e30]))
+      Array([6.931472e-01, 1.000000e+30], dtype=float32)
+    """
+    return _softplus(x)
+
+
+def softplus_fwd(x):
+    """`(out, residuals)` of `softplus`."""
+    _check.floating("softplus", x=x)
+    out = jax.nn.softplus(wide(x)).astype(x.dtype)
+    return out, out
+
+
+def softplus_bwd(out, g):
+    """Cotangent `(dx,)` of `softplus`."""
+    # dx = g σ(x), and σ(x) = 1 − e^{−y}: exact where y is small, which 1 − exp(−y) is not
+    return ((wide(g) * -jnp.expm1(-wide(out))).astype(g.dtype),)
+
+
+_softplus = rule(softplus_fwd, softplus_bwd)
+
+
+def leaky_relu(x: jax.Array, *, negative_slope: float = 0.01) -> jax.Array:
+    r"""The leaky rectifier: :math:`y = x` for `x > 0`, else :math:`s x`.
+
+    The derivative at the kink is `negative_slope`, by convention: with a slope of 0 this is `relu`.
+
+    Args:
+      x: any shape.
+      negative_slope: `s`.
+
+    Returns:
+      The shape and dtype of `x`. Saved for the backward pass: one boolean per element.
+
+    Raises:
+      TypeError: `x` is not of a floating-point dtype.
+
+    Source: derived in docs/derivations.md#leaky-relu.
+
+    Example:
+      >>> leaky_relu(jnp.array([-1., 0., 2.]))
+      Array([-0.01,  0.  ,  2.  ], dtype=float32)
+    """
+    return _leaky_relu(x, negative_slope=negative_slope)
+
+
+def leaky_relu_fwd(x, *, negative_slope=0.01):
+    """`(out, residuals)` of `leaky_relu`."""
+    _check.floating("leaky_relu", x=x)
+    dead = x <= 0
+    return jnp.where(dead, negative_slope * x, x), dead
+
+
+def leaky_relu_bwd(dead, g, *, negative_slope=0.01):
+    """Cotangent `(dx,)` of `leaky_relu`."""
+    # dx = g where x > 0, else s g
+    return (jnp.where(dead, negative_slope * g, g),)
+
+
+_leaky_relu = rule(leaky_relu_fwd, leaky_relu_bwd)
+
+
+def elu(x: jax.Array, *, alpha: float = 1.0) -> jax.Array:
+    r"""The exponential linear unit: :math:`y = x` for `x > 0`, else :math:`α (e^x - 1)`.
+
+    With an `alpha` other than 1 there is a kink at 0; the derivative there is `alpha`, by convention.
+
+    Args:
+      x: any shape.
+      alpha: the negative of the limit at -inf, at least 0.
+
+    Returns:
+      The shape and dtype of `x`. Saved for the backward pass: the output.
+
+    Raises:
+      TypeError: `x` is not of a floating-point dtype.
+      ValueError: `alpha` is below 0.
+
+    Source: Clevert et al. 2015, Fast and Accurate Deep Network Learning by ELUs; derived in docs/derivations.md#elu.
+
+    Example:
+      >>> elu(jnp.array([-jnp.inf, 0., 2.]))
+      Array([-1.,  0.,  2.], dtype=float32)
+    """
+    return _elu(x, alpha=alpha)
+
+
+def elu_fwd(x, *, alpha=1.0):
+    """`(out, residuals)` of `elu`."""
+    _check.floating("elu", x=x)
+    if not alpha >= 0:
+        raise ValueError(f"elu: alpha must be at least 0, got {alpha}")
+    z = wide(x)
+    positive = z > 0
+    out = jnp.where(positive, z, alpha * jnp.expm1(jnp.where(positive, 0, z))).astype(x.dtype)
+    return out, out
+
+
+def elu_bwd(out, g, *, alpha=1.0):
+    """Cotangent `(dx,)` of `elu`."""
+    y = wide(out)
+    # dx = g where x > 0, else g α e^x = g (y + α); y has the sign of x
+    return (jnp.where(y > 0, g, (wide(g) * (y + alpha)).astype(g.dtype)),)
+
+
+_elu = rule(elu_fwd, elu_bwd)
+
+
+def silu(x: jax.Array) -> jax.Array:
+    r"""The sigmoid linear unit, also called swish: :math:`y = x σ(x)`.
+
+    Args:
+      x: any shape.
+
+    Returns:
+      The shape and dtype of `x`. Saved for the backward pass: the input.
+
+    Raises:
+      TypeError: `x` is not of a floating-point dtype.
+
+    Source: Elfwing et al. 2017, Sigmoid-Weighted Linear Units; derived in docs/derivations.md#silu.
+
+    Example:
+      >>> silu(jnp.array([-jnp.inf, 0., 100.]))
+      Array([ -0.,   0., 100.], dtype=float32)
+    """
+    return _silu(x)
+
+
+def silu_fwd(x):
+    """`(out, residuals)` of `silu`."""
+    _check.floating("silu", x=x)
+    z = _above_minus_inf(wide(x))
+    return (z * jax.lax.logistic(z)).astype(x.dtype), x
+
+
+def silu_bwd(x, g):
+    """Cotangent `(dx,)` of `silu`."""
+    z = _above_minus_inf(wide(x))
+    # dx = g σ(x) (1 + x (1 − σ(x))), and 1 − σ(x) = σ(−x)
+    return ((wide(g) * (jax.lax.logistic(z) * (1 + z * jax.lax.logistic(-z)))).astype(g.dtype),)
+
+
+_silu = rule(silu_fwd, silu_bwd)
+
+
+def gelu(x: jax.Array, *, approximate: bool = True) -> jax.Array:
+    r"""The Gaussian error linear unit: :math:`y = x Φ(x)`, `Φ` the standard normal distribution function.
+
+    With `approximate=True`, as in `jax.nn.gelu`, :math:`Φ(x) ≈ σ(2u)` with :math:`u = \sqrt{2/π} (x + 0.044715 x^3)`,
+    which is the same as :math:`\tfrac12 (1 + \tanh u)` but keeps the digits of its left tail.
+
+    Args:
+      x: any shape.
+      approximate: the form with tanh; False for the exact one, which is PyTorch's default.
+
+    Returns:
+      The shape and dtype of `x`. Saved for the backward pass: the input.
+
+    Raises:
+      TypeError: `x` is not of a floating-point dtype.
+
+    Source: Hendrycks and Gimpel 2016, Gaussian Error Linear Units; derived in docs/derivations.md#gelu.
+
+    Example:
+      >>> gelu(jnp.array([-jnp.inf, 0., 100.]))
+      Array([ -0.,   0., 100.], dtype=float32)
+    """
+    return _gelu(x, approximate=approximate)
+
+
+def gelu_fwd(x, *, approximate=True):
+    """`(out, residuals)` of `gelu`."""
+    _check.floating("gelu", x=x)
+    z = _above_minus_inf(wide(x))
+    cdf = jax.lax.logistic(2 * _gelu_u(z)[0]) if approximate else _normal_cdf(z)
+    return (z * cdf).astype(x.dtype), x
+
+
+def gelu_bwd(x, g, *, approximate=True):
+    """Cotangent `(dx,)` of `gelu`."""
+    z = _above_minus_inf(wide(x))
+    if approximate:
+        # dx = g (σ(2u) + x σ(2u) σ(−2u) 2u′), u′ = √(2/π) (1 + 3 · 0.044715 x²)
+        u, slope = _gelu_u(z)
+        cdf = jax.lax.logistic(2 * u)
+        return ((wide(g) * (cdf + z * (cdf * jax.lax.logistic(-2 * u) * 2 * slope))).astype(g.dtype),)
+    # dx = g (Φ(x) + x φ(x)), φ(x) = e^{−x²/2} / √(2π)
+    density = jnp.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+    return ((wide(g) * (_normal_cdf(z) + z * density)).astype(g.dtype),)
+
+
+_gelu = rule(gelu_fwd, gelu_bwd)
+
+
+def _gelu_u(z):
+    """`u` and its derivative; beyond ±40 the sigmoid of 2u is 0 or 1 in float64 too, and a cube would overflow."""
+    c = jnp.clip(z, -40, 40)
+    root = math.sqrt(2 / math.pi)
+    return root * (c + 0.044715 * c**3), root * (1 + 3 * 0.044715 * c**2)
+
+
+def _normal_cdf(z):
+    """`Φ(z)`, by the complement: 1 + erf(z) loses the left tail."""
+    return 0.5 * jax.lax.erfc(-z / math.sqrt(2))
+
+
+def _above_minus_inf(z):
+    """-inf as the lowest number: its product with a probability of 0 is 0, the limit, and no NaN."""
+    return jnp.maximum(z, jnp.finfo(z.dtype).min)

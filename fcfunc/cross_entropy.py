@@ -1,0 +1,314 @@
+"""Cross-entropies, with hand-written backward rules; `fcfunc.losses` has them as well.
+
+**What counts.** The softmax cross-entropies and the binary one share their options. A row with `where` false has loss 0
+and gradient 0, whatever stands in it. `weights` multiply the losses of rows, `class_weights` those of classes, and
+`label_smoothing` moves a part of each target to all classes alike. The mean over what counts is `losses.mean`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from fcfunc import _check
+from fcfunc._precision import wide
+from fcfunc._rows import (
+    each_score,
+    hit,
+    label_targets,
+    log_sum_exp,
+    minus_targets,
+    pick,
+    settle,
+    surprise,
+    times_class,
+    weighted,
+)
+from fcfunc._rule import rule
+
+__all__ = [
+    "sigmoid_binary_cross_entropy",
+    "sigmoid_binary_cross_entropy_bwd",
+    "sigmoid_binary_cross_entropy_fwd",
+    "softmax_cross_entropy",
+    "softmax_cross_entropy_bwd",
+    "softmax_cross_entropy_fwd",
+    "softmax_cross_entropy_with_integer_labels",
+    "softmax_cross_entropy_with_integer_labels_bwd",
+    "softmax_cross_entropy_with_integer_labels_fwd",
+]
+
+
+def softmax_cross_entropy_with_integer_labels(
+    logits: jax.Array,
+    labels: jax.Array,
+    *,
+    where: jax.Array | None = None,
+    weights: jax.Array | None = None,
+    class_weights: jax.Array | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int | None = None,
+) -> jax.Array:
+    r"""Softmax followed by cross-entropy: :math:`\ell = \log \sum_k e^{z_k} - z_y`, from `z - max(z)`.
+
+    In full, :math:`\ell = r \sum_k u_k t_k (-\log p_k)` with :math:`t_k = (1 - ε) [k = y] + ε / C`. A shift of all
+    logits, by 1e8 even, changes nothing but their own rounding.
+
+    Args:
+      logits: `[..., classes]`.
+      labels: integers in `[0, classes)`, `[...]`.
+      where: booleans, `[...]`: the rows that count. The others have loss 0 and gradient 0, whatever stands in them.
+      weights: `r`, of the rows, `[...]`. Differentiated as well.
+      class_weights: `u`, of the classes, `[classes]`. Differentiated as well.
+      label_smoothing: `ε`, in [0, 1]: how much of each target is spread over all classes alike.
+      ignore_index: the label of rows that do not count; None (the default) where every label is a class.
+
+    Returns:
+      `[...]`, in nats. Saved for the backward pass: the arguments, which the caller holds anyway, and four numbers per
+      row, of which two are the maximum and the logarithm of the shifted sum. Their sum, the log-sum-exp, would be
+      rounded to the size of the logits; apart they keep the probabilities exact.
+
+    Raises:
+      TypeError: float labels, or logits or weights of another than a floating-point dtype; `where` not of booleans.
+      ValueError: `labels`, `where` or `weights` does not have the shape of `logits` without its last axis;
+        `class_weights` is not `[classes]`; `label_smoothing` is outside [0, 1].
+
+    Source: derived in docs/derivations.md#softmax-with-cross-entropy.
+
+    Example:
+      >>> softmax_cross_entropy_with_integer_labels(jnp.array([[0., 0.], [0., 0.]]), jnp.array([1, 2]))
+      Array([0.6931472,       nan], dtype=float32)
+    """
+    return _softmax_cross_entropy_with_integer_labels(
+        logits, labels, where, weights, class_weights, label_smoothing=label_smoothing, ignore_index=ignore_index
+    )
+
+
+def softmax_cross_entropy_with_integer_labels_fwd(
+    logits, labels, where=None, weights=None, class_weights=None, *, label_smoothing=0.0, ignore_index=None
+):
+    """`(loss, residuals)` of `softmax_cross_entropy_with_integer_labels`."""
+    name = "softmax_cross_entropy_with_integer_labels"
+    _check.floating(name, logits=logits)
+    _check.labels(name, labels, scores=logits)
+    _check.counting(name, labels.shape, where, weights, label_smoothing)
+    _check.class_weights(name, class_weights, logits.shape[-1])
+    classes = logits.shape[-1]
+    shifted, row_max, log_sum = log_sum_exp(logits)
+    hits = hit(logits, labels)
+    own_weight = jnp.ones_like(log_sum) if class_weights is None else pick(hits, class_weights)
+    # ℓ = r ((1 − ε) u_y (−log p_y) + ε/C Σ u (−log p))
+    surprise_of_row = weighted(own_weight, log_sum - pick(hits, shifted))
+    if label_smoothing:
+        of_all = weighted(times_class(jnp.ones_like(shifted), class_weights), jnp.expand_dims(log_sum, -1) - shifted)
+        spread = label_smoothing / max(classes, 1)
+        surprise_of_row = (1 - label_smoothing) * surprise_of_row + spread * jnp.sum(of_all, axis=-1)
+    loss = settle(_scaled(surprise_of_row, weights), labels, classes, ignore_index=ignore_index, where=where)
+    return loss, (logits, labels, where, weights, class_weights, row_max, log_sum, own_weight, surprise_of_row)
+
+
+def softmax_cross_entropy_with_integer_labels_bwd(residuals, g, *, label_smoothing=0.0, ignore_index=None):
+    """Cotangents `(dlogits, None, None, dweights, dclass_weights)`; labels and booleans have no gradient."""
+    logits, labels, where, weights, class_weights, row_max, log_sum, own_weight, surprise_of_row = residuals
+    hits, classes = hit(logits, labels), logits.shape[-1]
+    settled = functools.partial(settle, labels=labels, classes=classes, ignore_index=ignore_index, where=where)
+    gr = _scaled(g, weights)
+    # dz = g r (p Σ u t − u t), p = exp(z − max z − log Σ exp(z − max z)); plainly it is g (p − onehot(y))
+    p = jnp.exp(-surprise(logits, row_max, log_sum))
+    dlogits = each_score(gr, p) * minus_targets(p, hits, own_weight, class_weights, label_smoothing, classes)
+    # dr = g Σ u t (−log p), du = Σ g r t (−log p) over the rows
+    dweights = dclass_weights = None
+    if weights is not None:
+        dweights = settled(g * surprise_of_row).astype(weights.dtype)
+    if class_weights is not None:
+        by_class = weighted(label_targets(hits, label_smoothing, classes, p.dtype), surprise(logits, row_max, log_sum))
+        dclass_weights = _over_rows(settled(each_score(gr, p) * by_class)).astype(class_weights.dtype)
+    return settled(dlogits).astype(logits.dtype), None, None, dweights, dclass_weights
+
+
+_softmax_cross_entropy_with_integer_labels = rule(
+    softmax_cross_entropy_with_integer_labels_fwd, softmax_cross_entropy_with_integer_labels_bwd
+)
+
+
+def softmax_cross_entropy(
+    logits: jax.Array,
+    targets: jax.Array,
+    *,
+    where: jax.Array | None = None,
+    weights: jax.Array | None = None,
+    class_weights: jax.Array | None = None,
+    label_smoothing: float = 0.0,
+) -> jax.Array:
+    r"""Softmax followed by cross-entropy with a distribution: :math:`\ell = -\sum_k t_k \log p_k`, `p = softmax(z)`.
+
+    In full, :math:`\ell = r \sum_k u_k t'_k (-\log p_k)` with :math:`t' = (1 - ε) t + ε / C`. A target of 0
+    contributes 0, also where its logit is -inf.
+
+    Args:
+      logits: `[..., classes]`.
+      targets: weights of the classes, as a rule a distribution, `[..., classes]`. Differentiated as well.
+      where: booleans, `[...]`: the rows that count. The others have loss 0 and gradient 0, whatever stands in them.
+      weights: `r`, of the rows, `[...]`. Differentiated as well.
+      class_weights: `u`, of the classes, `[classes]`. Differentiated as well.
+      label_smoothing: `ε`, in [0, 1]: how much of each target is spread over all classes alike.
+
+    Returns:
+      `[...]`, in nats. Saved for the backward pass: the arguments and two numbers per row.
+
+    Raises:
+      TypeError: an argument is not of a floating-point dtype; `where` not of booleans.
+      ValueError: `logits` and `targets` differ in shape; `where` or `weights` does not have that shape without its last
+        axis; `class_weights` is not `[classes]`; `label_smoothing` is outside [0, 1].
+
+    Source: derived in docs/derivations.md#softmax-with-cross-entropy.
+
+    Example:
+      >>> softmax_cross_entropy(jnp.array([[0., 0.]]), jnp.array([[0.5, 0.5]]))
+      Array([0.6931472], dtype=float32)
+    """
+    return _softmax_cross_entropy(logits, targets, where, weights, class_weights, label_smoothing=label_smoothing)
+
+
+def softmax_cross_entropy_fwd(logits, targets, where=None, weights=None, class_weights=None, *, label_smoothing=0.0):
+    """`(loss, residuals)` of `softmax_cross_entropy`."""
+    _check.floating("softmax_cross_entropy", logits=logits, targets=targets)
+    _check.one_shape("softmax_cross_entropy", logits=logits, targets=targets)
+    _check.axis("softmax_cross_entropy", -1, logits=logits)
+    _check.counting("softmax_cross_entropy", logits.shape[:-1], where, weights, label_smoothing)
+    _check.class_weights("softmax_cross_entropy", class_weights, logits.shape[-1])
+    shifted, row_max, log_sum = log_sum_exp(logits)
+    smoothed = times_class(_smoothed(wide(targets), label_smoothing, logits.shape[-1]), class_weights)
+    loss = _scaled(jnp.sum(weighted(smoothed, jnp.expand_dims(log_sum, -1) - shifted), axis=-1), weights)
+    return _masked(loss, where), (logits, targets, where, weights, class_weights, row_max, log_sum)
+
+
+def softmax_cross_entropy_bwd(residuals, g, *, label_smoothing=0.0):
+    """Cotangents `(dlogits, dtargets, None, dweights, dclass_weights)` of `softmax_cross_entropy`."""
+    logits, targets, where, weights, class_weights, row_max, log_sum = residuals
+    wide_targets = wide(targets)
+    unweighted = _smoothed(wide_targets, label_smoothing, logits.shape[-1])
+    weighted_targets = times_class(unweighted, class_weights)
+    surprises, gr = surprise(logits, row_max, log_sum), _scaled(g, weights)
+    # dz = g r (p Σ u t − u t), p = exp(z − max z − log Σ exp(z − max z))
+    total = jnp.sum(weighted_targets, axis=-1, keepdims=True)
+    dlogits = each_score(gr, logits) * (jnp.exp(-surprises) * total - weighted_targets)
+    # dt = g r (1 − ε) u (−log p)
+    dtargets = each_score(gr, logits) * times_class((1 - label_smoothing) * surprises, class_weights)
+    # dr = g Σ u t (−log p), du = Σ g r t (−log p) over the rows
+    dweights = dclass_weights = None
+    if weights is not None:
+        dweights = _masked(g * jnp.sum(weighted(weighted_targets, surprises), axis=-1), where).astype(weights.dtype)
+    if class_weights is not None:
+        by_class = each_score(gr, logits) * weighted(unweighted, surprises)
+        dclass_weights = _over_rows(_masked(by_class, where)).astype(class_weights.dtype)
+    dlogits, dtargets = _masked(dlogits, where), _masked(dtargets, where)
+    return dlogits.astype(logits.dtype), dtargets.astype(targets.dtype), None, dweights, dclass_weights
+
+
+_softmax_cross_entropy = rule(softmax_cross_entropy_fwd, softmax_cross_entropy_bwd)
+
+
+def sigmoid_binary_cross_entropy(
+    logits: jax.Array,
+    targets: jax.Array,
+    *,
+    where: jax.Array | None = None,
+    weights: jax.Array | None = None,
+    positive_weights: jax.Array | None = None,
+    label_smoothing: float = 0.0,
+) -> jax.Array:
+    r"""Sigmoid followed by cross-entropy: :math:`\ell = -t \log σ(z) - (1 - t) \log σ(-z)`, element by element.
+
+    In full, :math:`\ell = r (-q t' \log σ(z) - (1 - t') \log σ(-z))` with :math:`t' = (1 - ε) t + ε / 2`. Each logarithm
+    is a softplus, so that nothing overflows; a term whose weight is 0 contributes 0.
+
+    Args:
+      logits: any shape.
+      targets: the probability of the class, as a rule in [0, 1], in the shape of `logits`. Differentiated as well.
+      where: booleans in the shape of `logits`: what counts. The rest has loss 0 and gradient 0, whatever stands there.
+      weights: `r`, in the shape of `logits`. Differentiated as well.
+      positive_weights: `q`, of the positive side of each class, `[classes]`, the last axis of `logits`: more than 1
+        where positives are rare. Differentiated as well.
+      label_smoothing: `ε`, in [0, 1]: how much of each target is spread over both sides alike.
+
+    Returns:
+      The shape of `logits`, in nats: sum over the last axis where an example has several. Saved for the backward
+      pass: the arguments.
+
+    Raises:
+      TypeError: an argument is not of a floating-point dtype; `where` not of booleans.
+      ValueError: the shapes differ; `positive_weights` is not `[classes]`; `label_smoothing` is outside [0, 1].
+
+    Source: derived in docs/derivations.md#sigmoid-with-cross-entropy.
+
+    Example:
+      >>> sigmoid_binary_cross_entropy(jnp.array([0., 1e30]), jnp.array([1., 1.]))
+      Array([0.6931472, 0.       ], dtype=float32)
+    """
+    return _sigmoid_binary_cross_entropy(
+        logits, targets, where, weights, positive_weights, label_smoothing=label_smoothing
+    )
+
+
+def sigmoid_binary_cross_entropy_fwd(
+    logits, targets, where=None, weights=None, positive_weights=None, *, label_smoothing=0.0
+):
+    """`(loss, residuals)` of `sigmoid_binary_cross_entropy`."""
+    name = "sigmoid_binary_cross_entropy"
+    _check.floating(name, logits=logits, targets=targets)
+    _check.one_shape(name, logits=logits, targets=targets)
+    _check.counting(name, logits.shape, where, weights, label_smoothing)
+    if positive_weights is not None:
+        _check.axis(name, -1, logits=logits)
+        _check.class_weights(name, positive_weights, logits.shape[-1], name="positive_weights")
+    loss = _binary(wide(logits), wide(targets), positive_weights, label_smoothing)
+    return _masked(_scaled(loss, weights), where), (logits, targets, where, weights, positive_weights)
+
+
+def sigmoid_binary_cross_entropy_bwd(residuals, g, *, label_smoothing=0.0):
+    """Cotangents `(dlogits, dtargets, None, dweights, dpositive_weights)` of `sigmoid_binary_cross_entropy`."""
+    logits, targets, where, weights, positive_weights = residuals
+    z, t = wide(logits), _smoothed(wide(targets), label_smoothing, 2)
+    gr = _scaled(g, weights)
+    # dz = g r ((1 − t) σ(z) − q t σ(−z)), which for q = 1 is g r (σ(z) − t), but loses no digits where σ(z) is near t
+    dlogits = gr * ((1 - t) * jax.lax.logistic(z) - times_class(t * jax.lax.logistic(-z), positive_weights))
+    # dt = g r (1 − ε) (q softplus(−z) − softplus(z)), for q = 1 it is −g r (1 − ε) z
+    both = -z if positive_weights is None else times_class(jax.nn.softplus(-z), positive_weights) - jax.nn.softplus(z)
+    dtargets = (1 - label_smoothing) * gr * both
+    dweights = dpositive = None
+    if weights is not None:
+        loss = _binary(z, wide(targets), positive_weights, label_smoothing)
+        dweights = _masked(g * loss, where).astype(weights.dtype)
+    if positive_weights is not None:
+        dpositive = _over_rows(_masked(gr * weighted(t, jax.nn.softplus(-z)), where)).astype(positive_weights.dtype)
+    dlogits, dtargets = _masked(dlogits, where), _masked(dtargets, where)
+    return dlogits.astype(logits.dtype), dtargets.astype(targets.dtype), None, dweights, dpositive
+
+
+_sigmoid_binary_cross_entropy = rule(sigmoid_binary_cross_entropy_fwd, sigmoid_binary_cross_entropy_bwd)
+
+
+def _smoothed(targets, smoothing, classes):
+    return (1 - smoothing) * targets + smoothing / max(classes, 1) if smoothing else targets
+
+
+def _binary(z, targets, positive_weights, smoothing):
+    t = _smoothed(targets, smoothing, 2)
+    positive = times_class(weighted(t, jax.nn.softplus(-z)), positive_weights)
+    return positive + weighted(1 - t, jax.nn.softplus(z))
+
+
+def _scaled(value, weights):
+    return value if weights is None else value * weights.astype(value.dtype)
+
+
+def _masked(value, where):
+    """0 where `where` is false, in each number of a row."""
+    if where is None:
+        return value
+    return jnp.where(each_score(where, value) if value.ndim > where.ndim else where, value, 0)
+
+
+def _over_rows(value):
+    return jnp.sum(value, axis=tuple(range(value.ndim - 1)))
