@@ -42,7 +42,7 @@ def loss(params, x, labels=None, *, l2=0.0):
     penalty, weights = losses.l2_penalty_fwd([p["w"] for p in params])
 
     (decay,) = losses.l2_penalty_bwd(weights, jnp.float32(l2))
-    g, _ = losses.softmax_cross_entropy_with_integer_labels_bwd(loss_residuals, jnp.full(each.shape, 1 / each.size))
+    g, *_ = losses.softmax_cross_entropy_with_integer_labels_bwd(loss_residuals, jnp.full(each.shape, 1 / each.size))
     grads = []
     for (affine_residuals, relu_residuals), dw_decay in reversed(list(zip(residuals, decay, strict=True))):
         if relu_residuals is not None:

@@ -1,8 +1,23 @@
 """Fully-connected networks as pure functions in JAX, with hand-written backward rules that are proven."""
 
-from fcfunc import data, losses, mlp, ops, reference, testing, train
-from fcfunc.mlp import apply, init
+from fcfunc import activations, cross_entropy, data, large_output, losses, mlp, norms, ops, reference, testing, train
+from fcfunc.mlp import apply, apply_batch_norm, init
 
 __version__ = "0.1.0"
 
-__all__ = ["apply", "data", "init", "losses", "mlp", "ops", "reference", "testing", "train"]
+__all__ = [
+    "activations",
+    "apply",
+    "apply_batch_norm",
+    "cross_entropy",
+    "data",
+    "init",
+    "large_output",
+    "losses",
+    "mlp",
+    "norms",
+    "ops",
+    "reference",
+    "testing",
+    "train",
+]

@@ -49,8 +49,7 @@ def operands(where: str, compute_dtype, /, **arrays) -> np.dtype:
         one_dtype(where, **arrays)
         return jnp.result_type(next(iter(arrays.values())))
     floating(where, **arrays)
-    x, *weights = arrays
-    one_dtype(where, **{name: arrays[name] for name in weights})
+    one_dtype(where, **dict(list(arrays.items())[1:]))
     dtype = jnp.dtype(compute_dtype)
     if dtype == jnp.float16:
         raise TypeError(
@@ -84,16 +83,18 @@ def labels(where: str, labels, *, scores) -> None:
 
 
 def counting(where: str, shape: tuple, mask, weights, smoothing) -> None:
-    """TypeError or ValueError where the mask, weights and smoothing of a loss of this shape are not what they must be."""
+    """TypeError or ValueError where the mask, weights or smoothing of a loss are not what its shape asks for."""
     if mask is not None:
         array(where, where=mask)
-        if jnp.result_type(mask) != bool:
+        if jnp.result_type(mask) != jnp.bool_:
             raise TypeError(f"{where}: where must be booleans, got {describe(mask)}")
     if weights is not None:
         floating(where, weights=weights)
     for name, a in (("where", mask), ("weights", weights)):
         if a is not None and jnp.shape(a) != tuple(shape):
-            raise ValueError(f"{where}: {name} must have the shape of the loss, {list(shape)}, got {list(jnp.shape(a))}")
+            raise ValueError(
+                f"{where}: {name} must have the shape of the loss, {list(shape)}, got {list(jnp.shape(a))}"
+            )
     if not 0 <= smoothing <= 1:
         raise ValueError(f"{where}: label_smoothing must be in [0, 1], got {smoothing}")
 

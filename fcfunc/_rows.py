@@ -59,7 +59,9 @@ def minus_targets(p, hits, own_weight, class_weights, smoothing, classes, part=N
     spread = smoothing / max(classes, 1)
     all_weights = classes if class_weights is None else jnp.sum(class_weights.astype(p.dtype))
     total = each_score((1 - smoothing) * own_weight + spread * all_weights, p)
-    return p * total - times_class(label_targets(hits, smoothing, classes, p.dtype), class_weights if part is None else part)
+    return p * total - times_class(
+        label_targets(hits, smoothing, classes, p.dtype), class_weights if part is None else part
+    )
 
 
 def weighted(weight, surprise):

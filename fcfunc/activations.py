@@ -68,8 +68,8 @@ def relu(x: jax.Array) -> jax.Array:
 def relu_fwd(x):
     """`(out, residuals)` of `relu`."""
     _check.floating("relu", x=x)
-    dead = x <= 0  # false for a NaN, which so stays alive
-    return jnp.where(dead, 0, x), dead
+    out = jnp.where(x <= 0, 0, x)
+    return out, out <= 0  # false for a NaN, which so stays alive; from the output, so that the input is not kept for it
 
 
 def relu_bwd(dead, g):

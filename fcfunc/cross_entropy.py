@@ -103,7 +103,10 @@ def softmax_cross_entropy_with_integer_labels_fwd(
         of_all = weighted(times_class(jnp.ones_like(shifted), class_weights), jnp.expand_dims(log_sum, -1) - shifted)
         spread = label_smoothing / max(classes, 1)
         surprise_of_row = (1 - label_smoothing) * surprise_of_row + spread * jnp.sum(of_all, axis=-1)
-    loss = settle(_scaled(surprise_of_row, weights), labels, classes, ignore_index=ignore_index, where=where)
+    # Settled before the weights as well as after: neither a NaN of the row nor one of its weight leaves a masked row.
+    settled = functools.partial(settle, labels=labels, classes=classes, ignore_index=ignore_index, where=where)
+    surprise_of_row = settled(surprise_of_row)
+    loss = settled(_scaled(surprise_of_row, weights))
     return loss, (logits, labels, where, weights, class_weights, row_max, log_sum, own_weight, surprise_of_row)
 
 
@@ -220,8 +223,8 @@ def sigmoid_binary_cross_entropy(
 ) -> jax.Array:
     r"""Sigmoid followed by cross-entropy: :math:`\ell = -t \log σ(z) - (1 - t) \log σ(-z)`, element by element.
 
-    In full, :math:`\ell = r (-q t' \log σ(z) - (1 - t') \log σ(-z))` with :math:`t' = (1 - ε) t + ε / 2`. Each logarithm
-    is a softplus, so that nothing overflows; a term whose weight is 0 contributes 0.
+    In full, :math:`\ell = r (-q t' \log σ(z) - (1 - t') \log σ(-z))` with :math:`t' = (1 - ε) t + ε / 2`. Each
+    logarithm is a softplus, so that nothing overflows; a term whose weight is 0 contributes 0.
 
     Args:
       logits: any shape.

@@ -1,7 +1,7 @@
 """The last layer of a network with many classes and its cross-entropy, in one rule; `fcfunc.losses` has it as well.
 
-The logits, `[batch, classes]`, are what a large output layer cannot afford. Here they exist a chunk of classes at a time,
-in the forward pass and again in the backward pass, which costs a fourth product where there were three.
+The logits, `[batch, classes]`, are what a large output layer cannot afford. Here they exist a chunk of classes at a
+time, in the forward pass and again in the backward pass, which costs a fourth product where there were three.
 """
 
 import functools
@@ -57,8 +57,8 @@ def linear_softmax_cross_entropy(
 ) -> jax.Array:
     r"""An affine layer and its softmax cross-entropy: :math:`\ell = \log \sum_k e^{z_k} - z_y`, `z = x w + b`.
 
-    The same to rounding as `softmax_cross_entropy_with_integer_labels(affine(x, w, b), labels)`, whatever the chunk; the
-    logits are accumulated and used in at least float32.
+    The same to rounding as `softmax_cross_entropy_with_integer_labels(affine(x, w, b), labels)`, whatever the chunk;
+    the logits are accumulated and used in at least float32.
 
     Args:
       x: the last hidden layer, `[..., fan_in]`.
@@ -141,9 +141,10 @@ def linear_softmax_cross_entropy_fwd(
         row_max, total, own, own_weight, all_own, all_weight = sums
         z, _ = _chunk(x, w, b, start, size, operands)
         hits, u = hit(z, labels, start), None if class_weights is None else _part(class_weights, start, size)
-        # The maximum so far. Where it is -inf still, 0 takes its place: -inf − -inf is no number.
+        # The maximum so far and the one before; where one is -inf another takes its place, -inf − -inf being no number.
         new_max = jnp.maximum(row_max, jax.lax.stop_gradient(jnp.max(z, axis=-1)))
-        old, new = (jnp.where(m == -jnp.inf, 0, m) for m in (row_max, new_max))
+        new = jnp.where(new_max == -jnp.inf, 0, new_max)
+        old = jnp.where(row_max == -jnp.inf, new, row_max)
         shifted = z - jnp.expand_dims(new, -1)
         total = total * jnp.exp(old - new) + jnp.sum(jnp.exp(shifted), axis=-1)
         own = own + pick(hits, z)
@@ -165,8 +166,9 @@ def linear_softmax_cross_entropy_fwd(
     if label_smoothing:
         spread = label_smoothing / max(classes, 1)
         surprise_of_row = (1 - label_smoothing) * surprise_of_row + spread * (all_weight * log_sum + all_own)
-    loss = surprise_of_row if weights is None else surprise_of_row * weights.astype(zeros.dtype)
-    loss = settle(loss, labels, classes, ignore_index=ignore_index, where=where)
+    settled = functools.partial(settle, labels=labels, classes=classes, ignore_index=ignore_index, where=where)
+    surprise_of_row = settled(surprise_of_row)
+    loss = surprise_of_row if weights is None else settled(surprise_of_row * weights.astype(zeros.dtype))
     return loss, (x, w, b, labels, where, weights, class_weights, row_max, log_sum, own_weight, surprise_of_row)
 
 
@@ -211,7 +213,9 @@ def linear_softmax_cross_entropy_bwd(
         return dx, dw, db, du
 
     dx = _compat.laid_like(jnp.zeros(x.shape, wide_in), x)
-    dw, db, du = (None if a is None else _compat.laid_like(jnp.zeros(a.shape, a.dtype), a) for a in (w, b, class_weights))
+    dw, db, du = (
+        None if a is None else _compat.laid_like(jnp.zeros(a.shape, a.dtype), a) for a in (w, b, class_weights)
+    )
     (dx, dw, db, du), _ = _compat.vary_alike(((dx, dw, db, du), x))
     dx, dw, db, du = _over_chunks(take, (dx, dw, db, du), classes, chunk_size)
     dweights = None if weights is None else settled(g * surprise_of_row).astype(weights.dtype)
@@ -222,7 +226,7 @@ _linear_softmax_cross_entropy = rule(linear_softmax_cross_entropy_fwd, linear_so
 
 
 def _over_chunks(take, carry, classes, size):
-    """`take(carry, start, size)` for each chunk: whole ones in a loop, then a shorter one, so that nothing is padded."""
+    """`take(carry, start, size)` for each chunk: whole ones in a loop, then a shorter one: nothing is padded."""
     whole, rest = divmod(classes, size)
     if whole == 1:
         carry = take(carry, 0, size)

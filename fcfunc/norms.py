@@ -48,8 +48,8 @@ def layer_norm(x: jax.Array, scale: jax.Array, offset: jax.Array, *, eps: float 
     Source: Ba et al. 2016, Layer Normalization; derived in docs/derivations.md#layer-norm.
 
     Example:
-      >>> layer_norm(jnp.array([[1., 3.]]), jnp.ones(2), jnp.zeros(2))
-      Array([[-0.999995,  0.999995]], dtype=float32)
+      >>> layer_norm(jnp.array([[1., 3.]]), jnp.ones(2), jnp.zeros(2)).round(3)
+      Array([[-1.,  1.]], dtype=float32)
     """
     return _layer_norm(x, scale, offset, eps=eps)
 
@@ -99,8 +99,8 @@ def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float = 1e-5) -> jax.Array:
     Source: Zhang and Sennrich 2019, Root Mean Square Layer Normalization; derived in docs/derivations.md#rms-norm.
 
     Example:
-      >>> rms_norm(jnp.array([[3., 3.]]), jnp.ones(2))
-      Array([[0.9999994, 0.9999994]], dtype=float32)
+      >>> rms_norm(jnp.array([[5., -5.]]), jnp.ones(2)).round(3)
+      Array([[ 1., -1.]], dtype=float32)
     """
     return _rms_norm(x, scale, eps=eps)
 
@@ -194,7 +194,9 @@ def batch_norm_fwd(x, scale, offset, *, eps=1e-5):
     _check_norm("batch_norm", x, eps, scale=scale, offset=offset)
     rows = tuple(range(x.ndim - 1))
     if math.prod(x.shape[:-1]) < 2:
-        raise ValueError(f"batch_norm: a training batch needs at least two rows to have a variance, got {list(x.shape)}")
+        raise ValueError(
+            f"batch_norm: a training batch needs at least two rows to have a variance, got {list(x.shape)}"
+        )
     z = wide(x)
     mean = jnp.mean(z, axis=rows)
     centred = z - _broadcast(mean, z)

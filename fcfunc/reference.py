@@ -1,8 +1,9 @@
 """The plain-JAX twin of every operation and loss: same name, same signature, no hand-written rule.
 
 The twins are the oracle that the rules are compared with, and they have what a `custom_vjp` function lacks:
-forward mode (`jax.jvp`, `jax.jacfwd`, `jax.linearize`). `fcfunc.apply(..., ops=fcfunc.reference)` runs a whole
-network on them. They are written for comparison, not for memory or speed, and do not check their arguments.
+forward mode (`jax.jvp`, `jax.jacfwd`, `jax.linearize`, `jax.experimental.jet`).
+`fcfunc.apply(..., ops=fcfunc.reference)` runs a whole network on them. They are written for comparison,
+not for memory or speed, and do not check their arguments.
 """
 
 import math
@@ -24,9 +25,7 @@ def affine(x, w, b, *, flatten=False, compute_dtype=None, out_dtype=None, round_
     return (out + jnp.broadcast_to(b.astype(out.dtype), out.shape)).astype(out_dtype or operands)
 
 
-def layer(
-    x, w, b, *, activation, flatten=False, compute_dtype=None, out_dtype=None, round_cotangent=True, **options
-):
+def layer(x, w, b, *, activation, flatten=False, compute_dtype=None, out_dtype=None, round_cotangent=True, **options):
     """Twin of `fcfunc.ops.layer`."""
     del round_cotangent
     operands = jnp.dtype(x.dtype if compute_dtype is None else compute_dtype)
@@ -61,7 +60,7 @@ def silu(x):
 
 def softplus(x):
     """Twin of `fcfunc.ops.softplus`."""
-    return _widened(jax.nn.softplus, x)
+    return _widened(_softplus, x)
 
 
 def gelu(x, *, approximate=True):
@@ -71,7 +70,8 @@ def gelu(x, *, approximate=True):
         return _times_probability(x, 0.5 * (1 + jax.lax.erf(x / math.sqrt(2))))
 
     def with_tanh(x):
-        c = jnp.clip(x, -40, 40)  # beyond, tanh is ±1 to the last digit, and its argument would overflow
+        # Beyond ±40 tanh is ±1 to the last digit, and its argument would overflow.
+        c = jnp.where(x > 40, 40, jnp.where(x < -40, -40, x))
         return _times_probability(x, 0.5 * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (c + 0.044715 * c**3))))
 
     return _widened(with_tanh if approximate else exact, x)
@@ -91,7 +91,7 @@ def dropout(x, *, rate, key):
 
 def layer_norm(x, scale, offset, *, eps=1e-5):
     """Twin of `fcfunc.ops.layer_norm`."""
-    return _normalise(x, -1, eps)[0](scale, offset)
+    return _normalised(x, *_moments(x, -1), scale, offset, eps)
 
 
 def rms_norm(x, scale, *, eps=1e-5):
@@ -104,14 +104,13 @@ def rms_norm(x, scale, *, eps=1e-5):
 
 def batch_norm(x, scale, offset, state, *, training, decay=0.9, eps=1e-5):
     """Twin of `fcfunc.ops.batch_norm`."""
-    axes = tuple(range(x.ndim - 1))
     if not training:
-        return _normalise(x, axes, eps, state["mean"], state["var"])[0](scale, offset), state
-    finish, mean, var = _normalise(x, axes, eps)
+        return _normalised(x, state["mean"], state["var"], scale, offset, eps), state
+    mean, var = _moments(x, tuple(range(x.ndim - 1)))
     rows = math.prod(x.shape[:-1])
     batch = {"mean": mean.reshape(-1), "var": var.reshape(-1) * rows / (rows - 1)}
     moved = {name: decay * state[name] + (1 - decay) * batch[name].astype(state[name].dtype) for name in batch}
-    return finish(scale, offset), moved
+    return _normalised(x, mean, var, scale, offset, eps), moved
 
 
 def softmax(x, *, axis=-1):
@@ -142,7 +141,9 @@ def softmax_cross_entropy(logits, targets, *, where=None, weights=None, class_we
     return jnp.where(where, _cross_entropy(logits, targets, weights, class_weights, label_smoothing), 0)
 
 
-def linear_softmax_cross_entropy(x, w, b, labels, *, chunk_size=None, compute_dtype=None, round_cotangent=True, **options):
+def linear_softmax_cross_entropy(
+    x, w, b, labels, *, chunk_size=None, compute_dtype=None, round_cotangent=True, **options
+):
     """Twin of `fcfunc.losses.linear_softmax_cross_entropy`: dense, whatever `chunk_size` says."""
     del chunk_size, round_cotangent
     logits = affine(x, w, b, compute_dtype=compute_dtype, out_dtype=accumulator(compute_dtype or x.dtype))
@@ -157,7 +158,7 @@ def sigmoid_binary_cross_entropy(
     if where is not None:
         z, t = jnp.where(where, z, 0), jnp.where(where, t, 0)
     positive = t if positive_weights is None else t * jnp.broadcast_to(positive_weights.astype(t.dtype), t.shape)
-    loss = positive * jax.nn.softplus(-z) + (1 - t) * jax.nn.softplus(z)
+    loss = positive * _softplus(-z) + (1 - t) * _softplus(z)
     loss = loss if weights is None else loss * weights.astype(loss.dtype)
     return loss if where is None else jnp.where(where, loss, 0)
 
@@ -184,7 +185,7 @@ def multiclass_svm(scores, labels, *, margin=1.0):
         own = jnp.sum(jnp.where(hit, scores, 0), axis=-1, keepdims=True)
         return jnp.where(hit, 0, scores - jnp.broadcast_to(own, scores.shape) + margin)
 
-    poison = jnp.where(jnp.any(jnp.isnan(excess(scores)), axis=-1), jnp.nan, poison)
+    poison = jnp.where(jnp.max(jnp.isnan(excess(scores)).astype(scores.dtype), axis=-1, initial=0) > 0, jnp.nan, poison)
     return jnp.sum(relu(excess(scores * jnp.expand_dims(poison, -1))), axis=-1) * poison
 
 
@@ -198,24 +199,27 @@ def _widened(fun, x):
     return fun(wide(x)).astype(x.dtype)
 
 
+def _softplus(x):
+    """`log(1 + e^x)` by the exponential that does not overflow, in operations that `jax.experimental.jet` knows."""
+    above, below = jnp.where(x > 0, x, 0), jnp.where(x > 0, 0, x)
+    return jnp.where(x > 0, above + jnp.log1p(jnp.exp(-above)), jnp.log1p(jnp.exp(below)))
+
+
 def _times_probability(x, p):
     """`x p`, the limit 0 at -inf."""
     return jnp.where(x == -jnp.inf, 0, x) * p
 
 
-def _normalise(x, axes, eps, mean=None, var=None):
-    """A function that scales and shifts the normalised `x`, and the statistics; a variance of inf counts as NaN."""
-    z = wide(x)
-    if mean is None:
-        mean = jnp.mean(z, axis=axes, keepdims=True)
-        var = jnp.mean((z - mean) ** 2, axis=axes, keepdims=True)
+def _moments(x, axes):
+    mean = jnp.mean(wide(x), axis=axes, keepdims=True)
+    return mean, jnp.mean((wide(x) - mean) ** 2, axis=axes, keepdims=True)
 
-    def fill(a):
-        return jnp.broadcast_to(a.astype(z.dtype), z.shape)
 
-    deviation = jnp.sqrt(fill(jnp.where(var == jnp.inf, jnp.nan, var)) + eps)
-    normal = (z - fill(mean)) / deviation
-    return lambda scale, offset: (normal * fill(scale) + fill(offset)).astype(x.dtype), mean, var
+def _normalised(x, mean, var, scale, offset, eps):
+    """`scale (x − mean) / √(var + eps) + offset`; a variance that overflowed counts as NaN."""
+    var = jnp.where(var == jnp.inf, jnp.nan, var)
+    mean, var, scale, offset = (jnp.broadcast_to(a.astype(wide(x).dtype), x.shape) for a in (mean, var, scale, offset))
+    return ((wide(x) - mean) / jnp.sqrt(var + eps) * scale + offset).astype(x.dtype)
 
 
 def _log_softmax(x, axis):

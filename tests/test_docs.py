@@ -13,7 +13,7 @@ import pytest
 import fcfunc
 
 ROOT = Path(fcfunc.__file__).parents[1]
-MODULES = [getattr(fcfunc, name) for name in fcfunc.__all__ if name not in ("init", "apply")]
+MODULES = [getattr(fcfunc, name) for name in fcfunc.__all__ if inspect.ismodule(getattr(fcfunc, name))]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

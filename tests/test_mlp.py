@@ -29,7 +29,7 @@ def test_default_weights_are_he_normal_and_biases_zero():
 def test_initialisers_and_dtype_are_the_callers():
     init = jax.nn.initializers
     (layer,) = fcfunc.init(
-        jax.random.key(0), [400, 300], w_init=init.normal(1e-3), b_init=init.constant(0.1), dtype=jnp.bfloat16
+        jax.random.key(0), [400, 300], w_init=init.normal(1e-3), b_init=init.constant(0.1), param_dtype=jnp.bfloat16
     )
     chex.assert_type([layer["w"], layer["b"]], jnp.bfloat16)
     assert abs(float(layer["w"].astype(jnp.float32).std()) - 1e-3) < 2e-5
@@ -127,7 +127,7 @@ def test_a_wrong_width_names_the_layer_and_both_shapes(params, x):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"activation": "swishy"}, "unknown activation 'swishy'; known are linear, log_softmax, relu"),
+        ({"activation": "swishy"}, "unknown activation 'swishy'; known are elu, gelu, leaky_relu"),
         ({"activation": ["relu"]}, "2 activations expected, one per hidden layer, got 1"),
         ({"final_activation": "soft"}, "unknown activation 'soft'"),
     ],

@@ -1,0 +1,218 @@
+"""The chunked output layer is the dense one: at any chunk, size, logits and labels; and it holds no logits."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fcfunc
+from fcfunc import large_output, losses, mlp, reference, train
+
+
+def draw(n, d, classes, *, scale=1.0, seed=0):
+    rng = np.random.default_rng(seed)
+    x, w, b = (rng.standard_normal(s).astype(np.float32) for s in ((n, d), (d, classes), (classes,)))
+    w *= scale / d**0.5
+    return jnp.asarray(x), jnp.asarray(w), jnp.asarray(b), jnp.asarray(rng.integers(0, classes, n))
+
+
+def dense(x, w, b, labels, **options):
+    return reference.softmax_cross_entropy_with_integer_labels(reference.affine(x, w, b), labels, **options)
+
+
+def assert_equal(x, w, b, labels, *, rtol=1e-5, atol=1e-5, **options):
+    chunk_size = options.pop("chunk_size")
+    g = jnp.asarray(np.random.default_rng(1).standard_normal(labels.shape).astype(np.float32))
+
+    def pulled(loss):
+        out, pull = jax.vjp(lambda x, w, b: loss(x, w, b, labels, **options), x, w, b)
+        return out, pull(g)
+
+    ours = pulled(functools.partial(losses.linear_softmax_cross_entropy, chunk_size=chunk_size))
+    chex.assert_trees_all_close(ours, pulled(dense), rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 4, 7, 13, 14, 100])
+@pytest.mark.parametrize("n", [1, 6])
+def test_it_is_the_dense_loss_whatever_the_chunk(chunk_size, n):
+    assert_equal(*draw(n, 5, 13), chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 7])
+def test_logits_of_ten_thousand_are_no_less_exact(chunk_size, x64):
+    x, w, b, labels = draw(6, 5, 13, scale=1e4)
+    total = lambda loss, x, w, b: jnp.sum(loss(x, w, b, labels))
+    chunked = functools.partial(losses.linear_softmax_cross_entropy, chunk_size=chunk_size)
+    wide = [a.astype(jnp.float64) for a in (x, w, b)]
+    truth = jax.grad(total, argnums=(1, 2, 3))(dense, *wide)
+    for f in (chunked, dense):  # both within the rounding of the logits
+        grads = jax.grad(total, argnums=(1, 2, 3))(f, x, w, b)
+        chex.assert_trees_all_close(jax.tree.map(lambda a: a.astype(jnp.float64), grads), truth, rtol=1e-2, atol=1e-2)
+    np.testing.assert_allclose(chunked(x, w, b, labels), dense(*wide, labels), rtol=1e-5, atol=2e-3)
+
+
+def test_a_short_last_chunk_adds_no_column():
+    """A padded column that is not masked adds exp(0) to the sum, and shows where the logits are of order 1."""
+    x, w, b, labels = draw(4, 3, 5, scale=0.1)
+    np.testing.assert_allclose(
+        losses.linear_softmax_cross_entropy(x, w, b, labels, chunk_size=4), dense(x, w, b, labels), rtol=1e-6
+    )
+    far_below = b - 50  # where exp(0) would be all there is
+    np.testing.assert_allclose(
+        losses.linear_softmax_cross_entropy(x, w, far_below, labels, chunk_size=4),
+        dense(x, w, far_below, labels),
+        rtol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("label", [8, 9, 10])
+def test_a_label_on_the_last_partial_chunk_is_found(label):
+    x, w, b, _ = draw(3, 4, 11)
+    assert_equal(x, w, b, jnp.full(3, label), chunk_size=4)
+
+
+@pytest.mark.parametrize("chunk_size", [4, 20])
+def test_impossible_and_ignored_labels_are_as_in_the_plain_loss(chunk_size):
+    x, w, b, _ = draw(6, 4, 11)
+    labels = jnp.array([-1, 11, 12, 3, -100, 2**31 - 1])
+    loss, pull = jax.vjp(
+        lambda x: losses.linear_softmax_cross_entropy(x, w, b, labels, chunk_size=chunk_size, ignore_index=-100),
+        x,
+    )
+    (dx,) = pull(jnp.ones(6))
+    np.testing.assert_array_equal(np.isnan(loss), [1, 1, 1, 0, 0, 1])
+    np.testing.assert_array_equal(np.isnan(dx).all(1), [1, 1, 1, 0, 0, 1])
+    assert float(loss[4]) == 0.0
+    np.testing.assert_array_equal(dx[4], 0)
+
+
+@pytest.mark.parametrize("hostile", [np.nan, np.inf])
+def test_a_masked_row_leaks_nothing(hostile):
+    x, w, b, labels = draw(4, 3, 7)
+    x = x.at[1].set(hostile)
+    where = jnp.array([True, False, True, True])
+    loss = lambda x, w, b: jnp.sum(losses.linear_softmax_cross_entropy(x, w, b, labels, chunk_size=3, where=where))
+    clean = x.at[1].set(0)
+    # dw = xᵀ dz multiplies the masked row's inputs by 0: what is not finite must be kept out by the caller there
+    value, dx = jax.value_and_grad(loss)(x, w, b)
+    expected, expected_dx = jax.value_and_grad(loss)(clean, w, b)
+    chex.assert_trees_all_close((value, dx), (expected, expected_dx), rtol=1e-6)
+
+
+def test_a_class_masked_by_a_bias_of_minus_infinity_stays_out():
+    x, w, b, labels = draw(4, 3, 9)
+    b = b.at[:4].set(-jnp.inf)  # the whole first chunk
+    assert_equal(x, w, b, labels % 5 + 4, chunk_size=4)
+
+
+def test_bfloat16_operands_give_the_plain_losses_gradients_to_their_rounding():
+    x, w, b, labels = draw(32, 16, 50)
+    chunked = functools.partial(losses.linear_softmax_cross_entropy, chunk_size=16, compute_dtype="bfloat16")
+    total = lambda loss: jax.grad(lambda x, w, b: jnp.sum(loss(x, w, b, labels)), argnums=(0, 1, 2))(x, w, b)
+    for got, expected in zip(total(chunked), total(dense), strict=True):
+        chex.assert_type(got, jnp.float32)
+        assert float(jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected)) < 1e-2
+    text = str(jax.make_jaxpr(lambda: total(chunked))())
+    assert "bf16" in text
+    assert "f32[32,16] f32[16," not in text
+
+
+def temporaries(fun, *shapes):
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
+    grad = jax.jit(jax.value_and_grad(fun, argnums=(0, 1, 2)))
+    analysis = grad.lower(*shapes).compile().memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes
+
+
+def mean_of(loss):
+    return lambda *args: jnp.mean(loss(*args))
+
+
+def test_it_needs_a_twentieth_of_the_dense_losses_temporaries():
+    shapes = [((2048, 512), "float32"), ((512, 65536), "float32"), ((65536,), "float32"), ((2048,), "int32")]
+    chosen = temporaries(mean_of(losses.linear_softmax_cross_entropy), *shapes)
+    assert chosen <= temporaries(mean_of(dense), *shapes) / 20
+
+
+def test_a_million_classes_need_less_than_a_gigabyte_beside_weights_and_gradients():
+    shapes = [((2048, 512), "float32"), ((512, 2**20), "float32"), ((2**20,), "float32"), ((2048,), "int32")]
+    assert temporaries(mean_of(losses.linear_softmax_cross_entropy), *shapes) < 2**30
+    assert temporaries(mean_of(dense), *shapes) > 8 * 10**9
+
+
+def test_few_logits_are_taken_densely_and_many_by_chunks():
+    def scans(n, classes):
+        x, w, b, labels = (
+            jax.ShapeDtypeStruct(s, d)
+            for s, d in [((n, 8), "f4"), ((8, classes), "f4"), ((classes,), "f4"), ((n,), "i4")]
+        )
+        return "scan" in str(jax.make_jaxpr(losses.linear_softmax_cross_entropy)(x, w, b, labels))
+
+    assert not scans(128, 1000)
+    assert scans(2048, large_output.DENSE_ELEMENTS // 2048 + 1)
+
+
+def test_apply_and_the_train_step_use_it_by_one_argument():
+    params = fcfunc.init(jax.random.key(0), [6, 16, 40])
+    data = (jax.random.normal(jax.random.key(1), (64, 6)), jax.random.randint(jax.random.key(2), (64,), 0, 40))
+
+    def plain(params, batch, key):
+        x, y = batch
+        return jnp.mean(losses.softmax_cross_entropy_with_integer_labels(fcfunc.apply(params, x), y))
+
+    def chunked(params, batch, key):
+        x, y = batch
+        head = functools.partial(losses.linear_softmax_cross_entropy, labels=y, chunk_size=7)
+        return jnp.mean(fcfunc.apply(params, x, head=head))
+
+    ends = []
+    for loss_fn in (plain, chunked):
+        optimizer = optax.sgd(0.1)
+        state = train.init_state(params, optimizer, jax.random.key(3))
+        state, _ = train.make_train_epoch(loss_fn, optimizer, 16)(state, data)
+        ends.append(state.params)
+    chex.assert_trees_all_close(*ends, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"chunk_size": 0}, ValueError, "chunk_size must be an integer of at least 1, got 0"),
+        ({"chunk_size": 2.5}, ValueError, "chunk_size must be an integer"),
+        ({"x": (3, 5)}, ValueError, r"got x \[3, 5\], w \[4, 7\]"),
+        ({"b": (6,)}, ValueError, r"b \[6\]"),
+        ({"labels": (4,)}, ValueError, "labels must have the shape of the scores without"),
+        ({"where": (3,)}, TypeError, r"where must be booleans, got float32\[3\]"),
+        ({"weights": (4,)}, ValueError, r"weights must have the shape of the loss, \[3\], got \[4\]"),
+        ({"class_weights": (3,)}, ValueError, r"class_weights must be \[7\], one for each class, got \[3\]"),
+        ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be in \[0, 1\], got 1.5"),
+    ],
+)
+@pytest.mark.parametrize("chunk_size", [3, None])
+def test_wrong_arguments_are_refused_by_name(change, error, message, chunk_size):
+    args = {"x": (3, 4), "w": (4, 7), "b": (7,), "labels": (3,)}
+    given = {
+        name: jnp.ones(value, jnp.int32 if name == "labels" else jnp.float32) if isinstance(value, tuple) else value
+        for name, value in ({"chunk_size": chunk_size} | args | change).items()
+    }
+    with pytest.raises(error, match=message):
+        losses.linear_softmax_cross_entropy(**given)
+
+
+def test_a_head_takes_the_place_of_the_final_activation():
+    params = fcfunc.init(jax.random.key(0), [3, 4, 2])
+    with pytest.raises(ValueError, match="head takes the place of the last layer"):
+        fcfunc.apply(params, jnp.ones((5, 3)), head=lambda h, w, b: h, final_activation="softmax")
+
+
+def test_a_stacked_network_feeds_it_too():
+    params = mlp.stack(fcfunc.init(jax.random.key(0), [4, 4, 4, 4, 9]))
+    x, labels = jnp.ones((3, 4)), jnp.array([0, 8, 4])
+    head = functools.partial(losses.linear_softmax_cross_entropy, labels=labels, chunk_size=2)
+    expected = losses.softmax_cross_entropy_with_integer_labels(fcfunc.apply(params, x), labels)
+    np.testing.assert_allclose(fcfunc.apply(params, x, head=head), expected, rtol=1e-5)

@@ -1,0 +1,164 @@
+"""The layer rule saves what it says, and a stacked network needs the memory and the code that this promises."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fcfunc
+from fcfunc import mlp, ops, reference
+
+NAMES = sorted(set(mlp.ACTIVATIONS) - {"linear"})
+
+
+def saved_bytes(*args, **options):
+    """What the rule of a layer saves beside its own arguments."""
+    _, (_, _, saved) = jax.eval_shape(functools.partial(ops.layer_fwd, **options), *args)
+    return saved.size * saved.dtype.itemsize
+
+
+@pytest.fixture
+def arguments():
+    keys = jax.random.split(jax.random.key(0), 3)
+    return tuple(jax.random.normal(k, s) for k, s in zip(keys, [(16, 9), (9, 40), (40,)], strict=True))
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+def test_rectifiers_save_one_bit_per_output(activation, arguments):
+    assert saved_bytes(*arguments, activation=activation) == 16 * 40 // 8
+
+
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+def test_gelu_and_silu_save_nothing_but_the_biases_they_were_given(activation, arguments):
+    x, w, b = arguments
+    _, residuals = ops.layer_fwd(x, w, b, activation=activation)
+    assert all(saved is given for saved, given in zip(residuals, arguments, strict=True))
+
+
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid", "elu", "softplus"])
+def test_the_others_save_their_output(activation, arguments):
+    out, (*_, saved) = ops.layer_fwd(*arguments, activation=activation)
+    assert saved is out
+
+
+@pytest.mark.parametrize("fan_out", [1, 7, 8, 9, 40])
+def test_bits_of_any_width_give_the_gradient_of_the_two_rules(fan_out):
+    keys = jax.random.split(jax.random.key(fan_out), 4)
+    shapes = [(6, 5), (5, fan_out), (fan_out,), (6, fan_out)]
+    x, w, b, g = (jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
+    _, pull = jax.vjp(functools.partial(ops.layer, activation="relu"), x, w, b)
+    _, expected = jax.vjp(lambda x, w, b: ops.relu(ops.affine(x, w, b)), x, w, b)
+    chex.assert_trees_all_equal(pull(g), expected(g))
+
+
+@pytest.mark.parametrize("activation", NAMES)
+def test_every_layer_is_its_affine_map_and_its_activation(activation, arguments):
+    def layered(x, w, b):
+        return ops.layer(x, w, b, activation=activation)
+
+    def apart(x, w, b):
+        return getattr(reference, activation)(x @ w + jnp.broadcast_to(b, (16, 40)))
+
+    out, pull = jax.vjp(layered, *arguments)
+    expected, expected_pull = jax.vjp(apart, *arguments)
+    g = jax.random.normal(jax.random.key(1), out.shape)
+    chex.assert_trees_all_close(out, expected, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(pull(g), expected_pull(g), rtol=1e-4, atol=1e-4)
+
+
+def test_options_of_the_activation_reach_it(arguments):
+    out = ops.layer(*arguments, activation="leaky_relu", negative_slope=0.5)
+    np.testing.assert_allclose(out, ops.leaky_relu(ops.affine(*arguments), negative_slope=0.5), rtol=1e-6)
+
+
+def test_an_unknown_activation_is_refused(arguments):
+    with pytest.raises(ValueError, match="layer: unknown activation 'swish'; known are elu, gelu"):
+        ops.layer(*arguments, activation="swish")
+
+
+def temporaries(fun, *args):
+    analysis = jax.jit(jax.grad(fun, argnums=(0, 1))).lower(*args).compile().memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes
+
+
+@pytest.mark.parametrize(
+    ("activation", "plain", "scanned", "at_most"),
+    [
+        ("relu", jax.nn.relu, True, 0.87),
+        ("gelu", jax.nn.gelu, True, 0.25),
+        ("relu", jax.nn.relu, False, 1.0),
+        ("gelu", jax.nn.gelu, False, 1.0),
+    ],
+)
+def test_the_gradient_of_eight_layers_needs_less_memory_than_by_autodiff(activation, plain, scanned, at_most):
+    layers = fcfunc.init(jax.random.key(0), [512] * 9)
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *layers)
+    x = jnp.ones((2048, 512))
+
+    def layer(h, p):
+        return plain(h @ p["w"] + jnp.broadcast_to(p["b"], h.shape)), None
+
+    def by_autodiff(params, x):
+        if scanned:
+            return jnp.sum(jax.lax.scan(layer, x, params)[0] ** 2)
+        for p in params:
+            x, _ = layer(x, p)
+        return jnp.sum(x**2)
+
+    def by_rules(params, x):
+        return jnp.sum(fcfunc.apply(params, x, activation=activation, head=lambda h, w, b: h) ** 2)
+
+    network = [*layers, layers[-1]]  # the head takes the place of the last one
+    ours = temporaries(by_rules, mlp.stack(network) if scanned else network, x)
+    assert ours <= at_most * temporaries(by_autodiff, stacked if scanned else layers, x)
+
+
+def test_a_stacked_network_is_the_network_and_has_its_gradients():
+    params = fcfunc.init(jax.random.key(0), [6, 5, 5, 5, 5, 3])
+    x = jax.random.normal(jax.random.key(1), (7, 6))
+
+    def loss(params):
+        return jnp.sum(fcfunc.apply(params, x, activation="tanh") ** 2)
+
+    stacked = mlp.stack(params)
+    assert [p["w"].shape for p in stacked] == [(6, 5), (3, 5, 5), (5, 3)]
+    chex.assert_trees_all_equal(mlp.unstack(stacked), params)
+    chex.assert_trees_all_close(loss(stacked), loss(params), rtol=1e-6)
+    chex.assert_trees_all_close(mlp.unstack(jax.grad(loss)(stacked)), jax.grad(loss)(params), rtol=1e-5, atol=1e-6)
+
+
+def test_the_program_of_a_stacked_network_does_not_grow_with_its_depth():
+    def program(depth):
+        params = jax.eval_shape(lambda: mlp.stack(fcfunc.init(jax.random.key(0), [8] * (depth + 1) + [2])))
+        loss = lambda params, x: jnp.sum(fcfunc.apply(params, x, activation="gelu"))
+        return len(jax.jit(jax.grad(loss)).lower(params, jnp.ones((4, 8))).as_text().splitlines())
+
+    assert program(64) == program(4)
+
+
+def test_only_square_layers_that_are_alike_are_stacked():
+    shapes = lambda dims, **options: [p["w"].shape for p in mlp.stack(fcfunc.init(jax.random.key(0), dims, **options))]
+    assert shapes([3, 4, 2]) == [(3, 4), (4, 2)]
+    assert shapes([4, 4, 4]) == [(4, 4), (4, 4)]  # the last layer stays apart
+    assert shapes([4, 4, 4, 5, 5, 5, 4]) == [(2, 4, 4), (4, 5), (2, 5, 5), (5, 4)]
+    assert shapes([4, 4, 4, 4], norm="layer_norm") == [(2, 4, 4), (4, 4)]
+
+
+def test_the_layers_of_one_stack_have_one_activation():
+    params = mlp.stack(fcfunc.init(jax.random.key(0), [4, 4, 4, 2]))
+    with pytest.raises(ValueError, match="the 2 layers of one stack must have one activation"):
+        fcfunc.apply(params, jnp.ones((3, 4)), activation=["relu", "tanh"])
+    same = fcfunc.apply(params, jnp.ones((3, 4)), activation=["tanh", "tanh"])
+    np.testing.assert_array_equal(same, fcfunc.apply(params, jnp.ones((3, 4)), activation="tanh"))
+
+
+def test_a_stack_of_a_wrong_width_is_named():
+    params = mlp.stack(fcfunc.init(jax.random.key(0), [4, 4, 4, 2]))
+    with pytest.raises(
+        ValueError, match=r"layer 0: stacked w \[layers, 5, 5\] .* follow x \[3, 5\], got w \[2, 4, 4\]"
+    ):
+        fcfunc.apply(params, jnp.ones((3, 5)))
