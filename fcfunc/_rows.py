@@ -22,12 +22,16 @@ def settle(value, labels, classes, *, ignore_index=None, where=None):
     """`value`, a number per row or per score: NaN in rows of impossible labels, 0 in rows that do not count."""
     labels = _index(labels)
     possible = (labels >= 0) & (labels < classes)
-    counted = jnp.ones(labels.shape, bool) if where is None else where
-    if ignore_index is not None:
-        counted = counted & (labels != ignore_index)
+    counted = counts(labels, ignore_index=ignore_index, where=where)
     if value.ndim > labels.ndim:
         possible, counted = each_score(possible, value), each_score(counted, value)
     return jnp.where(counted, jnp.where(possible, value, jnp.nan), 0)
+
+
+def counts(labels, *, ignore_index=None, where=None):
+    """The rows that count."""
+    counted = jnp.ones(labels.shape, bool) if where is None else where
+    return counted if ignore_index is None else counted & (_index(labels) != ignore_index)
 
 
 def each_score(row, like):

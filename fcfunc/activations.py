@@ -310,7 +310,7 @@ def silu_fwd(x):
 
 def silu_bwd(x, g):
     """Cotangent `(dx,)` of `silu`."""
-    z = _above_minus_inf(wide(x))
+    z = _bounded(wide(x))
     # dx = g σ(x) (1 + x (1 − σ(x))), and 1 − σ(x) = σ(−x)
     return ((wide(g) * (jax.lax.logistic(z) * (1 + z * jax.lax.logistic(-z)))).astype(g.dtype),)
 
@@ -353,7 +353,7 @@ def gelu_fwd(x, *, approximate=True):
 
 def gelu_bwd(x, g, *, approximate=True):
     """Cotangent `(dx,)` of `gelu`."""
-    z = _above_minus_inf(wide(x))
+    z = _bounded(wide(x))
     if approximate:
         # dx = g (σ(2u) + x σ(2u) σ(−2u) 2u′), u′ = √(2/π) (1 + 3 · 0.044715 x²)
         u, slope = _gelu_u(z)
@@ -382,3 +382,8 @@ def _normal_cdf(z):
 def _above_minus_inf(z):
     """-inf as the lowest number: its product with a probability of 0 is 0, the limit, and no NaN."""
     return jnp.maximum(z, jnp.finfo(z.dtype).min)
+
+
+def _bounded(z):
+    """±inf as the largest numbers, for a slope in which they are multiplied by 0."""
+    return jnp.clip(z, jnp.finfo(z.dtype).min, jnp.finfo(z.dtype).max)

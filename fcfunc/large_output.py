@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from fcfunc import _check, _compat
 from fcfunc._precision import accumulator
 from fcfunc._rows import (
+    counts,
     each_score,
     hit,
     label_targets,
@@ -90,13 +91,16 @@ def linear_softmax_cross_entropy(
       >>> linear_softmax_cross_entropy(x, w, b, jnp.array([4]), chunk_size=2)
       Array([1.609438], dtype=float32)
     """
+    operands = _checked(x, w, b, labels, where, weights, class_weights, label_smoothing, compute_dtype)
     options = {"label_smoothing": label_smoothing, "ignore_index": ignore_index}
     products = {"compute_dtype": compute_dtype, "round_cotangent": round_cotangent}
-    rows = math.prod(jnp.shape(x)[:-1])
+    if where is not None or ignore_index is not None:
+        # The cotangent of a row that does not count is 0, but 0 · NaN in dw = xᵀ dz is not.
+        counted = counts(jnp.asarray(labels), ignore_index=ignore_index, where=where)
+        x = jnp.where(jnp.expand_dims(counted, -1), x, 0)
     if chunk_size is None:
-        classes = jnp.shape(w)[-1]
+        rows, classes = math.prod(jnp.shape(x)[:-1]), jnp.shape(w)[-1]
         if rows * classes <= DENSE_ELEMENTS or _classes_sharded(w):
-            operands = _check.operands("linear_softmax_cross_entropy", compute_dtype, x=x, w=w, b=b)
             logits = affine(x, w, b, out_dtype=accumulator(operands), **products)
             return softmax_cross_entropy_with_integer_labels(
                 logits, labels, where=where, weights=weights, class_weights=class_weights, **options
@@ -124,18 +128,9 @@ def linear_softmax_cross_entropy_fwd(
 ):
     """`(loss, residuals)` of `linear_softmax_cross_entropy`, by chunks."""
     del round_cotangent
-    name = "linear_softmax_cross_entropy"
-    operands = _check.operands(name, compute_dtype, x=x, w=w, b=b)
-    _check.positive(name, chunk_size=chunk_size)
-    if x.ndim < 1 or w.ndim != 2 or b.shape != w.shape[1:] or x.shape[-1] != w.shape[0]:
-        raise ValueError(
-            f"{name}: x [..., fan_in], w [fan_in, classes] and b [classes] expected, "
-            f"got x {list(x.shape)}, w {list(w.shape)}, b {list(b.shape)}"
-        )
+    operands = _checked(x, w, b, labels, where, weights, class_weights, label_smoothing, compute_dtype)
+    _check.positive("linear_softmax_cross_entropy", chunk_size=chunk_size)
     classes = w.shape[1]
-    _check.labels(name, labels, scores=jax.ShapeDtypeStruct((*x.shape[:-1], classes), operands))
-    _check.counting(name, labels.shape, where, weights, label_smoothing)
-    _check.class_weights(name, class_weights, classes)
 
     def take(sums, start, size):
         row_max, total, own, own_weight, all_own, all_weight = sums
@@ -250,6 +245,22 @@ def _part(a, start, size):
 
 def _put(whole, part, start):
     return jax.lax.dynamic_update_slice_in_dim(whole, part.astype(whole.dtype), start, axis=-1)
+
+
+def _checked(x, w, b, labels, where, weights, class_weights, label_smoothing, compute_dtype):
+    """The operands' dtype, after the checks of all arguments."""
+    name = "linear_softmax_cross_entropy"
+    operands = _check.operands(name, compute_dtype, x=x, w=w, b=b)
+    shape, kernel = jnp.shape(x), jnp.shape(w)
+    if len(shape) < 1 or len(kernel) != 2 or jnp.shape(b) != kernel[1:] or shape[-1] != kernel[0]:
+        raise ValueError(
+            f"{name}: x [..., fan_in], w [fan_in, classes] and b [classes] expected, "
+            f"got x {list(shape)}, w {list(kernel)}, b {list(jnp.shape(b))}"
+        )
+    _check.labels(name, labels, scores=jax.ShapeDtypeStruct((*shape[:-1], kernel[1]), operands))
+    _check.counting(name, shape[:-1], where, weights, label_smoothing)
+    _check.class_weights(name, class_weights, kernel[1])
+    return operands
 
 
 def _classes_sharded(w):

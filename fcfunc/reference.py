@@ -55,7 +55,7 @@ def sigmoid(x):
 
 def silu(x):
     """Twin of `fcfunc.ops.silu`."""
-    return _widened(lambda x: _times_probability(x, jax.nn.sigmoid(x)), x)
+    return _widened(lambda x: _times_probability(x, jax.nn.sigmoid), x)
 
 
 def softplus(x):
@@ -67,14 +67,14 @@ def gelu(x, *, approximate=True):
     """Twin of `fcfunc.ops.gelu`."""
 
     def exact(x):
-        return _times_probability(x, 0.5 * (1 + jax.lax.erf(x / math.sqrt(2))))
+        return 0.5 * (1 + jax.lax.erf(x / math.sqrt(2)))
 
     def with_tanh(x):
         # Beyond ±40 tanh is ±1 to the last digit, and its argument would overflow.
         c = jnp.where(x > 40, 40, jnp.where(x < -40, -40, x))
-        return _times_probability(x, 0.5 * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (c + 0.044715 * c**3))))
+        return 0.5 * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (c + 0.044715 * c**3)))
 
-    return _widened(with_tanh if approximate else exact, x)
+    return _widened(lambda x: _times_probability(x, with_tanh if approximate else exact), x)
 
 
 def tanh(x):
@@ -146,6 +146,10 @@ def linear_softmax_cross_entropy(
 ):
     """Twin of `fcfunc.losses.linear_softmax_cross_entropy`: dense, whatever `chunk_size` says."""
     del chunk_size, round_cotangent
+    counted = jnp.ones(labels.shape, bool) if options.get("where") is None else options["where"]
+    if options.get("ignore_index") is not None:
+        counted = counted & (labels != options["ignore_index"])
+    x = jnp.where(jnp.expand_dims(counted, -1), x, 0)
     logits = affine(x, w, b, compute_dtype=compute_dtype, out_dtype=accumulator(compute_dtype or x.dtype))
     return softmax_cross_entropy_with_integer_labels(logits, labels, **options)
 
@@ -205,9 +209,10 @@ def _softplus(x):
     return jnp.where(x > 0, above + jnp.log1p(jnp.exp(-above)), jnp.log1p(jnp.exp(below)))
 
 
-def _times_probability(x, p):
-    """`x p`, the limit 0 at -inf."""
-    return jnp.where(x == -jnp.inf, 0, x) * p
+def _times_probability(x, cdf):
+    """`x cdf(x)`, and its limits at ±inf."""
+    finite = jnp.where(jnp.abs(x) == jnp.inf, 0, x)
+    return jnp.where(x == jnp.inf, x, jnp.where(x == -jnp.inf, 0, finite * cdf(finite)))
 
 
 def _moments(x, axes):

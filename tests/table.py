@@ -12,12 +12,16 @@ from fcfunc import losses, ops, reference
 
 
 class Row(NamedTuple):
-    """A rule, its plain twin, and how to draw `(seed, n rows, d columns, dtype)` arguments of order 1."""
+    """A rule, its plain twin, and how to draw `(seed, n rows, d columns, dtype)` arguments of order 1.
+
+    A variant is a rule that stands in the table with other options too: the slowest checks are left to that row.
+    """
 
     name: str
     fun: Callable
     reference: Callable
     draw: Callable
+    variant: bool = False
 
 
 def _normal(seed, *shapes, dtype):
@@ -108,11 +112,11 @@ def _last_layer_weighted(seed, n, d, dtype):
 WEIGHTED = ("where", "weights", "class_weights")
 
 
-def _row(module, name, draw, *, keywords=(), **options):
+def _row(module, name, draw, *, keywords=(), variant=False, **options):
     """A row by name; the last arguments drawn are given by `keywords`."""
     fun, twin = getattr(module, name), getattr(reference, name)
     if not options and not keywords:
-        return Row(name, fun, twin, draw)
+        return Row(name, fun, twin, draw, variant)
     label = "-".join([name, *(k for k in keywords if k != "key"), *(f"{k}={v}" for k, v in options.items())])
 
     def of(function):
@@ -122,7 +126,7 @@ def _row(module, name, draw, *, keywords=(), **options):
 
         return call
 
-    return Row(label, of(fun), of(twin), draw)
+    return Row(label, of(fun), of(twin), draw, variant)
 
 
 def _statistics(batch_norm):
@@ -138,7 +142,7 @@ def _statistics(batch_norm):
 
 RULES = [
     _row(ops, "affine", _affine),
-    _row(ops, "affine", _images, flatten=True),
+    _row(ops, "affine", _images, variant=True, flatten=True),
     _row(ops, "relu", _x),
     _row(ops, "leaky_relu", _x, negative_slope=0.2),
     _row(ops, "elu", _x, alpha=0.7),
@@ -147,20 +151,20 @@ RULES = [
     _row(ops, "softplus", _x),
     _row(ops, "silu", _x),
     _row(ops, "gelu", _x),
-    _row(ops, "gelu", _x, approximate=False),
+    _row(ops, "gelu", _x, variant=True, approximate=False),
     _row(ops, "layer", _affine, activation="relu"),
-    _row(ops, "layer", _images, activation="gelu", flatten=True),
-    _row(ops, "layer", _affine, activation="tanh"),
+    _row(ops, "layer", _images, variant=True, activation="gelu", flatten=True),
+    _row(ops, "layer", _affine, variant=True, activation="tanh"),
     _row(ops, "dropout", _keyed, keywords=("key",), rate=0.3),
     _row(ops, "layer_norm", _normed),
     _row(ops, "rms_norm", _scaled),
     Row("batch_norm", _statistics(ops.batch_norm), _statistics(reference.batch_norm), _batch),
     _row(ops, "softmax", _x),
-    _row(ops, "softmax", _x, axis=0),
+    _row(ops, "softmax", _x, variant=True, axis=0),
     _row(ops, "log_softmax", _x),
-    _row(ops, "log_softmax", _x, axis=0),
-    _row(losses, "softmax_cross_entropy_with_integer_labels", _labelled),
-    _row(losses, "softmax_cross_entropy_with_integer_labels", _labelled, ignore_index=1),
+    _row(ops, "log_softmax", _x, variant=True, axis=0),
+    _row(losses, "softmax_cross_entropy_with_integer_labels", _labelled, variant=True),
+    _row(losses, "softmax_cross_entropy_with_integer_labels", _labelled, variant=True, ignore_index=1),
     _row(
         losses,
         "softmax_cross_entropy_with_integer_labels",
@@ -168,7 +172,7 @@ RULES = [
         keywords=WEIGHTED,
         label_smoothing=0.2,
     ),
-    _row(losses, "linear_softmax_cross_entropy", _last_layer, chunk_size=3),
+    _row(losses, "linear_softmax_cross_entropy", _last_layer, variant=True, chunk_size=3),
     _row(
         losses,
         "linear_softmax_cross_entropy",
@@ -178,9 +182,9 @@ RULES = [
         label_smoothing=0.2,
         ignore_index=1,
     ),
-    _row(losses, "softmax_cross_entropy", _pair),
+    _row(losses, "softmax_cross_entropy", _pair, variant=True),
     _row(losses, "softmax_cross_entropy", _pair_and_weighted, keywords=WEIGHTED, label_smoothing=0.2),
-    _row(losses, "sigmoid_binary_cross_entropy", _pair),
+    _row(losses, "sigmoid_binary_cross_entropy", _pair, variant=True),
     _row(
         losses,
         "sigmoid_binary_cross_entropy",
@@ -190,9 +194,9 @@ RULES = [
     ),
     _row(losses, "squared_error", _pair),
     _row(losses, "negative_log_likelihood", _probs),
-    _row(losses, "negative_log_likelihood", _probs, ignore_index=1),
+    _row(losses, "negative_log_likelihood", _probs, variant=True, ignore_index=1),
     _row(losses, "multiclass_svm", _labelled),
-    _row(losses, "multiclass_svm", _labelled, margin=0.25),
+    _row(losses, "multiclass_svm", _labelled, variant=True, margin=0.25),
     _row(losses, "l2_penalty", _params),
 ]
 

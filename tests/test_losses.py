@@ -174,3 +174,119 @@ def test_nothing_is_broadcast(loss):
 def test_l2_penalty_of_a_tree_without_weights_is_an_error():
     with pytest.raises(ValueError, match='no leaf named "w"'):
         losses.l2_penalty([{"kernel": jnp.ones((2, 2))}])
+
+
+WEIGHABLE = [
+    losses.softmax_cross_entropy_with_integer_labels,
+    losses.softmax_cross_entropy,
+    losses.sigmoid_binary_cross_entropy,
+]
+
+
+def arguments(loss, n=5, classes=4):
+    logits = jax.random.normal(jax.random.key(0), (n, classes))
+    labels = jax.random.randint(jax.random.key(1), (n,), 0, classes)
+    return logits, labels if loss is WEIGHABLE[0] else jax.nn.softmax(
+        jax.random.normal(jax.random.key(2), (n, classes))
+    )
+
+
+def of_rows(loss, mask):
+    """A number per row in the shape that the loss takes it."""
+    return jnp.broadcast_to(mask[:, None], (5, 4)) if loss is WEIGHABLE[2] else mask
+
+
+@pytest.mark.parametrize("loss", WEIGHABLE, ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize("hostile", [np.nan, np.inf, -np.inf])
+def test_a_masked_row_has_loss_and_gradients_zero_whatever_stands_in_it(loss, hostile):
+    logits, second = arguments(loss)
+    where = of_rows(loss, jnp.array([True, False, True, False, True]))
+    weights = of_rows(loss, jnp.array([1.0, jnp.nan, 2.0, 3.0, 4.0]))
+    if loss is WEIGHABLE[0]:
+        second = second.at[3].set(99)
+    logits = logits.at[1].set(hostile)
+
+    def total(logits, weights):
+        each = loss(logits, second, where=where, weights=weights)
+        return jnp.sum(each), each
+
+    grads, each = jax.grad(total, argnums=(0, 1), has_aux=True)(logits, weights)
+    for a in (each, *grads):
+        np.testing.assert_array_equal(a[1::2], 0)
+        assert np.isfinite(a).all()
+        assert np.all(a[::2] != 0)
+
+
+@pytest.mark.parametrize("loss", WEIGHABLE, ids=lambda loss: loss.__name__)
+def test_a_batch_of_which_nothing_counts_has_loss_and_gradient_zero(loss):
+    logits, second = arguments(loss)
+    where = of_rows(loss, jnp.zeros(5, bool))
+    mean = lambda logits: losses.mean(loss(logits, second, where=where), over=where)
+    value, grad = jax.value_and_grad(mean)(jnp.full_like(logits, jnp.nan))
+    assert float(value) == 0.0
+    np.testing.assert_array_equal(grad, 0)
+
+
+def test_the_mean_is_over_what_counts():
+    logits, labels = arguments(WEIGHABLE[0])
+    where = jnp.array([True, False, True, False, True])
+    each = WEIGHABLE[0](logits, labels)
+    masked = WEIGHABLE[0](logits, labels, where=where)
+    np.testing.assert_allclose(losses.mean(masked, over=where), np.mean(each[::2]), rtol=1e-6)
+    weights = jnp.arange(5.0)
+    weighted = WEIGHABLE[0](logits, labels, weights=weights)
+    np.testing.assert_allclose(losses.mean(weighted, over=weights), np.average(each, weights=weights), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"one shape expected for all of loss, over"):
+        losses.mean(each, over=where[:3])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_label_smoothing_is_that_of_optax(smoothing):
+    logits, labels = arguments(WEIGHABLE[0])
+    smooth = optax.losses.smooth_labels(jax.nn.one_hot(labels, 4), smoothing)
+    expected = optax.softmax_cross_entropy(logits, smooth)
+    one_hot = jax.nn.one_hot(labels, 4)
+    np.testing.assert_allclose(WEIGHABLE[0](logits, labels, label_smoothing=smoothing), expected, rtol=1e-5)
+    np.testing.assert_allclose(WEIGHABLE[1](logits, one_hot, label_smoothing=smoothing), expected, rtol=1e-5)
+
+
+def test_class_weights_multiply_each_classes_part_as_in_torch():
+    torch = pytest.importorskip("torch")
+    logits, labels = arguments(WEIGHABLE[0])
+    u = jnp.array([0.5, 2.0, 1.0, 3.0])
+    expected = torch.nn.functional.cross_entropy(
+        torch.from_numpy(np.array(logits)),
+        torch.from_numpy(np.array(labels)).long(),
+        weight=torch.from_numpy(np.array(u)),
+        label_smoothing=0.2,
+        reduction="none",
+    )
+    np.testing.assert_allclose(WEIGHABLE[0](logits, labels, class_weights=u, label_smoothing=0.2), expected, rtol=1e-5)
+
+
+def test_positive_weights_are_those_of_torch():
+    torch = pytest.importorskip("torch")
+    logits, targets = arguments(WEIGHABLE[2])
+    q = jnp.array([0.5, 2.0, 1.0, 3.0])
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(
+        *(torch.from_numpy(np.array(a)) for a in (logits, targets)),
+        pos_weight=torch.from_numpy(np.array(q)),
+        reduction="none",
+    )
+    np.testing.assert_allclose(WEIGHABLE[2](logits, targets, positive_weights=q), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss", WEIGHABLE, ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"where": jnp.ones(5)}, TypeError, r"where must be booleans, got float32\[5\]"),
+        ({"where": jnp.ones((5, 1), bool)}, ValueError, "where must have the shape of the loss"),
+        ({"weights": jnp.ones((1, 5))}, ValueError, "weights must have the shape of the loss"),
+        ({"weights": jnp.ones(5, int)}, TypeError, r"weights must be of dtype .* got int32\[5\]"),
+        ({"label_smoothing": -0.1}, ValueError, r"label_smoothing must be in \[0, 1\], got -0.1"),
+    ],
+)
+def test_masks_and_weights_of_a_wrong_kind_are_refused(loss, options, error, message):
+    with pytest.raises(error, match=f"{loss.__name__}: {message}"):
+        loss(*arguments(loss), **options)

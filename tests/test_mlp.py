@@ -1,5 +1,8 @@
 """init and apply: shapes, initialisers, activations, the plain twins, and errors that name the layer."""
 
+import functools
+import types
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,7 +10,7 @@ import numpy as np
 import pytest
 
 import fcfunc
-from fcfunc import mlp, reference
+from fcfunc import mlp, ops, reference
 
 
 @pytest.fixture
@@ -88,6 +91,84 @@ def test_the_plain_twins_give_the_same_network_and_forward_mode(activation, para
     np.testing.assert_allclose(jax.jacrev(by_rules)(x[:2]), jacobian, rtol=1e-4, atol=1e-5)
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(by_rules, (x,), (x,))
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+def test_a_norm_stands_between_affine_and_activation(norm, x):
+    params = fcfunc.init(jax.random.key(0), [6, 5, 4, 3], norm=norm)
+    leaves = mlp.NORMS[norm]
+    assert [sorted(p) for p in params] == [sorted(("b", "w", *leaves))] * 2 + [["b", "w"]]
+    h = x
+    for p in params[:-1]:
+        z = getattr(reference, norm)(h @ p["w"], *(p[name] for name in leaves))
+        h = jnp.tanh(z)
+    expected = h @ params[-1]["w"]
+    np.testing.assert_allclose(fcfunc.apply(params, x, norm=norm, activation="tanh"), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_residual_connections_stand_where_widths_are_equal(x):
+    params = fcfunc.init(jax.random.key(0), [6, 6, 4, 4, 4])
+    h = x
+    for p in params[:-1]:
+        y = jnp.tanh(h @ p["w"])
+        h = h + y if h.shape == y.shape else y
+    expected = h @ params[-1]["w"]  # no connection around the last layer
+    got = fcfunc.apply(params, x, activation="tanh", residual=True)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    stacked = fcfunc.apply(mlp.stack(params), x, activation="tanh", residual=True)
+    np.testing.assert_allclose(stacked, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_needs_a_key_and_none_means_that_nothing_is_dropped(params, x):
+    with pytest.raises(TypeError, match=r"dropout_rate 0.5 needs key: a random key in training, or None"):
+        fcfunc.apply(params, x, dropout_rate=0.5)
+    np.testing.assert_array_equal(fcfunc.apply(params, x, dropout_rate=0.5, key=None), fcfunc.apply(params, x))
+    one, again, other = (fcfunc.apply(params, x, dropout_rate=0.5, key=jax.random.key(s)) for s in (0, 0, 1))
+    np.testing.assert_array_equal(one, again)
+    assert not np.array_equal(one, other)
+
+
+def test_each_hidden_layer_drops_its_own_elements_stacked_or_not():
+    params = fcfunc.init(jax.random.key(0), [50, 50, 50, 50, 2])
+    x, key = jnp.ones((1, 50)), jax.random.key(0)
+    run = lambda params: fcfunc.apply(params, x, activation=None, dropout_rate=0.5, key=key, head=lambda h, w, b: h)
+    identity = [{"w": jnp.eye(50), "b": jnp.zeros(50)}] * 3 + params[-1:]
+    kept = run(identity)
+    np.testing.assert_array_equal(run(mlp.stack(identity)), kept)
+    assert set(np.unique(kept)) == {0.0, 8.0}
+    assert 1 <= int(jnp.sum(kept == 8)) <= 15  # an eighth of 50, were one mask used thrice it would be half
+
+
+def test_a_partial_of_an_operation_counts_as_its_name_and_is_switched_with_it(params, x):
+    leaky = functools.partial(ops.leaky_relu, negative_slope=0.5)
+    by_rule = jax.make_jaxpr(lambda x: fcfunc.apply(params, x, activation=leaky))(x)
+    assert "name=layer" in str(by_rule)
+    plain = fcfunc.apply(params, x, activation=leaky, ops=reference)
+    np.testing.assert_allclose(fcfunc.apply(params, x, activation=leaky), plain, rtol=1e-5, atol=1e-6)
+    assert "custom_vjp" not in str(
+        jax.make_jaxpr(lambda x: fcfunc.apply(params, x, activation=leaky, ops=reference))(x)
+    )
+    np.testing.assert_array_equal(
+        fcfunc.apply(params, x, activation=ops.gelu), fcfunc.apply(params, x, activation="gelu")
+    )
+
+
+def test_params_of_a_norm_and_the_norm_go_together(x):
+    with_norm, without = (fcfunc.init(jax.random.key(0), [6, 5, 3], norm=norm) for norm in ("layer_norm", None))
+    with pytest.raises(ValueError, match=r"layer 0: layer_norm needs a scale; init\(..., norm='layer_norm'\) makes it"):
+        fcfunc.apply(without, x, norm="layer_norm")
+    with pytest.raises(ValueError, match="layer 0: the params have a scale, which norm=None does not use"):
+        fcfunc.apply(with_norm, x)
+    with pytest.raises(ValueError, match="layer 0: the params have a offset, which norm='rms_norm' does not use"):
+        fcfunc.apply(with_norm, x, norm="rms_norm")
+    with pytest.raises(ValueError, match="unknown norm 'group'; known are batch_norm, layer_norm, rms_norm"):
+        fcfunc.init(jax.random.key(0), [6, 5, 3], norm="group")
+
+
+def test_a_namespace_of_ones_own_needs_affine_and_its_activations_alone(params, x):
+    own = types.SimpleNamespace(affine=lambda x, w, b: x @ w, tanh=jnp.sin)
+    expected = jnp.sin(jnp.sin(x @ params[0]["w"]) @ params[1]["w"]) @ params[2]["w"]
+    np.testing.assert_allclose(fcfunc.apply(params, x, activation="tanh", ops=own), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

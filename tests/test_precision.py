@@ -151,7 +151,7 @@ def test_gradients_are_at_most_a_fifth_further_from_float64_than_those_of_autodi
     for seed in range(4):
         params, data = fcfunc.init(jax.random.key(seed), DIMS), batch(seed)
         wide = jax.tree.map(lambda a: a.astype(jnp.float64), (params, data[0]))
-        flat = lambda fun, *args: np.asarray(ravel_pytree(jax.grad(fun)(*args))[0], np.float64)
+        flat = lambda fun, *args: np.asarray(ravel_pytree(jax.jit(jax.grad(fun))(*args))[0], np.float64)
         by_twins = functools.partial(loss_fn, ops=reference, losses=reference)
         truth = flat(functools.partial(by_twins, activation=activation), wide[0], (wide[1], data[1]), None)
         ours = flat(functools.partial(loss_fn, round_cotangent=round_cotangent, **options), params, data, None)

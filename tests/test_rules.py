@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 from tests.table import RULES, cotangent, gradients, split_real
 
 TOLERANCE = {"float16": 2e-2, "bfloat16": 2e-1, "float32": 2e-5, "float64": 1e-13}
-SIZES = [(1, 1), (1, 5), (7, 1), (5, 5), (7, 3), (33, 17)]
+SIZES = [(1, 1), (1, 5), (7, 1), (33, 17)]
 
 every_rule = pytest.mark.parametrize("row", RULES, ids=lambda row: row.name)
 
@@ -73,7 +73,7 @@ def test_rule_equals_finite_differences_in_float64(row, x64):
     np.testing.assert_allclose(ravel_pytree(grads)[0], np.array(slopes), rtol=1e-7, atol=1e-8)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(row=st.sampled_from(RULES), n=st.integers(1, 40), d=st.integers(1, 40), seed=st.integers(0, 2**31 - 1))
 def test_rule_equals_autodiff_of_its_twin_for_any_shape(row, n, d, seed):
     assert_like_twin(row, row.draw(seed, n, d, jnp.float32), "float32")

@@ -1,0 +1,114 @@
+"""The chunked output layer beside the dense one: temporaries, time, where dense is the cheaper, a million classes.
+
+python -m benchmarks.large_output              # the table
+python -m benchmarks.large_output --million    # trains with 1,048,576 classes and prints the peak memory
+"""
+
+import argparse
+import functools
+import resource
+import time
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import fcfunc
+from benchmarks.memory import in_turns, ratio
+from fcfunc import losses, train
+
+D = 512
+
+
+def plain(x, w, b, labels):
+    """What one would write in plain JAX."""
+    logits = x @ w + b
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+
+
+def gradient(loss, n: int, classes: int):
+    """The compiled gradient, its arguments, and its temporaries in bytes."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    args = (
+        jax.random.normal(keys[0], (n, D)),
+        jax.random.normal(keys[1], (D, classes)) / D**0.5,
+        jnp.zeros(classes),
+        jax.random.randint(keys[2], (n,), 0, classes),
+    )
+    compiled = jax.jit(jax.value_and_grad(lambda *a: jnp.mean(loss(*a)), argnums=(0, 1, 2))).lower(*args).compile()
+    return compiled, args, compiled.memory_analysis().temp_size_in_bytes
+
+
+def compare(n: int, classes: int) -> None:
+    """One row: dense in plain JAX, chunked, and what is chosen."""
+    chunk = {"chunk_size": max(2**21 // n, 256)}
+    ways = {
+        "dense": plain,
+        "chunked": functools.partial(losses.linear_softmax_cross_entropy, **chunk),
+        "chosen": losses.linear_softmax_cross_entropy,
+    }
+    programs, temporaries = {}, {}
+    for name, loss in ways.items():
+        compiled, args, temporaries[name] = gradient(loss, n, classes)
+        programs[name] = (compiled, args)
+    seconds = in_turns(programs, rounds=5 if n * classes > 2**24 else 15)
+    print(
+        f"| {n} | {classes} | {temporaries['dense'] / 1e6:.1f} | {temporaries['chunked'] / 1e6:.1f} "
+        f"| {temporaries['chosen'] / 1e6:.1f} | {ratio(seconds['chunked'], seconds['dense'])} "
+        f"| {ratio(seconds['chosen'], seconds['dense'])} |",
+        flush=True,
+    )
+
+
+def million(n: int, steps: int) -> None:
+    """Trains a last layer of 2**20 classes by SGD and prints loss and peak memory of the process."""
+    params = fcfunc.init(jax.random.key(0), [D, 2**20])
+    optimizer = optax.sgd(1.0)
+    state = train.TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), jax.random.key(1))
+    del params
+
+    def loss_fn(params, batch, key):
+        x, labels = batch
+        return jnp.mean(
+            fcfunc.apply(params, x, head=functools.partial(losses.linear_softmax_cross_entropy, labels=labels))
+        )
+
+    batch = (jax.random.normal(jax.random.key(2), (n, D)), jax.random.randint(jax.random.key(3), (n,), 0, 2**20))
+    step = train.make_train_step(loss_fn, optimizer)
+    for i in range(steps):
+        start = time.perf_counter()
+        state, metrics = step(state, batch)
+        print(f"step {i}: loss {float(metrics['loss']):.4f}, {time.perf_counter() - start:.1f} s", flush=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"peak memory of the process {peak / 1e9:.2f} GB")
+    shapes = [(n, D), (D, 2**20), (2**20,)]
+    shapes = [jax.ShapeDtypeStruct(s, "float32") for s in shapes] + [jax.ShapeDtypeStruct((n,), "int32")]
+    dense = jax.jit(jax.grad(lambda *a: jnp.mean(plain(*a)), argnums=(0, 1, 2))).lower(*shapes).compile()
+    print(f"temporaries alone of the dense loss {dense.memory_analysis().temp_size_in_bytes / 1e9:.2f} GB")
+
+
+def main() -> None:
+    """Runs what the command line asks for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--million", action="store_true")
+    parser.add_argument("--rows", type=int, default=2048)
+    parser.add_argument("--steps", type=int, default=3)
+    args = parser.parse_args()
+    if args.million:
+        return million(args.rows, args.steps)
+    print("| rows | classes | dense, MB | chunked | chosen | time chunked / dense | time chosen / dense |")
+    print("|---|---|---|---|---|---|---|")
+    for n, classes in [
+        (32, 1000),
+        (128, 10_000),
+        (256, 16_384),
+        (512, 16_384),
+        (1024, 8192),
+        (1024, 32_768),
+        (2048, 65_536),
+    ]:
+        compare(n, classes)
+
+
+if __name__ == "__main__":
+    main()

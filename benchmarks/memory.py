@@ -1,0 +1,170 @@
+"""What the rules save, and what a gradient needs: writes docs/memory.md.
+
+    python -m benchmarks.memory
+
+Bytes are those of the compiled programs (`memory_analysis`) and of the residuals between forward and backward pass;
+times are medians of runs in turns, as ratios.
+"""
+
+import functools
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+import fcfunc
+from fcfunc import losses, mlp, norms, ops, reference
+
+N, D = 2048, 512
+UNIT = 4 * N * D
+PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
+
+x, w, b = jax.ShapeDtypeStruct((N, D), "float32"), jnp.zeros((D, D)), jnp.zeros(D)
+LABELS = jnp.zeros(N, jnp.int32)
+STATE = {"mean": jnp.zeros(D), "var": jnp.ones(D)}
+KEY = jax.random.key(0)
+
+# What a user would write without this library, where JAX has it, else the plain twin.
+SAVED = {
+    "relu": (ops.relu, jax.nn.relu),
+    "leaky_relu": (ops.leaky_relu, jax.nn.leaky_relu),
+    "elu": (ops.elu, jax.nn.elu),
+    "sigmoid": (ops.sigmoid, jax.nn.sigmoid),
+    "tanh": (ops.tanh, jnp.tanh),
+    "softplus": (ops.softplus, jax.nn.softplus),
+    "silu": (ops.silu, jax.nn.silu),
+    "gelu, tanh form": (ops.gelu, jax.nn.gelu),
+    "gelu, exact": tuple(functools.partial(f, approximate=False) for f in (ops.gelu, jax.nn.gelu)),
+    "softmax": (ops.softmax, jax.nn.softmax),
+    "log_softmax": (ops.log_softmax, jax.nn.log_softmax),
+    "dropout": tuple(functools.partial(m.dropout, rate=0.5, key=KEY) for m in (ops, reference)),
+    "layer_norm": tuple(lambda x, f=f: f(x, b, b) for f in (norms.layer_norm, reference.layer_norm)),
+    "rms_norm": tuple(lambda x, f=f: f(x, b) for f in (norms.rms_norm, reference.rms_norm)),
+    "batch_norm": tuple(lambda x, m=m: m.batch_norm(x, b, b, STATE, training=True)[0] for m in (norms, reference)),
+    "softmax cross-entropy, labels": tuple(
+        lambda x, m=m: m.softmax_cross_entropy_with_integer_labels(x, LABELS) for m in (losses, reference)
+    ),
+    "sigmoid cross-entropy": tuple(
+        lambda x, m=m: m.sigmoid_binary_cross_entropy(x, jnp.zeros((N, D))) for m in (losses, reference)
+    ),
+} | {
+    f"layer with {name}": (
+        lambda x, name=name: ops.layer(x, w, b, activation=name),
+        lambda x, f=f: f(x @ w + b),
+    )
+    for name, f in {"relu": jax.nn.relu, "tanh": jnp.tanh, "silu": jax.nn.silu, "gelu": jax.nn.gelu}.items()
+}
+
+
+def saved_units(fun) -> float:
+    """What stands between forward and backward pass by `x`, in activations [N, D] of float32; weights are not counted."""
+    residuals = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(fun, x)[1], x))
+    return sum(r.size * r.dtype.itemsize for r in residuals if r.shape[:1] == (N,)) / UNIT
+
+
+def network(layers: int, activation: str, scanned: bool, by_rules: bool):
+    """The gradient of the sum of squares of some layers' output, compiled, and its arguments."""
+    params = fcfunc.init(jax.random.key(0), [D] * (layers + 1))
+    plain = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu, "tanh": jnp.tanh}[activation]
+
+    def by_autodiff(params, x):
+        if scanned:
+            return jnp.sum(jax.lax.scan(lambda h, p: (plain(h @ p["w"] + p["b"]), None), x, params)[0] ** 2)
+        for p in params:
+            x = plain(x @ p["w"] + p["b"])
+        return jnp.sum(x**2)
+
+    def by_apply(params, x):
+        return jnp.sum(fcfunc.apply(params, x, activation=activation, head=lambda h, w, b: h) ** 2)
+
+    if by_rules:
+        params = [*params, params[-1]]  # the head takes the place of the last one
+        params = mlp.stack(params) if scanned else params
+    elif scanned:
+        params = jax.tree.map(lambda *a: jnp.stack(a), *params)
+    inputs = jax.random.normal(jax.random.key(1), (N, D))
+    lowered = jax.jit(jax.grad(by_apply if by_rules else by_autodiff, argnums=(0, 1))).lower(params, inputs)
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    return compiled, (params, inputs), time.perf_counter() - start
+
+
+def in_turns(programs: dict, rounds: int = 7) -> dict[str, list[float]]:
+    """Seconds of each program, run in turns so that a drift of the machine meets all alike."""
+    seconds = {name: [] for name in programs}
+    for _ in range(rounds + 1):
+        for name, (compiled, args) in programs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(compiled(*args))
+            seconds[name].append(time.perf_counter() - start)
+    return {name: values[1:] for name, values in seconds.items()}
+
+
+def ratio(a: list[float], b: list[float]) -> str:
+    """The median of the ratios of two runs side by side, with the lowest and the highest."""
+    ratios = sorted(x / y for x, y in zip(a, b, strict=True))
+    return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+
+
+def table_of_residuals() -> str:
+    """What each rule saves, beside autodiff."""
+    rows = [f"| {name} | {saved_units(f):.2f} | {saved_units(g):.2f} |" for name, (f, g) in SAVED.items()]
+    return "\n".join(["| function | rule | autodiff |", "|---|---|---|", *rows])
+
+
+def table_of_networks() -> str:
+    """Temporaries and times of gradients of eight layers."""
+    rows = ["| eight layers | autodiff | rules | ratio of temporaries | ratio of times |", "|---|---|---|---|---|"]
+    for scanned in (True, False):
+        for activation in ("relu", "gelu", "silu", "tanh"):
+            programs, units = {}, {}
+            for by_rules in (False, True):
+                compiled, args, _ = network(8, activation, scanned, by_rules)
+                programs[by_rules] = (compiled, args)
+                units[by_rules] = compiled.memory_analysis().temp_size_in_bytes / UNIT
+            seconds = in_turns(programs)
+            rows.append(
+                f"| {activation}, {'scanned' if scanned else 'unrolled'} | {units[False]:.2f} | {units[True]:.2f} "
+                f"| {units[True] / units[False]:.2f} | {ratio(seconds[True], seconds[False])} |"
+            )
+    return "\n".join(rows)
+
+
+def compilation() -> str:
+    """How much longer 64 stacked layers take to compile than 4."""
+    seconds = {depth: [network(depth, "gelu", True, True)[2] for _ in range(5)] for depth in (4, 64)}
+    return ratio(seconds[64], seconds[4])
+
+
+def main() -> None:
+    """Writes the page."""
+    PAGE.write_text(f"""# Memory
+
+Written by `python -m benchmarks.memory` with jax {jax.__version__} on {jax.devices()[0].platform.upper()}; all sizes in
+units of one activation of [{N}, {D}] float32, {UNIT / 1e6:.1f} MB.
+
+## What is saved for the backward pass
+
+Between the forward and the backward pass; weights are not counted, and what is the function's own argument or output is,
+although it is often held by a neighbour anyway. Autodiff is that of JAX's own function, or of the plain twin where JAX
+has none.
+
+{table_of_residuals()}
+
+## What a gradient needs
+
+Temporaries of the compiled gradient of eight layers {D} wide, by `apply` and by autodiff of the same in plain JAX, and its
+time. Scanned layers are those of `mlp.stack`. What a rule saves decides under a scan; in an unrolled program XLA keeps what
+it likes, and merges a pre-activation that is computed again with the one computed before.
+
+{table_of_networks()}
+
+Compile time of the gradient of 64 stacked layers over that of 4: {compilation()}.
+""")
+    print(PAGE.read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""What the activations promise beyond their gradients: limits, tails, kinks, options."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fcfunc import activations, ops
+
+SMOOTH = ["elu", "gelu", "sigmoid", "silu", "softplus", "tanh"]
+
+
+def value_and_slope(function, x):
+    out, pull = jax.vjp(function, x)
+    return out, pull(jnp.ones_like(out))[0]
+
+
+@pytest.mark.parametrize(
+    ("function", "value", "slope"),
+    [
+        (ops.gelu, 0, 0),
+        (functools.partial(ops.gelu, approximate=False), 0, 0),
+        (ops.silu, 0, 0),
+        (ops.softplus, 0, 0),
+        (ops.elu, -1, 0),
+        (ops.leaky_relu, -np.inf, 0.01),
+    ],
+)
+def test_minus_infinity_has_the_limit_and_its_slope(function, value, slope):
+    out, grad = value_and_slope(function, jnp.array([-jnp.inf]))
+    assert float(out[0]) == value
+    np.testing.assert_allclose(grad, slope, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*SMOOTH, "relu", "leaky_relu"])
+def test_a_nan_is_kept_in_value_and_gradient(name):
+    out, pull = jax.vjp(getattr(ops, name), jnp.array([jnp.nan]))
+    assert np.isnan(out).all()
+    assert np.isnan(pull(jnp.array([jnp.nan]))[0]).all()
+
+
+@pytest.mark.parametrize("name", ["gelu", "silu", "softplus", "elu"])
+@pytest.mark.parametrize("x", [1e4, 1e30])
+def test_far_right_they_are_the_identity(name, x):
+    out, slope = value_and_slope(getattr(ops, name), jnp.array([x]))
+    np.testing.assert_array_equal(out, jnp.float32(x))
+    np.testing.assert_array_equal(slope, 1)
+
+
+@pytest.mark.parametrize("x", [-1.0, -3.0, -5.0])
+def test_gelu_keeps_the_digits_of_its_left_tail(x):
+    """As x (1 + erf(x/√2)) / 2 in float32 it would have lost all but one of them at -5."""
+    exact = x * 0.5 * math.erfc(-x / math.sqrt(2))
+    np.testing.assert_allclose(ops.gelu(jnp.float32(x), approximate=False), exact, rtol=2e-6)
+    u = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+    np.testing.assert_allclose(ops.gelu(jnp.float32(x)), x / (1 + math.exp(-2 * u)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("x", [-80.0, -20.0, -1.0, 0.0, 3.0])
+def test_the_slope_of_softplus_is_exact_where_its_value_is_small(x):
+    _, slope = value_and_slope(ops.softplus, jnp.float32(x))
+    np.testing.assert_allclose(slope, 1 / (1 + math.exp(-x)), rtol=5e-6)
+
+
+def test_values_are_those_of_jax():
+    x = jnp.linspace(-4, 4, 33)
+    for name in (*SMOOTH, "relu", "leaky_relu"):
+        np.testing.assert_allclose(getattr(ops, name)(x), getattr(jax.nn, name)(x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(ops.gelu(x, approximate=False), jax.nn.gelu(x, approximate=False), rtol=1e-5, atol=1e-6)
+
+
+def test_slopes_at_the_kink_are_as_declared():
+    zero = jnp.zeros(1)
+    assert float(value_and_slope(functools.partial(ops.leaky_relu, negative_slope=0.25), zero)[1][0]) == 0.25
+    assert float(value_and_slope(functools.partial(ops.elu, alpha=0.5), zero)[1][0]) == 0.5
+
+
+def test_a_negative_alpha_is_refused():
+    with pytest.raises(ValueError, match="elu: alpha must be at least 0, got -1"):
+        ops.elu(jnp.ones(3), alpha=-1)
+
+
+def test_the_namespace_of_operations_holds_them_all():
+    assert set(activations.__all__) < set(ops.__all__)
+    assert all(getattr(ops, name) is getattr(activations, name) for name in activations.__all__)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.25, 0.5, 1.0])
+def test_dropout_drops_that_share_and_keeps_the_mean(rate):
+    x = jnp.full(40_000, 3.0)
+    out, slope = value_and_slope(functools.partial(ops.dropout, rate=rate, key=jax.random.key(0)), x)
+    assert abs(float(jnp.mean(out == 0)) - rate) < 0.01
+    np.testing.assert_allclose(out, x * slope)  # the same mask, forward and backward
+    np.testing.assert_allclose(slope[slope != 0], 1 / (1 - rate) if rate < 1 else 0)
+
+
+def test_dropout_saves_the_key_alone():
+    key = jax.random.key(0)
+    _, saved = ops.dropout_fwd(jnp.ones(3), key, rate=0.5)
+    assert saved is key
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"rate": 1.5, "key": jax.random.key(0)}, ValueError, r"must be in \[0, 1\], got 1.5"),
+        ({"rate": 0.5, "key": None}, TypeError, "key must be one random key"),
+        ({"rate": 0.5, "key": 3}, TypeError, "key must be one random key"),
+    ],
+)
+def test_dropout_refuses_a_wrong_rate_and_a_missing_key(options, error, message):
+    with pytest.raises(error, match=f"dropout: .*{message}"):
+        ops.dropout(jnp.ones(3), **options)
