@@ -59,7 +59,7 @@ SAVED = {
 
 
 def saved_units(fun) -> float:
-    """What stands between forward and backward pass by `x`, in activations [N, D] of float32; weights are not counted."""
+    """What stands between forward and backward pass, in activations [N, D] of float32; weights are not counted."""
     residuals = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(fun, x)[1], x))
     return sum(r.size * r.dtype.itemsize for r in residuals if r.shape[:1] == (N,)) / UNIT
 
@@ -147,17 +147,17 @@ units of one activation of [{N}, {D}] float32, {UNIT / 1e6:.1f} MB.
 
 ## What is saved for the backward pass
 
-Between the forward and the backward pass; weights are not counted, and what is the function's own argument or output is,
-although it is often held by a neighbour anyway. Autodiff is that of JAX's own function, or of the plain twin where JAX
-has none.
+Between the forward and the backward pass; weights are not counted, and what is the function's own argument or output
+is, although it is often held by a neighbour anyway. Autodiff is that of JAX's own function, or of the plain twin where
+JAX has none.
 
 {table_of_residuals()}
 
 ## What a gradient needs
 
-Temporaries of the compiled gradient of eight layers {D} wide, by `apply` and by autodiff of the same in plain JAX, and its
-time. Scanned layers are those of `mlp.stack`. What a rule saves decides under a scan; in an unrolled program XLA keeps what
-it likes, and merges a pre-activation that is computed again with the one computed before.
+Temporaries of the compiled gradient of eight layers {D} wide, by `apply` and by autodiff of the same in plain JAX, and
+its time. Scanned layers are those of `mlp.stack`. What a rule saves decides under a scan; in an unrolled program XLA
+keeps what it likes, and merges a pre-activation that is computed again with the one computed before.
 
 {table_of_networks()}
 

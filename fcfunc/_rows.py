@@ -39,10 +39,22 @@ def each_score(row, like):
     return jnp.broadcast_to(jnp.expand_dims(row, -1), like.shape)
 
 
-def pick(hits, values):
-    """The label's own value of each row, from values per score or per class; 0 where the label is not among them."""
-    values = jnp.broadcast_to(wide(values), hits.shape)
-    return jnp.sum(jnp.where(hits, values, 0), axis=-1)
+def pick(values, labels, start=0):
+    """The label's own value of each row, from values per score or per class; 0 where the label is not among them.
+
+    It is gathered, but on an Explicit mesh, where JAX has no such gather; there the others are masked and summed, which
+    XLA's CPU backend would do in two passes over memory.
+    """
+    index, size = _index(labels) - start, values.shape[-1]
+    if not size or _compat.explicit_sharding(values) is not None or _compat.explicit_sharding(labels) is not None:
+        values = jnp.broadcast_to(wide(values), (*labels.shape, size))
+        return jnp.sum(jnp.where(hit(values, labels, start), values, 0), axis=-1)
+    inside, index = (index >= 0) & (index < size), jnp.clip(index, 0, size - 1)
+    if values.ndim == 1:
+        own = values.at[index].get(mode="promise_in_bounds")
+    else:
+        own = jnp.take_along_axis(values, jnp.expand_dims(index, -1), axis=-1, mode="promise_in_bounds")[..., 0]
+    return jnp.where(inside, wide(own), 0)
 
 
 def times_class(value, class_weights):
@@ -77,6 +89,7 @@ def log_sum_exp(logits):
     """`z - max(z)`, `max(z)` and `log Σ exp(z - max(z))`; the shift cancels, so its derivative is stopped."""
     logits = wide(logits)
     row_max = jax.lax.stop_gradient(jnp.max(logits, axis=-1, initial=-jnp.inf))
+    row_max = jnp.where(row_max == -jnp.inf, 0, row_max)
     shifted = logits - jnp.expand_dims(row_max, -1)
     return shifted, row_max, jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
 

@@ -95,10 +95,9 @@ def softmax_cross_entropy_with_integer_labels_fwd(
     _check.class_weights(name, class_weights, logits.shape[-1])
     classes = logits.shape[-1]
     shifted, row_max, log_sum = log_sum_exp(logits)
-    hits = hit(logits, labels)
-    own_weight = jnp.ones_like(log_sum) if class_weights is None else pick(hits, class_weights)
+    own_weight = jnp.ones_like(log_sum) if class_weights is None else pick(class_weights, labels)
     # ℓ = r ((1 − ε) u_y (−log p_y) + ε/C Σ u (−log p))
-    surprise_of_row = weighted(own_weight, log_sum - pick(hits, shifted))
+    surprise_of_row = weighted(own_weight, log_sum - pick(shifted, labels))
     if label_smoothing:
         of_all = weighted(times_class(jnp.ones_like(shifted), class_weights), jnp.expand_dims(log_sum, -1) - shifted)
         spread = label_smoothing / max(classes, 1)

@@ -34,7 +34,7 @@ __all__ = [
     "linear_softmax_cross_entropy_fwd",
 ]
 
-DENSE_ELEMENTS = 2**22
+DENSE_ELEMENTS = 2**24
 """Up to so many logits the dense loss is the faster one; measured by benchmarks/large_output.py."""
 
 CHUNK_ELEMENTS = 2**21
@@ -135,16 +135,16 @@ def linear_softmax_cross_entropy_fwd(
     def take(sums, start, size):
         row_max, total, own, own_weight, all_own, all_weight = sums
         z, _ = _chunk(x, w, b, start, size, operands)
-        hits, u = hit(z, labels, start), None if class_weights is None else _part(class_weights, start, size)
+        u = None if class_weights is None else _part(class_weights, start, size)
         # The maximum so far and the one before; where one is -inf another takes its place, -inf − -inf being no number.
         new_max = jnp.maximum(row_max, jax.lax.stop_gradient(jnp.max(z, axis=-1)))
         new = jnp.where(new_max == -jnp.inf, 0, new_max)
         old = jnp.where(row_max == -jnp.inf, new, row_max)
         shifted = z - jnp.expand_dims(new, -1)
         total = total * jnp.exp(old - new) + jnp.sum(jnp.exp(shifted), axis=-1)
-        own = own + pick(hits, z)
+        own = own + pick(z, labels, start)
         if u is not None:
-            own_weight = own_weight + pick(hits, u)
+            own_weight = own_weight + pick(u, labels, start)
         if label_smoothing:  # Σ u (max − z), which moves with the maximum
             u_chunk = times_class(jnp.ones_like(z), u)
             all_own = all_own + all_weight * (new - old) + jnp.sum(weighted(u_chunk, -shifted), axis=-1)
