@@ -32,7 +32,10 @@ def loss_fn(params, batch, key, *, ops=ops, losses=losses, **options):
 def accuracy(seed: int, epochs: int, training, test, **options) -> float:
     """Of a network trained from scratch."""
     loss = functools.partial(loss_fn, **options)
-    optimizer = optax.sgd(0.1, momentum=0.9)
+    steps = epochs * -(-len(training.y) // 128)
+    optimizer = optax.sgd(
+        optax.cosine_decay_schedule(0.05, steps), momentum=0.9
+    )  # ends at rest: no noise of late steps
     state = train.init_state(fcfunc.init(jax.random.key(seed), DIMS), optimizer, jax.random.key(seed + 1000))
     state, _ = train.fit(loss, optimizer, state, training, epochs=epochs, batch_size=128)
     return float(train.evaluate(loss, state.params, test)["accuracy"])

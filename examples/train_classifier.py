@@ -48,7 +48,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     training, validation, test = task.parts
     dims = check_dims(args.dims, training.x.shape[1], task.classes)
     init_key, run_key = jax.random.split(jax.random.key(args.seed))
-    params = fcfunc.init(init_key, dims)
+    params = fcfunc.init(init_key, dims, norm=args.norm)
+    network = {"activation": args.activation, "norm": args.norm, "residual": args.residual}
+    network |= {"dropout_rate": args.dropout, "compute_dtype": args.compute_dtype}
     out = Path(args.out) if args.out else Path("runs") / Path(args.data).stem
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: a file is in the way")
@@ -60,12 +62,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         f"{len(part.y)} {name}" for part, name in zip(task.parts, ("training", "validation", "test"), strict=True)
     )
     print(f"{args.data}: {kind}, {counts} examples")
-    print_proof(dims, args.activation, task.classes, args.l2, args.seed)
+    print_proof(dims, network, task.classes, args.l2, args.seed)
 
     steps = args.epochs * -(-len(training.y) // args.batch_size)
     make_optimizer, default_rate = OPTIMIZERS[args.optimizer]
     optimizer = make_optimizer(optax.cosine_decay_schedule(args.learning_rate or default_rate, steps))
-    loss_fn, eval_fn = (make_loss_fn(args.activation, task.classes, l2) for l2 in (args.l2, 0.0))
+    loss_fn, eval_fn = (make_loss_fn(network, task.classes, l2) for l2 in (args.l2, 0.0))
     state = train.init_state(params, optimizer, run_key)
     score = "accuracy" if task.classes else "loss"
     data.check_values(test, num_classes=task.classes, name="test data")
@@ -90,18 +92,17 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     else:
         figures["rmse"] = figures["loss"] ** 0.5 * float(task.scaling["target.scale"])
         print(f"test RMSE {figures['rmse']:.4g} in the target's unit, {dims} {args.activation}, {len(history)} epochs")
-    config = {"dims": dims, "activation": args.activation, "class_names": task.names}
+    config = {"dims": dims, **network, "class_names": task.names}
     write(out, state.params, history, score, config, task.scaling)
     print(f"wrote params.safetensors, history.jsonl and learning_curve.png to {out}/")
     return figures
 
 
-def make_loss_fn(activation: str, classes: int | None, l2: float):
+def make_loss_fn(network: dict, classes: int | None, l2: float):
     """The mean loss over a batch, with the accuracy where there are classes."""
 
     def loss_fn(params, batch, key):
-        del key  # nothing here is random
-        outputs = fcfunc.apply(params, batch.x, activation=activation)
+        outputs = fcfunc.apply(params, batch.x, key=key, **network)  # in evaluation the key is None: nothing is dropped
         penalty = l2 * losses.l2_penalty(params) if l2 else 0.0
         if classes is None:
             return jnp.mean(losses.squared_error(outputs[:, 0], batch.y)) + penalty
@@ -112,14 +113,17 @@ def make_loss_fn(activation: str, classes: int | None, l2: float):
     return loss_fn
 
 
-def print_proof(dims: list[int], activation: str, classes: int | None, l2: float, seed: int) -> None:
+def print_proof(dims: list[int], network: dict, classes: int | None, l2: float, seed: int) -> None:
     """Compares each rule that the run will use with `jax.grad` of its plain twin, on random numbers."""
     keys = iter(jax.random.split(jax.random.key(seed), 16))
     x = jax.random.normal(next(keys), (32, dims[0]))
     w = jax.random.normal(next(keys), (dims[0], dims[1])) / dims[0] ** 0.5
     b = jax.random.normal(next(keys), (dims[1],))
     outputs = jax.random.normal(next(keys), (32, dims[-1]))
+    activation, norm = network["activation"], network["norm"]
     rules: list[tuple[str, ModuleType, tuple]] = [("affine", ops, (x, w, b))]
+    if norm:
+        rules.append((norm, ops, (ops.affine(x, w, b), *[1 + b, b][: len(mlp.NORMS[norm])])))
     if activation != "linear":
         rules.append((activation, ops, (ops.affine(x, w, b),)))
     if classes is None:
@@ -277,6 +281,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="widths, inputs to outputs (default: one hidden layer of 256)",
     )
     add("--activation", choices=mlp.ACTIVATIONS, default="relu", help="of the hidden layers (default: relu)")
+    add("--norm", choices=("layer_norm", "rms_norm"), help="of the hidden layers (default: none)")
+    add("--residual", action="store_true", help="add a hidden layer's input to its output where the widths are equal")
+    add("--dropout", type=positive(float, zero=True, below=1), default=0.0, metavar="RATE",
+        help="the probability to drop a hidden layer's output (default: 0)")  # fmt: skip
+    add(
+        "--compute-dtype",
+        choices=("bfloat16", "float32"),
+        help="of the operands of all products (default: the params')",
+    )
     add("--optimizer", choices=tuple(OPTIMIZERS), default="sgd", help="default: sgd")
     add("--learning-rate", type=positive(float), metavar="RATE", help="at the start; it decays to 0 along a cosine "
         f"(default: {', '.join(f'{name} {rate}' for name, (_, rate) in OPTIMIZERS.items())})")  # fmt: skip

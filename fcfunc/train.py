@@ -4,6 +4,9 @@ Everything here takes the loss as a function, `loss_fn(params, batch, key)`, and
 transformation; it knows neither the network nor the loss. `batch` and `data` are any tree of arrays that share their
 first axis, the examples. `loss_fn` returns the loss, a scalar that is the mean over its batch, or `(loss, metrics)`
 with a dict of further means. `key` is this step's own random key in training, and None in evaluation.
+
+A network that carries something besides its parameters, such as the running statistics of batch normalisation, has it
+in the state's `model_state`. Its loss is `loss_fn(params, batch, key, model_state) -> (loss, metrics, model_state)`.
 """
 
 import contextlib
@@ -33,21 +36,26 @@ class TrainState(NamedTuple):
       step: how many steps were taken, an int32 scalar.
       key: the run's random key. It never changes: each step and each epoch derives its own by `fold_in(key, step)`, so
         that a run resumed from a saved state goes on exactly as it would have.
+      model_state: what the loss carries from step to step besides the parameters; without leaves where it is nothing.
     """
 
     params: Any
     opt_state: Any
     step: jax.Array
     key: jax.Array
+    model_state: Any = ()
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+def init_state(
+    params: Any, optimizer: optax.GradientTransformation, key: jax.Array, *, model_state: Any = ()
+) -> TrainState:
     """The state of a run before its first step.
 
     Args:
       params: the initial parameters. They are copied: the steps donate the state's buffers, never the caller's.
       optimizer: any optax optimiser, e.g. `optax.sgd(0.1)`.
       key: a random key, from which the order of the examples and the keys of `loss_fn` are drawn.
+      model_state: what the loss carries besides the parameters, e.g. `fcfunc.mlp.init_batch_norm_state(params)`.
 
     Returns:
       A `TrainState` at step 0.
@@ -56,7 +64,7 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, key: jax.Ar
       TypeError: no key.
     """
     _check.key("init_state", key)
-    state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), key)
+    state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), key, model_state)
     return jax.tree.map(jnp.copy, state)
 
 
@@ -111,11 +119,11 @@ def make_train_epoch(loss_fn: Callable, optimizer: optax.GradientTransformation,
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "batch_size"))
-def _evaluate(loss_fn, params, data, batch_size):
+def _evaluate(loss_fn, params, model_state, data, batch_size):
     n = _count("evaluate", data, 1)
 
     def step(_, indices):
-        loss, metrics = _loss_and_metrics(loss_fn, params, _take(data, indices), None)
+        loss, (metrics, _) = _loss_and_metrics(loss_fn, params, _take(data, indices), None, model_state)
         return None, {"loss": loss, **metrics}
 
     _, metrics = _over_batches(step, None, jnp.arange(n), min(batch_size, n))
@@ -125,7 +133,9 @@ def _evaluate(loss_fn, params, data, batch_size):
     }
 
 
-def evaluate(loss_fn: Callable, params: Any, data: Any, *, batch_size: int = 1024) -> dict[str, jax.Array]:
+def evaluate(
+    loss_fn: Callable, params: Any, data: Any, *, batch_size: int = 1024, model_state: Any = ()
+) -> dict[str, jax.Array]:
     """The means of the loss and its metrics over all examples, with no update and no randomness.
 
     Args:
@@ -135,6 +145,7 @@ def evaluate(loss_fn: Callable, params: Any, data: Any, *, batch_size: int = 102
       data: a tree of arrays with one first axis.
       batch_size: examples at a time, which bounds the memory; the result does not depend on it, but for rounding,
         as long as the metrics are means over the batch.
+      model_state: the state's, where the loss takes one; what comes back of it is dropped.
 
     Returns:
       `{"loss": scalar, ...}`, each batch counted by its number of examples.
@@ -143,7 +154,7 @@ def evaluate(loss_fn: Callable, params: Any, data: Any, *, batch_size: int = 102
       ValueError: `batch_size` below 1, data that is empty or disagrees about the number of examples.
     """
     _check.positive("evaluate", batch_size=batch_size)
-    return _evaluate(loss_fn, params, data, batch_size)
+    return _evaluate(loss_fn, params, model_state, data, batch_size)
 
 
 def fit(
@@ -179,8 +190,8 @@ def fit(
       eval_fn: the loss function of the evaluation, where it is not `loss_fn` with key None.
       monitor: the validation metric that decides which epoch is best.
       mode: "min" where less of it is better, "max" where more is.
-      patience: stop after this many epochs in a row without a better one, and return the best epoch's parameters
-        (the rest of the state is the last epoch's). None: run to the end and return the last epoch's.
+      patience: stop after this many epochs in a row without a better one, and return the best epoch's parameters and
+        model state (the rest of the state is the last epoch's). None: run to the end and return the last epoch's.
       num_classes: the number of classes, where the labels are to be checked.
       on_epoch: called with the state and the epoch's record, to log or to save. The next epoch donates that state's
         buffers: copy what is to be kept.
@@ -210,13 +221,13 @@ def fit(
         _count("fit (validation_data)", validation_data, 1)
         check_values(validation_data, num_classes=num_classes, name="validation_data")
         validation_data = jax.tree.map(jnp.asarray, validation_data)
-        _check_metrics(eval_fn or loss_fn, state.params, validation_data, None, monitor)
-    _check_metrics(loss_fn, state.params, data, state.key, None)
+        _check_metrics(eval_fn or loss_fn, state, validation_data, None, monitor)
+    _check_metrics(loss_fn, state, data, state.key, None)
 
     train_epoch = make_train_epoch(loss_fn, optimizer, batch_size)
     sizes = _batch_sizes(n, batch_size)
     state = jax.tree.map(jnp.copy, state)
-    history, best_params, waited = [], None, 0
+    history, best_model, waited = [], {}, 0
     sign = 1 if mode == "min" else -1
     best = math.inf
     with _progress_bar(epochs) if progress else contextlib.nullcontext() as bar:
@@ -226,7 +237,7 @@ def fit(
             record: dict[str, float] = {"epoch": epoch, "step": int(state.step)}
             record |= {name: float(np.average(np.asarray(m, np.float64), weights=sizes)) for name, m in metrics.items()}
             if validation_data is not None:
-                scores = evaluate(eval_fn or loss_fn, state.params, validation_data)
+                scores = evaluate(eval_fn or loss_fn, state.params, validation_data, model_state=state.model_state)
                 record |= {f"validation_{name}": float(m) for name, m in scores.items()}
             record["seconds"] = time.perf_counter() - start
             history.append(record)
@@ -241,14 +252,13 @@ def fit(
             if patience is not None:
                 score = record[f"validation_{monitor}"]
                 if sign * score < best:  # never true of a NaN
-                    best, best_params, waited = sign * score, jax.tree.map(jnp.copy, state.params), 0
+                    model = {"params": state.params, "model_state": state.model_state}
+                    best, best_model, waited = sign * score, jax.tree.map(jnp.copy, model), 0
                 else:
                     waited += 1
                     if waited >= patience:
                         break
-    if best_params is not None:
-        state = state._replace(params=best_params)
-    return state, history
+    return state._replace(**best_model), history
 
 
 def _step(loss_fn, optimizer, state, batch):
@@ -256,20 +266,30 @@ def _step(loss_fn, optimizer, state, batch):
     key = jax.random.fold_in(loss_key, state.step)
 
     def value_fn(params):
-        return _loss_and_metrics(loss_fn, params, batch, key)
+        return _loss_and_metrics(loss_fn, params, batch, key, state.model_state)
 
-    (loss, metrics), grads = jax.value_and_grad(value_fn, has_aux=True)(state.params)
+    (loss, (metrics, model_state)), grads = jax.value_and_grad(value_fn, has_aux=True)(state.params)
     with jax.numpy_dtype_promotion("standard"):  # optax itself mixes dtypes; a caller in strict mode need not know
         updates, opt_state = optax.with_extra_args_support(optimizer).update(
             grads, state.opt_state, state.params, value=loss, grad=grads, value_fn=lambda p: value_fn(p)[0]
         )
         params = optax.apply_updates(state.params, updates)
-    return TrainState(params, opt_state, state.step + 1, state.key), {"loss": loss, **metrics}
+    state = TrainState(params, opt_state, state.step + 1, state.key, model_state)
+    return state, {"loss": loss, **metrics}
 
 
-def _loss_and_metrics(loss_fn, params, batch, key):
-    result = loss_fn(params, batch, key)
-    loss, metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+def _loss_and_metrics(loss_fn, params, batch, key, model_state):
+    """`(loss, (metrics, model_state))`, whichever way the loss function is written."""
+    if jax.tree.leaves(model_state):
+        result = loss_fn(params, batch, key, model_state)
+        if not isinstance(result, tuple) or len(result) != 3:
+            raise TypeError(f"loss_fn with a model_state must return (loss, metrics, model_state), got {result!r:.200}")
+        loss, metrics, new_state = result
+        _check_same_kind(model_state, new_state)
+        model_state = new_state
+    else:
+        result = loss_fn(params, batch, key)
+        loss, metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
     if not isinstance(loss, _check.ARRAYS) or not isinstance(metrics, dict):
         raise TypeError(f"loss_fn must return a loss or (loss, dict of metrics), got {result!r:.200}")
     if jnp.shape(loss) != ():
@@ -279,12 +299,21 @@ def _loss_and_metrics(loss_fn, params, batch, key):
         )
     if "loss" in metrics:
         raise ValueError('loss_fn: the metrics must not hold a "loss" of their own')
-    return loss, metrics
+    return loss, (metrics, model_state)
 
 
-def _check_metrics(loss_fn, params, data, key, monitor):
+def _check_same_kind(before, after) -> None:
+    """A state that changes its shapes or dtypes in a step would be another program in the next."""
+    kinds = [jax.tree.map(_check.describe, tree) for tree in (before, after)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"loss_fn must return a model_state like the one it was given, {kinds[0]}, got {kinds[1]}")
+
+
+def _check_metrics(loss_fn, state, data, key, monitor):
     """Refuses, before anything runs, what `fit` cannot record; a metric of `make_train_epoch` may have any shape."""
-    _, metrics = jax.eval_shape(lambda p, d, k: _loss_and_metrics(loss_fn, p, d, k), params, data, key)
+    _, (metrics, _) = jax.eval_shape(
+        lambda s, d, k: _loss_and_metrics(loss_fn, s.params, d, k, s.model_state), state, data, key
+    )
     for name, metric in metrics.items():
         if name in ("epoch", "step", "seconds"):
             raise ValueError(f"fit: a metric must not be called {name!r}, which the history holds already")

@@ -104,6 +104,16 @@ def test_the_neurons_gradients_agree_and_it_learns_and():
     assert figures["error_after"] < 0.01 < figures["error_before"]
 
 
+def test_norm_residual_dropout_and_bfloat16_are_options_of_the_classifier(run, tmp_path):
+    options = ["--norm", "layer_norm", "--residual", "--dropout", "0.1", "--compute-dtype", "bfloat16"]
+    status, out, _ = run(
+        *options, "--dims", "64,64,64,10", "--activation", "gelu", "--epochs", "8", "--batch-size", "64"
+    )
+    assert status == 0
+    assert "layer_norm" in out
+    assert float(out.split("test accuracy ")[1][:6]) >= 0.9
+
+
 def test_the_digits_are_learned_and_three_files_written(run, tmp_path):
     status, out, _ = run()
     assert status == 0

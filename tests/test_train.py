@@ -313,3 +313,49 @@ def test_a_loss_per_example_is_refused_with_advice():
 def test_a_missing_key_is_refused():
     with pytest.raises(TypeError, match="init_state: key must be one random key"):
         train.init_state(jnp.zeros(3), optax.sgd(0.1), None)  # pyright: ignore[reportArgumentType]
+
+
+def batch_normed(params, batch, key, model_state):
+    x, y = batch
+    out, model_state = fcfunc.apply_batch_norm(params, model_state, x, training=key is not None)
+    return jnp.mean(losses.squared_error(out[:, 0], y)), {"mean": jnp.mean(out)}, model_state
+
+
+@pytest.fixture
+def batch_norm_run():
+    params = fcfunc.init(jax.random.key(0), [3, 8, 8, 1], norm="batch_norm")
+    data = (2 + jax.random.normal(jax.random.key(1), (40, 3)), jnp.arange(40.0) / 40)
+    optimizer = optax.sgd(0.05)
+    state = train.init_state(params, optimizer, jax.random.key(2), model_state=fcfunc.mlp.init_batch_norm_state(params))
+    return optimizer, state, data
+
+
+def test_a_model_state_goes_through_step_epoch_fit_and_evaluation(batch_norm_run):
+    optimizer, start, data = batch_norm_run
+    stats = start.model_state
+    out, by_hand = fcfunc.apply_batch_norm(start.params, stats, data[0], training=True)
+    state, metrics = train.make_train_step(batch_normed, optimizer)(jax.tree.map(jnp.copy, start), data)
+    chex.assert_trees_all_close(state.model_state, by_hand, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], jnp.mean((out[:, 0] - data[1]) ** 2), rtol=1e-5)
+    state, history = train.fit(
+        batch_normed, optimizer, start, data, epochs=30, batch_size=16, validation_data=data, patience=30
+    )
+    assert history[-1]["loss"] < history[0]["loss"] / 2
+    scores = train.evaluate(batch_normed, state.params, data, model_state=state.model_state)
+    np.testing.assert_allclose(scores["loss"], min(r["validation_loss"] for r in history), rtol=1e-4)
+    evaluated, same = fcfunc.apply_batch_norm(state.params, state.model_state, data[0], training=False)
+    np.testing.assert_allclose(scores["mean"], jnp.mean(evaluated), rtol=1e-4)
+    chex.assert_trees_all_equal(same, state.model_state)
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "message"),
+    [
+        (lambda p, b, k, s: jnp.float32(0), TypeError, r"must return \(loss, metrics, model_state\)"),
+        (lambda p, b, k, s: (jnp.float32(0), {}, s[:1]), ValueError, "model_state like the one it was given"),
+    ],
+)
+def test_a_loss_that_loses_its_model_state_is_refused(loss, error, message, batch_norm_run):
+    optimizer, state, data = batch_norm_run
+    with pytest.raises(error, match=message):
+        train.make_train_step(loss, optimizer)(state, data)
