@@ -1,7 +1,7 @@
 """Fully-connected networks as pure functions in JAX, with hand-written backward rules that are proven."""
 
 from fcfunc import activations, cross_entropy, data, large_output, losses, mlp, norms, ops, reference, testing, train
-from fcfunc.mlp import apply, apply_batch_norm, init
+from fcfunc.mlp import apply, apply_batch_norm, init, init_batch_norm_state
 
 __version__ = "0.1.0"
 
@@ -12,6 +12,7 @@ __all__ = [
     "cross_entropy",
     "data",
     "init",
+    "init_batch_norm_state",
     "large_output",
     "losses",
     "mlp",

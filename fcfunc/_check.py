@@ -32,12 +32,12 @@ def floating(where: str, /, **arrays) -> None:
             raise TypeError(f"{where}: {name} must be of dtype {', '.join(FLOATS)}, got {describe(x)}")
 
 
-def one_dtype(where: str, /, **arrays) -> None:
+def one_dtype(where: str, /, *, hint: str = "", **arrays) -> None:
     """TypeError where floating-point arrays that enter one formula differ in dtype: nothing is promoted silently."""
     floating(where, **arrays)
     if len({jnp.result_type(x) for x in arrays.values()}) > 1:
         came = ", ".join(f"{name} {describe(x)}" for name, x in arrays.items())
-        raise TypeError(f"{where}: one dtype expected for all of {', '.join(arrays)}, got {came}; cast one side")
+        raise TypeError(f"{where}: one dtype expected for all of {', '.join(arrays)}, got {came}; cast one side{hint}")
 
 
 def operands(where: str, compute_dtype, /, **arrays) -> np.dtype:
@@ -46,11 +46,14 @@ def operands(where: str, compute_dtype, /, **arrays) -> np.dtype:
     TypeError where it is none of those offered, or where without it the arrays differ in dtype.
     """
     if compute_dtype is None:
-        one_dtype(where, **arrays)
+        one_dtype(where, hint=" or give compute_dtype", **arrays)
         return jnp.result_type(next(iter(arrays.values())))
     floating(where, **arrays)
     one_dtype(where, **dict(list(arrays.items())[1:]))
-    dtype = jnp.dtype(compute_dtype)
+    try:
+        dtype = jnp.dtype(compute_dtype)
+    except TypeError:
+        raise TypeError(f"{where}: compute_dtype must be bfloat16 or float32, got {compute_dtype!r}") from None
     if dtype == jnp.float16:
         raise TypeError(
             f"{where}: compute_dtype float16 is not offered, its gradients underflow without loss scaling; use bfloat16"

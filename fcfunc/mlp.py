@@ -5,6 +5,7 @@ are alike can be stacked and are then scanned: `stack`.
 """
 
 import functools
+import inspect
 import itertools
 import math
 import operator
@@ -53,7 +54,15 @@ ACTIVATIONS = (
 NORMS = {"batch_norm": ("scale", "offset"), "layer_norm": ("scale", "offset"), "rms_norm": ("scale",)}
 """The names of the norms, and the leaves that a hidden layer's params have for each."""
 
-_MISSING: Any = object()
+
+class _Missing:
+    """The default of `key`: None says that nothing is to be dropped, this that nothing was said."""
+
+    def __repr__(self) -> str:
+        return "<needed with dropout_rate>"
+
+
+_MISSING: Any = _Missing()
 
 
 def init(
@@ -151,7 +160,8 @@ def apply(
       head: what is done with the last layer, `(h, w, b) -> result`, instead of its affine map. A large output layer
         with its loss is `functools.partial(losses.linear_softmax_cross_entropy, labels=labels)`.
       ops: where the operations are looked up by name. `fcfunc.ops`, the default, has hand-written backward rules;
-        with `fcfunc.reference` the whole network is plain JAX, and forward mode (`jax.jvp`, `jax.jacfwd`) works.
+        with `fcfunc.reference` the whole network is plain JAX, and forward mode (`jax.jvp`, `jax.jacfwd`) works. One
+        of your own needs `affine` and what is used besides; a `layer` in it goes before its `affine` and activation.
 
     Returns:
       `[..., dims[-1]]`, in the dtype of `x`, with `compute_dtype` in at least float32; with `head` what it returns.
@@ -169,7 +179,7 @@ def apply(
     if norm == "batch_norm":
         raise ValueError("apply: batch_norm has a state; use apply_batch_norm(params, state, x, training=...)")
     net = _Network("apply", norm, residual, dropout_rate, key, compute_dtype, round_cotangent, ops)
-    state = [None] * (len(params) - 1)
+    state = [None] * (len(params or [None]) - 1)
     return _apply(net, params, state, x, activation, final_activation, flatten, head)[0]
 
 
@@ -224,9 +234,10 @@ def apply_batch_norm(
       >>> outputs.shape
       (5, 2)
     """
-    if len(state) != len(params) - 1:
+    if not isinstance(state, list | tuple) or len(state) != len(params) - 1:
+        came = len(state) if isinstance(state, list | tuple) else repr(state)
         raise ValueError(
-            f"apply_batch_norm: {len(params) - 1} states expected, one per hidden entry of params, got {len(state)}"
+            f"apply_batch_norm: {len(params) - 1} states expected, one per hidden entry of params, got {came}"
         )
     net = _Network(
         "apply_batch_norm",
@@ -275,11 +286,15 @@ def stack(params: Params) -> Params:
     Returns:
       A list in which a run of two or more is one dict, each leaf with a first axis more: `w` `[layers, width, width]`.
 
+    Raises:
+      ValueError: no layers, or an ensemble of networks: `jax.vmap(stack)` stacks the layers of each.
+
     Example:
       >>> params = init(jax.random.key(0), [3, 4, 4, 4, 4, 2])
       >>> jax.tree.map(jnp.shape, stack(params))[1]
       {'b': (3, 4), 'w': (3, 4, 4)}
     """
+    _check_stackable("stack", params)
     stacked = []
     for _, run in itertools.groupby(params[:-1], key=_likeness):
         layers = list(run)
@@ -297,11 +312,15 @@ def unstack(params: Params) -> Params:
     Returns:
       A list of `{"w": [fan_in, fan_out], ...}`.
 
+    Raises:
+      ValueError: no layers, or an ensemble of networks: `jax.vmap(unstack)` unstacks the layers of each.
+
     Example:
       >>> params = init(jax.random.key(0), [3, 4, 4, 4, 4, 2])
       >>> len(unstack(stack(params)))
       5
     """
+    _check_stackable("unstack", params)
     layers = []
     for p in params:
         layers += [p] if p["w"].ndim == 2 else [jax.tree.map(lambda a, i=i: a[i], p) for i in range(len(p["w"]))]
@@ -333,6 +352,10 @@ class _Resolved(NamedTuple):
 
 def _apply(net: _Network, params, state, x, activation, final_activation, flatten, head):
     _check_layers(net, params, state, x, flatten)
+    if not 0 <= net.rate <= 1:
+        raise ValueError(f"{net.where}: dropout_rate must be in [0, 1], got {net.rate}")
+    if net.key is not _MISSING and net.key is not None:
+        _check.key(net.where, net.key)
     if net.rate and net.key is _MISSING:
         raise TypeError(
             f"{net.where}: dropout_rate {net.rate} needs key: a random key in training, or None to drop nothing"
@@ -374,6 +397,12 @@ def _hidden(net: _Network, p, state, x, activation: _Resolved, layer):
         else:
             z = getattr(net.ops, net.norm)(z, *leaves)
         y = activation.function(z, **activation.options)
+    if y.shape != (*x.shape[:-1], p["w"].shape[-1]):
+        expected = [*x.shape[:-1], p["w"].shape[-1]]
+        raise ValueError(f"{net.where}: a hidden activation must keep the shape {expected}, got {list(y.shape)}")
+    y = y.astype(
+        x.dtype if net.compute_dtype is None else net.compute_dtype
+    )  # whatever a function of the caller's gave
     if net.rate and net.key is not None:
         y = net.ops.dropout(y, rate=net.rate, key=jax.random.fold_in(net.key, layer))
     if net.residual and x.shape[-1] == y.shape[-1]:
@@ -400,17 +429,27 @@ def _affine_then(net: _Network, activation: _Resolved, x, w, b, **options):
 
 
 def _products(net: _Network) -> dict:
-    if net.compute_dtype is None:
-        return {}
-    return {"compute_dtype": jnp.dtype(net.compute_dtype).name, "round_cotangent": net.round_cotangent}
+    """The options of every product; the defaults are left out, which a namespace of one's own need not know."""
+    options = {} if net.compute_dtype is None else {"compute_dtype": jnp.dtype(net.compute_dtype).name}
+    return options if net.round_cotangent else options | {"round_cotangent": False}
 
 
 def _likeness(p):
     return {name: (leaf.shape, leaf.dtype) for name, leaf in p.items()}
 
 
+def _check_stackable(where: str, params) -> None:
+    if not isinstance(params, list | tuple) or not params or not all(isinstance(p, dict) and "w" in p for p in params):
+        raise ValueError(f"{where}: params as from init expected, a list of dicts with w and b, got {params!r:.80}")
+    if jnp.ndim(params[-1]["w"]) != 2:
+        raise ValueError(
+            f"{where}: the last layer's w must be [fan_in, fan_out], got {list(jnp.shape(params[-1]['w']))}; "
+            f"for an ensemble of networks take jax.vmap({where})"
+        )
+
+
 def _norm_leaves(where: str, norm: str | None) -> tuple[str, ...]:
-    if norm is not None and norm not in NORMS:
+    if norm is not None and (not isinstance(norm, str) or norm not in NORMS):
         raise ValueError(f"{where}: unknown norm {norm!r}; known are {', '.join(NORMS)}")
     return NORMS[norm] if norm else ()
 
@@ -446,6 +485,8 @@ def _resolve(net: _Network, activation: Activation) -> _Resolved:
         return _Resolved(activation, None, {})  # type: ignore[arg-type]
     if name not in ACTIVATIONS:
         raise ValueError(f"{net.where}: unknown activation {activation!r}; known are {', '.join(ACTIVATIONS)}")
+    for option in options.keys() - inspect.signature(getattr(hand_written, name)).parameters.keys():
+        raise ValueError(f"{net.where}: {name} has no option {option!r}")
     return _Resolved(getattr(net.ops, name), name, options)
 
 
@@ -456,8 +497,8 @@ def _identity(x):
 def _check_layers(net: _Network, params, state, x, flatten: bool) -> None:
     where = net.where
     _check.floating(where, x=x)
-    if not params:
-        raise ValueError(f"{where}: params must hold at least one layer, got none")
+    if not isinstance(params, list | tuple) or not params:
+        raise ValueError(f"{where}: params must be a list of at least one layer, got {params!r:.80}")
     if jnp.ndim(x) < 1:
         raise ValueError(f"{where}: x must be [..., fan_in], got a scalar")
     leaves = _norm_leaves(where, net.norm)
@@ -465,13 +506,15 @@ def _check_layers(net: _Network, params, state, x, flatten: bool) -> None:
     width = math.prod(shape[1:]) if flatten else shape[-1]
     came = f"x {list(shape)}"
     for layer, p in enumerate(params):
-        here, hidden = f"{where}, layer {layer}", layer < len(params) - 1
+        # An entry is a layer, unless one before it is a stack: then it is not the layer of that number.
+        stacks = any(jnp.ndim(q["w"]) == 3 for q in params[:layer])
+        here, hidden = f"{where}, {'entry' if stacks else 'layer'} {layer}", layer < len(params) - 1
         if not isinstance(p, dict) or not {"w", "b"} <= p.keys():
             raise TypeError(f"{here}: a dict of w and b expected, got {p!r:.80}")
         _check.array(here, **p)
         w, b = jnp.shape(p["w"]), jnp.shape(p["b"])
         stacked = len(w) == 3 and hidden
-        if stacked and (w[1:] != (width, width) or b != (w[0], width)):
+        if stacked and (w[0] < 1 or w[1:] != (width, width) or b != (w[0], width)):
             raise ValueError(
                 f"{here}: stacked w [layers, {width}, {width}] and b [layers, {width}] expected to follow {came}, "
                 f"got w {list(w)} and b {list(b)}"
@@ -482,13 +525,15 @@ def _check_layers(net: _Network, params, state, x, flatten: bool) -> None:
                 f"got w {list(w)} and b {list(b)}"
             )
         _check.operands(here, net.compute_dtype, x=x, w=p["w"], b=p["b"])
-        for name in ("scale", "offset") if hidden else ():
-            if name in leaves and name not in p:
-                raise ValueError(f"{here}: {net.norm} needs a {name}; init(..., norm={net.norm!r}) makes it")
-            if name in p and name not in leaves:
-                raise ValueError(f"{here}: the params have a {name}, which norm={net.norm!r} does not use")
-            if name in p and jnp.shape(p[name]) != b:
+        used = ("w", "b", *leaves) if hidden else ("w", "b")
+        for name in used:
+            if name not in p:
+                raise ValueError(f"{here}: {net.norm} needs the leaf {name!r}; init(..., norm={net.norm!r}) makes it")
+            if name != "w" and jnp.shape(p[name]) != b:
                 raise ValueError(f"{here}: {name} {list(b)} expected, got {list(jnp.shape(p[name]))}")
+        for name in p.keys() - set(used):
+            raise ValueError(f"{here}: the params have a leaf {name!r}, which is not used with norm={net.norm!r}")
+        _check.one_dtype(here, **{name: p[name] for name in used})
         if hidden and net.norm == "batch_norm":
             _check_state(here, state[layer], b)
         width, came = w[-1], f"layer {layer}'s w {list(w)}"

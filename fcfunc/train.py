@@ -55,7 +55,7 @@ def init_state(
       params: the initial parameters. They are copied: the steps donate the state's buffers, never the caller's.
       optimizer: any optax optimiser, e.g. `optax.sgd(0.1)`.
       key: a random key, from which the order of the examples and the keys of `loss_fn` are drawn.
-      model_state: what the loss carries besides the parameters, e.g. `fcfunc.mlp.init_batch_norm_state(params)`.
+      model_state: what the loss carries besides the parameters, e.g. `fcfunc.init_batch_norm_state(params)`.
 
     Returns:
       A `TrainState` at step 0.

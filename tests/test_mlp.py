@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 import fcfunc
 from fcfunc import mlp, ops, reference
@@ -155,11 +156,15 @@ def test_a_partial_of_an_operation_counts_as_its_name_and_is_switched_with_it(pa
 
 def test_params_of_a_norm_and_the_norm_go_together(x):
     with_norm, without = (fcfunc.init(jax.random.key(0), [6, 5, 3], norm=norm) for norm in ("layer_norm", None))
-    with pytest.raises(ValueError, match=r"layer 0: layer_norm needs a scale; init\(..., norm='layer_norm'\) makes it"):
+    with pytest.raises(
+        ValueError, match=r"layer 0: layer_norm needs the leaf 'scale'; init\(..., norm='layer_norm'\) makes it"
+    ):
         fcfunc.apply(without, x, norm="layer_norm")
-    with pytest.raises(ValueError, match="layer 0: the params have a scale, which norm=None does not use"):
+    with pytest.raises(ValueError, match="layer 0: the params have a leaf .*, which is not used with norm=None"):
         fcfunc.apply(with_norm, x)
-    with pytest.raises(ValueError, match="layer 0: the params have a offset, which norm='rms_norm' does not use"):
+    with pytest.raises(
+        ValueError, match="layer 0: the params have a leaf 'offset', which is not used with norm='rms_norm'"
+    ):
         fcfunc.apply(with_norm, x, norm="rms_norm")
     with pytest.raises(ValueError, match="unknown norm 'group'; known are batch_norm, layer_norm, rms_norm"):
         fcfunc.init(jax.random.key(0), [6, 5, 3], norm="group")
@@ -220,7 +225,7 @@ def test_wrong_activations_are_refused(kwargs, message, params, x):
 
 @pytest.mark.parametrize("bad", [jnp.ones((7, 6), jnp.int32), jnp.ones((7, 6), jnp.bfloat16)])
 def test_another_dtype_of_x_is_refused(bad, params):
-    with pytest.raises(TypeError, match="apply"):
+    with pytest.raises(TypeError, match=rf"apply.*{bad.dtype}\[7,6\]"):
         fcfunc.apply(params, bad)
 
 
@@ -229,3 +234,123 @@ def test_no_layers_and_scalars_are_refused(params):
         fcfunc.apply([], jnp.ones((2, 3)))
     with pytest.raises(ValueError, match="got a scalar"):
         fcfunc.apply(params, jnp.float32(1))
+
+
+def options_of(norm, residual, dropout, compute_dtype):
+    options = {"residual": residual, "compute_dtype": compute_dtype, "activation": "gelu"}
+    return options | ({"dropout_rate": 0.3, "key": jax.random.key(5)} if dropout else {})
+
+
+@pytest.mark.parametrize("compute_dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("norm", [None, "layer_norm", "rms_norm", "batch_norm"])
+@pytest.mark.parametrize(("residual", "dropout", "stacked"), [(False, True, True), (True, False, False)])
+def test_rules_and_twins_agree_on_every_kind_of_network(norm, residual, dropout, compute_dtype, stacked):
+    params = fcfunc.init(jax.random.key(0), [6, 6, 6, 6, 3], norm=norm)
+    params = mlp.stack(params) if stacked else params
+    x = jax.random.normal(jax.random.key(1), (16, 3, 2))
+    options = options_of(norm, residual, dropout, compute_dtype) | {"flatten": True}
+
+    def outputs(params, ops):
+        if norm == "batch_norm":
+            state = fcfunc.init_batch_norm_state(params)
+            return fcfunc.apply_batch_norm(params, state, x, training=True, decay=0.7, ops=ops, **options)
+        return fcfunc.apply(params, x, norm=norm, ops=ops, **options), ()
+
+    def loss(params, ops):
+        out, state = outputs(params, ops)
+        return jnp.sum(out**2), state
+
+    gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+    tolerance = 1e-4 if compute_dtype is None else 5e-2
+    # All together: the gradient of a bias before a batch norm is 0, and what is left of it is rounding.
+    for ours, theirs in zip(gradient(params, ops), gradient(params, reference), strict=True):
+        chex.assert_type(jax.tree.leaves(ours), jnp.float32)
+        ours, theirs = ravel_pytree(ours)[0], ravel_pytree(theirs)[0]
+        assert float(jnp.linalg.norm(ours - theirs)) <= tolerance * float(jnp.linalg.norm(theirs))
+    hidden = fcfunc.init(jax.random.key(0), [6, 6, 3], norm=norm)
+    jaxpr = str(jax.make_jaxpr(lambda p: outputs(p, ops)[0])(mlp.stack(hidden)))
+    assert ("bf16" in jaxpr) == (compute_dtype == "bfloat16")
+
+
+def test_batch_norm_in_evaluation_uses_the_running_statistics_and_decay_moves_them():
+    params = fcfunc.init(jax.random.key(0), [6, 5, 3], norm="batch_norm")
+    x = 3 + jax.random.normal(jax.random.key(1), (8, 6))
+    start = fcfunc.init_batch_norm_state(params)
+    z = x @ params[0]["w"]
+    _, moved = fcfunc.apply_batch_norm(params, start, x, training=True, decay=0.75)
+    np.testing.assert_allclose(moved[0]["mean"], 0.25 * z.mean(0), rtol=1e-4, atol=1e-5)
+    out, same = fcfunc.apply_batch_norm(params, moved, x, training=False)
+    chex.assert_trees_all_equal(same, moved)
+    normal = (z - moved[0]["mean"][None]) / jnp.sqrt(moved[0]["var"][None] + 1e-5)
+    np.testing.assert_allclose(out, jnp.maximum(normal, 0) @ params[1]["w"], rtol=1e-4, atol=1e-4)
+
+
+def test_rounding_of_cotangents_reaches_every_product():
+    params, x = fcfunc.init(jax.random.key(0), [6, 5, 3]), jnp.ones((4, 6))
+    programs = {
+        rounded: str(
+            jax.make_jaxpr(
+                jax.grad(lambda p, r=rounded: jnp.sum(fcfunc.apply(p, x, compute_dtype="bfloat16", round_cotangent=r)))
+            )(params)
+        )
+        for rounded in (True, False)
+    }
+    assert programs[True] != programs[False]
+
+
+def test_leaves_of_norms_and_statistics_have_the_dtypes_that_they_should():
+    params = fcfunc.init(jax.random.key(0), [6, 5, 3], norm="batch_norm", param_dtype=jnp.bfloat16)
+    chex.assert_type(jax.tree.leaves(params), jnp.bfloat16)
+    chex.assert_type(jax.tree.leaves(fcfunc.init_batch_norm_state(params)), jnp.float32)
+    one, two = fcfunc.init(jax.random.key(0), [4, 4, 4, 2])[:2]
+    mixed = [one, jax.tree.map(lambda a: a.astype(jnp.bfloat16), two), {"w": jnp.ones((4, 2)), "b": jnp.ones(2)}]
+    assert len(mlp.stack(mixed)) == 3  # layers of two dtypes are not alike
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_function_of_the_callers_keeps_the_dtype_and_must_keep_the_shape(stacked):
+    params = fcfunc.init(jax.random.key(0), [4, 4, 4, 2])
+    params, x = mlp.stack(params) if stacked else params, jnp.ones((3, 4))
+    dtypes = []
+
+    def widening(z):
+        dtypes.append(z.dtype)
+        return jnp.sin(z.astype(jnp.float32))
+
+    fcfunc.apply(params, x, activation=widening, compute_dtype="bfloat16")
+    assert set(dtypes) == {jnp.dtype(jnp.bfloat16)}
+    with pytest.raises(ValueError, match=r"a hidden activation must keep the shape \[3, 4\], got \[3, 2\]"):
+        fcfunc.apply(params, x, activation=lambda z: z[:, :2])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda p, x: fcfunc.apply(p, x, dropout_rate=1.5, key=None), ValueError, r"dropout_rate must be in \[0, 1\]"),
+        (lambda p, x: fcfunc.apply(p, x, dropout_rate=0.5, key=0), TypeError, "apply: key must be one random key"),
+        (lambda p, x: fcfunc.apply(p, x, compute_dtype="bf16"), TypeError, "compute_dtype must be bfloat16 .*'bf16'"),
+        (lambda p, x: fcfunc.apply(None, x), ValueError, "params must be a list of at least one layer, got None"),
+        (lambda p, x: fcfunc.apply(p, x, norm=["layer_norm"]), ValueError, r"unknown norm \['layer_norm'\]"),
+        (lambda p, x: fcfunc.apply([p[0] | {"gamma": x}, *p[1:]], x), ValueError, "a leaf 'gamma', which is not used"),
+        (
+            lambda p, x: fcfunc.apply(p, x, activation=functools.partial(ops.elu, **{"beta": 3})),
+            ValueError,
+            "elu has no option 'beta'",
+        ),
+        (lambda p, x: fcfunc.apply_batch_norm(p, None, x, training=True), ValueError, "2 states expected.*got None"),
+        (lambda p, x: mlp.stack([]), ValueError, r"stack: params as from init expected.*got \[\]"),
+        (lambda p, x: mlp.unstack(jax.tree.map(lambda a: a[None], p)), ValueError, r"take jax.vmap\(unstack\)"),
+        (lambda p, x: mlp.stack(jax.tree.map(lambda a: a[None], p)), ValueError, r"take jax.vmap\(stack\)"),
+    ],
+)
+def test_mistakes_are_named(call, error, message, params, x):
+    with pytest.raises(error, match=message):
+        call(params, x)
+
+
+def test_scales_of_a_wrong_shape_or_dtype_name_their_layer(x):
+    params = fcfunc.init(jax.random.key(0), [6, 5, 3], norm="layer_norm")
+    with pytest.raises(ValueError, match=r"layer 0: scale \[5\] expected, got \[4\]"):
+        fcfunc.apply([params[0] | {"scale": jnp.ones(4)}, params[1]], x, norm="layer_norm")
+    with pytest.raises(TypeError, match="layer 0: one dtype expected for all of w, b, scale, offset"):
+        fcfunc.apply([params[0] | {"scale": jnp.ones(5, jnp.bfloat16)}, params[1]], x, norm="layer_norm")

@@ -326,7 +326,7 @@ def batch_norm_run():
     params = fcfunc.init(jax.random.key(0), [3, 8, 8, 1], norm="batch_norm")
     data = (2 + jax.random.normal(jax.random.key(1), (40, 3)), jnp.arange(40.0) / 40)
     optimizer = optax.sgd(0.05)
-    state = train.init_state(params, optimizer, jax.random.key(2), model_state=fcfunc.mlp.init_batch_norm_state(params))
+    state = train.init_state(params, optimizer, jax.random.key(2), model_state=fcfunc.init_batch_norm_state(params))
     return optimizer, state, data
 
 
