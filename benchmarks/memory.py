@@ -182,8 +182,8 @@ keeps what it likes, and merges a pre-activation that is computed again with the
 
 {table_of_networks()}
 
-What options of `apply` add. XLA's CPU backend widens the operands of some bfloat16 products into arrays of their own; what is
-kept between the passes is half as large, which shows where the hardware multiplies bfloat16.
+What options of `apply` add. XLA's CPU backend widens the operands of some bfloat16 products into arrays of their own;
+what is kept between the passes is half as large, which shows where the hardware multiplies bfloat16.
 
 {table_of_options()}
 

@@ -127,6 +127,38 @@ def key(where: str, key) -> None:
         raise TypeError(f"{where}: key must be one random key, as from jax.random.key(0), {came}")
 
 
+def number(where: str, **numbers) -> float:
+    """The one given as a Python float: any other kind of scalar would take part in the dtype of a result.
+
+    TypeError where it is not a real number that is known while tracing.
+    """
+    ((name, value),) = numbers.items()
+    try:
+        return float(value)
+    except (TypeError, ValueError, jax.errors.ConcretizationTypeError):
+        raise TypeError(f"{where}: {name} must be a number that is known while tracing, got {value!r:.80}") from None
+
+
+def ignored_label(where: str, ignore_index) -> None:
+    """TypeError or ValueError where `ignore_index` is neither None nor an integer that a label can be."""
+    if ignore_index is None:
+        return
+    if not isinstance(ignore_index, int | np.integer) or isinstance(ignore_index, bool):
+        raise TypeError(f"{where}: ignore_index must be an integer or None, got {ignore_index!r:.80}")
+    if not -(2**31) <= ignore_index < 2**31:
+        raise ValueError(f"{where}: ignore_index must fit into 32 bits, got {ignore_index}")
+
+
+def output(where: str, out_dtype) -> None:
+    """TypeError where `out_dtype` is neither None nor one of the floating-point dtypes."""
+    try:
+        known = out_dtype is None or jnp.dtype(out_dtype).name in FLOATS
+    except TypeError:
+        known = False
+    if not known:
+        raise TypeError(f"{where}: out_dtype must be of {', '.join(FLOATS)}, got {out_dtype!r:.80}")
+
+
 def positive(where: str, **numbers) -> None:
     """ValueError where a number that counts something is not an integer of at least 1."""
     for name, n in numbers.items():

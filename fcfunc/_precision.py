@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 def accumulator(dtype) -> jnp.dtype:
     """The dtype of sums and products over arrays of `dtype`: float32, or float64 for float64."""
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
 
 
 def wide(x: jax.Array) -> jax.Array:

@@ -1,5 +1,7 @@
 """Rows of scores and their labels: which score is the label's, which rows count, and sums that do not overflow."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -34,6 +36,17 @@ def counts(labels, *, ignore_index=None, where=None):
     return counted if ignore_index is None else counted & (_index(labels) != ignore_index)
 
 
+def masked(x, labels=None, *, ignore_index=None, where=None):
+    """`x` with 0 in the rows that do not count, before a rule sees them.
+
+    The rule gives those rows the cotangent 0, but 0 · NaN is not 0: in the second derivative, and in `dw = xᵀ dz`.
+    """
+    counted: Any = where if labels is None else counts(labels, ignore_index=ignore_index, where=where)
+    if where is None and ignore_index is None:
+        return x
+    return jnp.where(counted if counted.ndim == x.ndim else jnp.expand_dims(counted, -1), x, 0)
+
+
 def each_score(row, like):
     """A number per row, for each of the row's scores."""
     return jnp.broadcast_to(jnp.expand_dims(row, -1), like.shape)
@@ -45,7 +58,8 @@ def pick(values, labels, start=0):
     It is gathered, but on an Explicit mesh, where JAX has no such gather; there the others are masked and summed, which
     XLA's CPU backend would do in two passes over memory.
     """
-    index, size = _index(labels) - start, values.shape[-1]
+    index, size = _index(labels), values.shape[-1]
+    index = index - jnp.asarray(start, index.dtype)
     if not size or _compat.explicit_sharding(values) is not None or _compat.explicit_sharding(labels) is not None:
         values = jnp.broadcast_to(wide(values), (*labels.shape, size))
         return jnp.sum(jnp.where(hit(values, labels, start), values, 0), axis=-1)
@@ -72,6 +86,9 @@ def minus_targets(p, hits, own_weight, class_weights, smoothing, classes, part=N
     """`p Σ u t − u t` for the targets of labels; of a part of the classes, where `part` is their weights."""
     if class_weights is None and not smoothing:
         return jnp.where(hits, p - 1, p)
+    if not smoothing:  # as below, but a weight of a class that is not the row's plays no part, not even a NaN
+        own: Any = class_weights if part is None else part
+        return p * each_score(own_weight, p) - jnp.where(hits, jnp.broadcast_to(own.astype(p.dtype), p.shape), 0)
     spread = smoothing / max(classes, 1)
     all_weights = classes if class_weights is None else jnp.sum(class_weights.astype(p.dtype))
     total = each_score((1 - smoothing) * own_weight + spread * all_weights, p)
@@ -101,4 +118,6 @@ def surprise(logits, row_max, log_sum):
 
 def _index(labels):
     """Labels in at least 32 bits with a sign: `arange(200)` in int8 would wrap and hit the wrong class."""
+    if labels.dtype == jnp.uint32:
+        labels = jnp.minimum(labels, jnp.iinfo(jnp.int32).max)
     return labels.astype(jnp.int64 if labels.dtype.itemsize > 4 else jnp.int32)

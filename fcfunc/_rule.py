@@ -38,12 +38,12 @@ def rule(fwd: Callable, bwd: Callable) -> Callable:
     joined.defvjp(joined_fwd, joined_bwd)
 
     def call(*args, **options):
-        return joined(tuple(sorted(options.items())), *_compat.vary_alike(jax.tree.map(_as_array, args)))
+        return joined(tuple(sorted(options.items())), *_compat.vary_alike(jax.tree.map(as_array, args)))
 
     return call
 
 
-def _as_array(leaf):
+def as_array(leaf):
     """As `jnp.asarray`, but a NumPy integer too large for JAX's own becomes the largest one, not another number.
 
     Without x64 JAX keeps the lower 32 bits: the label 2**32 would silently be class 0.

@@ -215,20 +215,21 @@ def leaky_relu(x: jax.Array, *, negative_slope: float = 0.01) -> jax.Array:
       >>> leaky_relu(jnp.array([-1., 0., 2.]))
       Array([-0.01,  0.  ,  2.  ], dtype=float32)
     """
-    return _leaky_relu(x, negative_slope=negative_slope)
+    return _leaky_relu(x, negative_slope=_check.number("leaky_relu", negative_slope=negative_slope))
 
 
 def leaky_relu_fwd(x, *, negative_slope=0.01):
     """`(out, residuals)` of `leaky_relu`."""
     _check.floating("leaky_relu", x=x)
-    dead = x <= 0
-    return jnp.where(dead, negative_slope * x, x), dead
+    dead, z = x <= 0, wide(x)
+    below = negative_slope * z if negative_slope else 0  # 0 · -inf is no number
+    return jnp.where(dead, below, z).astype(x.dtype), dead
 
 
 def leaky_relu_bwd(dead, g, *, negative_slope=0.01):
     """Cotangent `(dx,)` of `leaky_relu`."""
     # dx = g where x > 0, else s g
-    return (jnp.where(dead, negative_slope * g, g),)
+    return (jnp.where(dead, negative_slope * wide(g), wide(g)).astype(g.dtype),)
 
 
 _leaky_relu = rule(leaky_relu_fwd, leaky_relu_bwd)
@@ -256,7 +257,7 @@ def elu(x: jax.Array, *, alpha: float = 1.0) -> jax.Array:
       >>> elu(jnp.array([-jnp.inf, 0., 2.]))
       Array([-1.,  0.,  2.], dtype=float32)
     """
-    return _elu(x, alpha=alpha)
+    return _elu(x, alpha=_check.number("elu", alpha=alpha))
 
 
 def elu_fwd(x, *, alpha=1.0):
@@ -340,6 +341,8 @@ def gelu(x: jax.Array, *, approximate: bool = True) -> jax.Array:
       >>> gelu(jnp.array([-jnp.inf, 0., 100.]))
       Array([ -0.,   0., 100.], dtype=float32)
     """
+    if not isinstance(approximate, bool):
+        raise TypeError(f"gelu: approximate must be True or False, got {approximate!r}")
     return _gelu(x, approximate=approximate)
 
 

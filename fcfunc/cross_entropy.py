@@ -6,17 +6,19 @@ and gradient 0, whatever stands in it. `weights` multiply the losses of rows, `c
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fcfunc import _check
+from fcfunc import _check, _compat
 from fcfunc._precision import wide
 from fcfunc._rows import (
     each_score,
     hit,
     label_targets,
     log_sum_exp,
+    masked,
     minus_targets,
     pick,
     settle,
@@ -24,7 +26,7 @@ from fcfunc._rows import (
     times_class,
     weighted,
 )
-from fcfunc._rule import rule
+from fcfunc._rule import as_array, rule
 
 __all__ = [
     "sigmoid_binary_cross_entropy",
@@ -79,6 +81,12 @@ def softmax_cross_entropy_with_integer_labels(
       >>> softmax_cross_entropy_with_integer_labels(jnp.array([[0., 0.], [0., 0.]]), jnp.array([1, 2]))
       Array([0.6931472,       nan], dtype=float32)
     """
+    name = "softmax_cross_entropy_with_integer_labels"
+    label_smoothing = _check.number(name, label_smoothing=label_smoothing)
+    _check.ignored_label(name, ignore_index)
+    _check_labelled(name, logits, labels, where, weights, class_weights, label_smoothing)
+    logits, (labels, where, weights), class_weights = _laid(logits, (labels, where, weights), class_weights)
+    logits = masked(logits, labels, ignore_index=ignore_index, where=where)
     return _softmax_cross_entropy_with_integer_labels(
         logits, labels, where, weights, class_weights, label_smoothing=label_smoothing, ignore_index=ignore_index
     )
@@ -89,10 +97,7 @@ def softmax_cross_entropy_with_integer_labels_fwd(
 ):
     """`(loss, residuals)` of `softmax_cross_entropy_with_integer_labels`."""
     name = "softmax_cross_entropy_with_integer_labels"
-    _check.floating(name, logits=logits)
-    _check.labels(name, labels, scores=logits)
-    _check.counting(name, labels.shape, where, weights, label_smoothing)
-    _check.class_weights(name, class_weights, logits.shape[-1])
+    _check_labelled(name, logits, labels, where, weights, class_weights, label_smoothing)
     classes = logits.shape[-1]
     shifted, row_max, log_sum = log_sum_exp(logits)
     own_weight = jnp.ones_like(log_sum) if class_weights is None else pick(class_weights, labels)
@@ -169,16 +174,17 @@ def softmax_cross_entropy(
       >>> softmax_cross_entropy(jnp.array([[0., 0.]]), jnp.array([[0.5, 0.5]]))
       Array([0.6931472], dtype=float32)
     """
+    label_smoothing = _check.number("softmax_cross_entropy", label_smoothing=label_smoothing)
+    _check_distribution(logits, targets, where, weights, class_weights, label_smoothing)
+    logits, (where, weights), class_weights = _laid(logits, (where, weights), class_weights)
+    targets = _compat.laid_like(as_array(targets), logits)
+    logits, targets = masked(logits, where=where), masked(targets, where=where)
     return _softmax_cross_entropy(logits, targets, where, weights, class_weights, label_smoothing=label_smoothing)
 
 
 def softmax_cross_entropy_fwd(logits, targets, where=None, weights=None, class_weights=None, *, label_smoothing=0.0):
     """`(loss, residuals)` of `softmax_cross_entropy`."""
-    _check.floating("softmax_cross_entropy", logits=logits, targets=targets)
-    _check.one_shape("softmax_cross_entropy", logits=logits, targets=targets)
-    _check.axis("softmax_cross_entropy", -1, logits=logits)
-    _check.counting("softmax_cross_entropy", logits.shape[:-1], where, weights, label_smoothing)
-    _check.class_weights("softmax_cross_entropy", class_weights, logits.shape[-1])
+    _check_distribution(logits, targets, where, weights, class_weights, label_smoothing)
     shifted, row_max, log_sum = log_sum_exp(logits)
     smoothed = times_class(_smoothed(wide(targets), label_smoothing, logits.shape[-1]), class_weights)
     loss = _scaled(jnp.sum(weighted(smoothed, jnp.expand_dims(log_sum, -1) - shifted), axis=-1), weights)
@@ -196,7 +202,8 @@ def softmax_cross_entropy_bwd(residuals, g, *, label_smoothing=0.0):
     total = jnp.sum(weighted_targets, axis=-1, keepdims=True)
     dlogits = each_score(gr, logits) * (jnp.exp(-surprises) * total - weighted_targets)
     # dt = g r (1 − ε) u (−log p)
-    dtargets = each_score(gr, logits) * times_class((1 - label_smoothing) * surprises, class_weights)
+    u = times_class(each_score(gr, surprises), class_weights)
+    dtargets = (1 - label_smoothing) * weighted(u, surprises)
     # dr = g Σ u t (−log p), du = Σ g r t (−log p) over the rows
     dweights = dclass_weights = None
     if weights is not None:
@@ -248,6 +255,11 @@ def sigmoid_binary_cross_entropy(
       >>> sigmoid_binary_cross_entropy(jnp.array([0., 1e30]), jnp.array([1., 1.]))
       Array([0.6931472, 0.       ], dtype=float32)
     """
+    label_smoothing = _check.number("sigmoid_binary_cross_entropy", label_smoothing=label_smoothing)
+    _check_binary(logits, targets, where, weights, positive_weights, label_smoothing)
+    logits, _, positive_weights = _laid(logits, (), positive_weights)
+    _, (targets, where, weights), _ = _laid(logits, (targets, where, weights), None, axes=logits.ndim)
+    logits, targets = masked(logits, where=where), masked(targets, where=where)
     return _sigmoid_binary_cross_entropy(
         logits, targets, where, weights, positive_weights, label_smoothing=label_smoothing
     )
@@ -257,13 +269,7 @@ def sigmoid_binary_cross_entropy_fwd(
     logits, targets, where=None, weights=None, positive_weights=None, *, label_smoothing=0.0
 ):
     """`(loss, residuals)` of `sigmoid_binary_cross_entropy`."""
-    name = "sigmoid_binary_cross_entropy"
-    _check.floating(name, logits=logits, targets=targets)
-    _check.one_shape(name, logits=logits, targets=targets)
-    _check.counting(name, logits.shape, where, weights, label_smoothing)
-    if positive_weights is not None:
-        _check.axis(name, -1, logits=logits)
-        _check.class_weights(name, positive_weights, logits.shape[-1], name="positive_weights")
+    _check_binary(logits, targets, where, weights, positive_weights, label_smoothing)
     loss = _binary(wide(logits), wide(targets), positive_weights, label_smoothing)
     return _masked(_scaled(loss, weights), where), (logits, targets, where, weights, positive_weights)
 
@@ -291,18 +297,52 @@ def sigmoid_binary_cross_entropy_bwd(residuals, g, *, label_smoothing=0.0):
 _sigmoid_binary_cross_entropy = rule(sigmoid_binary_cross_entropy_fwd, sigmoid_binary_cross_entropy_bwd)
 
 
+def _check_labelled(name, logits, labels, where, weights, class_weights, label_smoothing):
+    _check.floating(name, logits=logits)
+    _check.labels(name, labels, scores=logits)
+    _check.counting(name, jnp.shape(labels), where, weights, label_smoothing)
+    _check.class_weights(name, class_weights, jnp.shape(logits)[-1])
+
+
+def _check_distribution(logits, targets, where, weights, class_weights, label_smoothing):
+    name = "softmax_cross_entropy"
+    _check.floating(name, logits=logits, targets=targets)
+    _check.one_shape(name, logits=logits, targets=targets)
+    _check.axis(name, -1, logits=logits)
+    _check.counting(name, jnp.shape(logits)[:-1], where, weights, label_smoothing)
+    _check.class_weights(name, class_weights, jnp.shape(logits)[-1])
+
+
+def _check_binary(logits, targets, where, weights, positive_weights, label_smoothing):
+    name = "sigmoid_binary_cross_entropy"
+    _check.floating(name, logits=logits, targets=targets)
+    _check.one_shape(name, logits=logits, targets=targets)
+    _check.counting(name, jnp.shape(logits), where, weights, label_smoothing)
+    if positive_weights is not None:
+        _check.axis(name, -1, logits=logits)
+        _check.class_weights(name, positive_weights, jnp.shape(logits)[-1], name="positive_weights")
+
+
+def _laid(logits, of_rows, of_classes, axes=None) -> Any:
+    """Arrays, those with a number per row (the first `axes`) laid as rows, those with one per class as classes."""
+    logits = as_array(logits)
+    rows = tuple(range(logits.ndim - 1 if axes is None else axes))
+    of_rows = tuple(None if a is None else _compat.laid_along(as_array(a), logits, rows) for a in of_rows)
+    return logits, of_rows, None if of_classes is None else _compat.laid_along(as_array(of_classes), logits, (-1,))
+
+
 def _smoothed(targets, smoothing, classes):
     return (1 - smoothing) * targets + smoothing / max(classes, 1) if smoothing else targets
 
 
 def _binary(z, targets, positive_weights, smoothing):
     t = _smoothed(targets, smoothing, 2)
-    positive = times_class(weighted(t, jax.nn.softplus(-z)), positive_weights)
+    positive = weighted(times_class(t, positive_weights), jax.nn.softplus(-z))
     return positive + weighted(1 - t, jax.nn.softplus(z))
 
 
 def _scaled(value, weights):
-    return value if weights is None else value * weights.astype(value.dtype)
+    return value if weights is None else weighted(weights.astype(value.dtype), value)
 
 
 def _masked(value, where):

@@ -6,6 +6,7 @@ time, in the forward pass and again in the backward pass, which costs a fourth p
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,10 @@ import jax.numpy as jnp
 from fcfunc import _check, _compat
 from fcfunc._precision import accumulator
 from fcfunc._rows import (
-    counts,
     each_score,
     hit,
     label_targets,
+    masked,
     minus_targets,
     pick,
     settle,
@@ -24,7 +25,7 @@ from fcfunc._rows import (
     times_class,
     weighted,
 )
-from fcfunc._rule import rule
+from fcfunc._rule import as_array, rule
 from fcfunc.cross_entropy import softmax_cross_entropy_with_integer_labels
 from fcfunc.ops import affine
 
@@ -91,13 +92,21 @@ def linear_softmax_cross_entropy(
       >>> linear_softmax_cross_entropy(x, w, b, jnp.array([4]), chunk_size=2)
       Array([1.609438], dtype=float32)
     """
+    label_smoothing = _check.number("linear_softmax_cross_entropy", label_smoothing=label_smoothing)
+    _check.ignored_label("linear_softmax_cross_entropy", ignore_index)
     operands = _checked(x, w, b, labels, where, weights, class_weights, label_smoothing, compute_dtype)
     options = {"label_smoothing": label_smoothing, "ignore_index": ignore_index}
     products = {"compute_dtype": compute_dtype, "round_cotangent": round_cotangent}
-    if where is not None or ignore_index is not None:
-        # The cotangent of a row that does not count is 0, but 0 · NaN in dw = xᵀ dz is not.
-        counted = counts(jnp.asarray(labels), ignore_index=ignore_index, where=where)
-        x = jnp.where(jnp.expand_dims(counted, -1), x, 0)
+    x, w, b = as_array(x), as_array(w), as_array(b)
+    rows_of_x = tuple(range(x.ndim - 1))
+    given: list[Any] = [None if a is None else as_array(a) for a in (labels, where, weights)]
+    labels, where, weights = (_compat.laid_along(a, x, rows_of_x) for a in given)
+    x = masked(x, labels, ignore_index=ignore_index, where=where)
+    if chunk_size is not None and _classes_sharded(w):
+        raise ValueError(
+            "linear_softmax_cross_entropy: classes that lie on several devices are not taken by chunks; "
+            "leave chunk_size at None, and each device holds the logits of its own"
+        )
     if chunk_size is None:
         rows, classes = math.prod(jnp.shape(x)[:-1]), jnp.shape(w)[-1]
         if rows * classes <= DENSE_ELEMENTS or _classes_sharded(w):
@@ -151,7 +160,7 @@ def linear_softmax_cross_entropy_fwd(
             all_weight = all_weight + jnp.sum(u_chunk, axis=-1)
         return new_max, total, own, own_weight, all_own, all_weight
 
-    zeros = jnp.zeros(labels.shape, accumulator(operands))
+    zeros = _compat.laid_along(jnp.zeros(labels.shape, accumulator(operands)), x, tuple(range(x.ndim - 1)))
     own_weight = zeros + 1 if class_weights is None else zeros
     sums, _ = _compat.vary_alike(((zeros - jnp.inf, zeros, zeros, own_weight, zeros, zeros), x))
     row_max, total, own, own_weight, all_own, all_weight = _over_chunks(take, sums, classes, chunk_size)
@@ -163,7 +172,7 @@ def linear_softmax_cross_entropy_fwd(
         surprise_of_row = (1 - label_smoothing) * surprise_of_row + spread * (all_weight * log_sum + all_own)
     settled = functools.partial(settle, labels=labels, classes=classes, ignore_index=ignore_index, where=where)
     surprise_of_row = settled(surprise_of_row)
-    loss = surprise_of_row if weights is None else settled(surprise_of_row * weights.astype(zeros.dtype))
+    loss = surprise_of_row if weights is None else settled(weighted(weights.astype(zeros.dtype), surprise_of_row))
     return loss, (x, w, b, labels, where, weights, class_weights, row_max, log_sum, own_weight, surprise_of_row)
 
 

@@ -61,7 +61,7 @@ def mean(loss: jax.Array, *, over: jax.Array) -> jax.Array:
     """
     _check.floating("mean", loss=loss)
     _check.one_shape("mean", loss=loss, over=over)
-    total = jnp.sum(wide(loss))
+    total = jnp.sum(wide(jnp.asarray(loss)))
     count = jnp.sum(jnp.asarray(over).astype(total.dtype))
     return jnp.where(count == 0, 0, total / jnp.where(count == 0, 1, count))
 
@@ -131,6 +131,7 @@ def negative_log_likelihood(probs: jax.Array, labels: jax.Array, *, ignore_index
       >>> negative_log_likelihood(jnp.array([[0.25, 0.75]]), jnp.array([1]))
       Array([0.2876821], dtype=float32)
     """
+    _check.ignored_label("negative_log_likelihood", ignore_index)
     return _negative_log_likelihood(probs, labels, ignore_index=ignore_index)
 
 
@@ -177,7 +178,7 @@ def multiclass_svm(scores: jax.Array, labels: jax.Array, *, margin: float = 1.0)
       >>> multiclass_svm(jnp.array([[3., 2.5, 0.]]), jnp.array([0]))
       Array([0.5], dtype=float32)
     """
-    return _multiclass_svm(scores, labels, margin=margin)
+    return _multiclass_svm(scores, labels, margin=_check.number("multiclass_svm", margin=margin))
 
 
 def multiclass_svm_fwd(scores, labels, *, margin=1.0):

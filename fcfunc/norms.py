@@ -10,9 +10,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from fcfunc import _check
+from fcfunc import _check, _compat
 from fcfunc._precision import wide
-from fcfunc._rule import rule
+from fcfunc._rule import as_array, rule
 
 __all__ = [
     "batch_norm",
@@ -39,7 +39,7 @@ def layer_norm(x: jax.Array, scale: jax.Array, offset: jax.Array, *, eps: float 
       eps: added to the variance, in the square of the unit of `x`, above 0.
 
     Returns:
-      The shape and dtype of `x`. Saved for the backward pass: `x`, `scale` and two numbers per row.
+      The shape and dtype of `x`. Saved for the backward pass: `x`, `scale` and three numbers per row.
 
     Raises:
       TypeError: an argument is not of a floating-point dtype; `scale` and `offset` differ in dtype.
@@ -51,24 +51,26 @@ def layer_norm(x: jax.Array, scale: jax.Array, offset: jax.Array, *, eps: float 
       >>> layer_norm(jnp.array([[1., 3.]]), jnp.ones(2), jnp.zeros(2)).round(3)
       Array([[-1.,  1.]], dtype=float32)
     """
-    return _layer_norm(x, scale, offset, eps=eps)
+    scale, offset = (_compat.laid_along(as_array(a), as_array(x), (-1,)) for a in (scale, offset))
+    return _layer_norm(x, scale, offset, eps=_check.number("layer_norm", eps=eps))
 
 
 def layer_norm_fwd(x, scale, offset, *, eps=1e-5):
     """`(out, residuals)` of `layer_norm`."""
     _check_norm("layer_norm", x, eps, scale=scale, offset=offset)
     z = wide(x)
-    mean = jnp.mean(z, axis=-1, keepdims=True)
-    inverse = _inverse_root(jnp.mean((z - mean) ** 2, axis=-1, keepdims=True), eps)
-    out = _along((z - mean) * inverse, scale) + _broadcast(offset, z)
-    return out.astype(x.dtype), (x, scale, mean, inverse)
+    mean, rest = _mean(z, -1)
+    centred = (z - mean) - rest
+    inverse = _inverse_root(jnp.mean(centred**2, axis=-1, keepdims=True), eps)
+    out = _along(centred * inverse, scale) + _broadcast(offset, z)
+    return out.astype(x.dtype), (x, scale, mean, rest, inverse)
 
 
 def layer_norm_bwd(residuals, g):
     """Cotangents `(dx, dscale, doffset)` of `layer_norm`."""
-    x, scale, mean, inverse = residuals
+    x, scale, mean, rest, inverse = residuals
     wide_g = wide(g)
-    normal, rows = (wide(x) - mean) * inverse, tuple(range(x.ndim - 1))
+    normal, rows = ((wide(x) - mean) - rest) * inverse, tuple(range(x.ndim - 1))
     # dx = (ĝ − mean ĝ − x̂ mean(ĝ ∘ x̂)) / √(σ² + ε), ĝ = g ∘ s
     hat = _along(wide_g, scale)
     mean_hat = jnp.mean(hat, axis=-1, keepdims=True)
@@ -102,7 +104,8 @@ def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float = 1e-5) -> jax.Array:
       >>> rms_norm(jnp.array([[5., -5.]]), jnp.ones(2)).round(3)
       Array([[ 1., -1.]], dtype=float32)
     """
-    return _rms_norm(x, scale, eps=eps)
+    scale = _compat.laid_along(as_array(scale), as_array(x), (-1,))
+    return _rms_norm(x, scale, eps=_check.number("rms_norm", eps=eps))
 
 
 def rms_norm_fwd(x, scale, *, eps=1e-5):
@@ -156,7 +159,7 @@ def batch_norm(
       eps: added to the variance, in the square of the unit of `x`, above 0.
 
     Returns:
-      `(y, state)`: the shape and dtype of `x`, and the new state. Saved for the backward pass: `x`, `scale` and two
+      `(y, state)`: the shape and dtype of `x`, and the new state. Saved for the backward pass: `x`, `scale` and three
       numbers per feature. The state has gradients as well, through the batch's statistics.
 
     Raises:
@@ -172,13 +175,19 @@ def batch_norm(
       >>> state
       {'mean': Array([0.2], dtype=float32), 'var': Array([1.1], dtype=float32)}
     """
+    decay, eps = _check.number("batch_norm", decay=decay), _check.number("batch_norm", eps=eps)
     if not 0 <= decay <= 1:
         raise ValueError(f"batch_norm: decay must be in [0, 1], got {decay}")
     if not isinstance(state, dict) or state.keys() != {"mean", "var"}:
         raise TypeError(f"batch_norm: state must be a dict of mean and var, got {state!r:.80}")
     _check_norm("batch_norm", x, eps, scale=scale, offset=offset)
     _check_norm("batch_norm", x, eps, mean=state["mean"], var=state["var"])
-    mean, var = state["mean"], state["var"]
+    if any(jnp.result_type(a) in (jnp.bfloat16, jnp.float16) for a in state.values()):
+        raise TypeError(f"batch_norm: the state must be in at least float32, got {_check.describe(state['mean'])}")
+    x = as_array(x)
+    scale, offset, mean, var = (
+        _compat.laid_along(as_array(a), x, (-1,)) for a in (scale, offset, state["mean"], state["var"])
+    )
     if not training:
         z = wide(x)
         normal = _along(z - _broadcast(mean, z), _inverse_root(wide(var), eps))
@@ -198,21 +207,21 @@ def batch_norm_fwd(x, scale, offset, *, eps=1e-5):
             f"batch_norm: a training batch needs at least two rows to have a variance, got {list(x.shape)}"
         )
     z = wide(x)
-    mean = jnp.mean(z, axis=rows)
-    centred = z - _broadcast(mean, z)
+    mean, rest = (m.reshape(z.shape[-1:]) for m in _mean(z, rows))
+    centred = (z - _broadcast(mean, z)) - _broadcast(rest, z)
     var = jnp.mean(centred**2, axis=rows)
     inverse = _inverse_root(var, eps)
     out = _along(_along(centred, inverse), scale) + _broadcast(offset, z)
-    return (out.astype(x.dtype), mean, var), (x, scale, mean, inverse)
+    return (out.astype(x.dtype), mean + rest, var), (x, scale, mean, rest, inverse)
 
 
 def batch_norm_bwd(residuals, g):
     """Cotangents `(dx, dscale, doffset)` of `batch_norm` in training; `g` is that of `(out, mean, var)`."""
-    x, scale, mean, inverse = residuals
+    x, scale, mean, rest, inverse = residuals
     g_out, g_mean, g_var = g
     rows, count = tuple(range(x.ndim - 1)), math.prod(x.shape[:-1])
     wide_g = wide(g_out)
-    centred = wide(x) - _broadcast(mean, wide_g)
+    centred = (wide(x) - _broadcast(mean, wide_g)) - _broadcast(rest, wide_g)
     normal = _along(centred, inverse)
     # ds = Σ g ∘ x̂, do = Σ g, over the rows
     dscale, doffset = jnp.sum(wide_g * normal, axis=rows), jnp.sum(wide_g, axis=rows)
@@ -224,6 +233,12 @@ def batch_norm_bwd(residuals, g):
 
 
 _batch_norm = rule(batch_norm_fwd, batch_norm_bwd)
+
+
+def _mean(z, axes):
+    """The mean as two numbers, the second what its rounding left over: that would count as variance."""
+    mean = jnp.mean(z, axis=axes, keepdims=True)
+    return mean, jnp.mean(z - mean, axis=axes, keepdims=True)
 
 
 def _inverse_root(variance, eps):

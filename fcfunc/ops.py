@@ -11,6 +11,7 @@ Here are the layers and what acts on a row; `fcfunc.activations` and `fcfunc.nor
 found here by name as well, so that this module is the one namespace of operations.
 """
 
+import inspect
 import math
 
 import jax
@@ -87,6 +88,8 @@ def affine(
       >>> affine(jnp.array([[1., 2.]]), jnp.array([[1., 0.], [0., 3.]]), jnp.array([0.5, 0.5]))
       Array([[1.5, 6.5]], dtype=float32)
     """
+    _check.output("affine", out_dtype)
+    b = _bias_along(x, w, b, flatten)
     return _affine(
         x, w, b, flatten=flatten, compute_dtype=compute_dtype, out_dtype=out_dtype, round_cotangent=round_cotangent
     )
@@ -104,7 +107,8 @@ def affine_fwd(x, w, b, *, flatten=False, compute_dtype=None, out_dtype=None, ro
         )
     rows = x.reshape(x.shape[0], w.shape[0]) if flatten else x
     by_w, wide_in = (((rows.ndim - 1,), (0,)), ((), ())), accumulator(operands)
-    out = _compat.product(rows.astype(operands), w.astype(operands), by_w, accumulate=wide_in)
+    rows, w_, sharding = rows.astype(operands), w.astype(operands), _compat.product_sharding(rows, w, rows.ndim - 1)
+    out = _compat.product(rows, w_, by_w, accumulate=wide_in, out_sharding=sharding)
     out = out + jnp.broadcast_to(b.astype(wide_in), out.shape)
     return out.astype(operands if out_dtype is None else out_dtype), (x, w)
 
@@ -120,10 +124,10 @@ def affine_bwd(residuals, g, *, compute_dtype=None, round_cotangent=True):
     rows_, w_, g_ = rows.astype(operands).astype(narrow), w.astype(operands).astype(narrow), g.astype(narrow)
     # dx = g wᵀ
     by_w = (((g.ndim - 1,), (1,)), ((), ()))
-    dx = _compat.product(g_, w_, by_w, accumulate=wide_in, out_sharding=_compat.explicit_sharding(rows))
+    dx = _compat.product(g_, w_, by_w, accumulate=wide_in, out_sharding=_compat.explicit_sharding(rows, w))
     # dw = xᵀ g
     by_rows = ((batch, batch), ((), ()))
-    dw = _compat.product(rows_, g_, by_rows, accumulate=wide_in, out_sharding=_compat.explicit_sharding(w))
+    dw = _compat.product(rows_, g_, by_rows, accumulate=wide_in, out_sharding=_compat.explicit_sharding(w, rows))
     # db = 1ᵀ g, the sum over the batch: b is broadcast, that is, multiplied by an invisible input of ones
     db = jnp.sum(g, axis=batch, dtype=wide_in)
     return dx.reshape(x.shape).astype(x.dtype), dw.astype(w.dtype), db.astype(w.dtype)
@@ -178,6 +182,10 @@ def layer(
     """
     if activation not in _LAYERS:
         raise ValueError(f"layer: unknown activation {activation!r}; known are {', '.join(_LAYERS)}")
+    for name in options.keys() - inspect.signature(_LAYERS[activation][0]).parameters.keys():
+        raise ValueError(f"layer: {activation} has no option {name!r}")
+    _check.output("layer", out_dtype)
+    b = _bias_along(x, w, b, flatten)
     return _layer(
         x,
         w,
@@ -199,8 +207,10 @@ def layer_fwd(
     operands = _check.operands("layer", compute_dtype, x=x, w=w, b=b)
     z, _ = affine_fwd(x, w, b, flatten=flatten, compute_dtype=compute_dtype, out_dtype=accumulator(operands))
     forward, _, saves = _LAYERS[activation]
-    out, residuals = forward(z, **options)
-    out = out.astype(operands if out_dtype is None else out_dtype)
+    wide_out, residuals = forward(z, **options)
+    out = wide_out.astype(operands if out_dtype is None else out_dtype)
+    if activation == "elu" and out.dtype == jnp.float16:  # its rule reads the sign of the input from the output
+        out = jnp.where((wide_out > 0) & (out == 0), jnp.finfo(out.dtype).smallest_subnormal, out)
     return out, (x, w, _packed(residuals) if saves == "mask" else out if saves == "output" else b)
 
 
@@ -222,6 +232,14 @@ def layer_bwd(
 
 
 _layer = rule(layer_fwd, layer_bwd)
+
+
+def _bias_along(x, w, b, flatten):
+    """The biases, laid as the columns of the output; what does not fit together is left for the rule to name."""
+    if any(not isinstance(a, jax.Array) for a in (x, w, b)) or x.ndim < 1 or w.ndim != 2 or b.ndim != 1:
+        return b
+    sharding = _compat.product_sharding(x, w, 1 if flatten else x.ndim - 1)
+    return b if sharding is None else _compat.laid(b, sharding, (-1,))
 
 
 def _packed(mask):
@@ -260,7 +278,7 @@ def dropout(x: jax.Array, *, rate: float, key: jax.Array) -> jax.Array:
       >>> jnp.unique(dropout(jnp.ones(100), rate=0.5, key=jax.random.key(0)))
       Array([0., 2.], dtype=float32)
     """
-    return _dropout(x, key, rate=rate)
+    return _dropout(x, key, rate=_check.number("dropout", rate=rate))
 
 
 def dropout_fwd(x, key, *, rate):
@@ -283,7 +301,7 @@ _dropout = rule(dropout_fwd, dropout_bwd)
 
 def _thinned(x, key, rate):
     kept = _compat.laid_like(jax.random.bernoulli(key, 1 - rate, x.shape), x)
-    return jnp.where(kept, x * (1 / (1 - rate) if rate < 1 else 0.0), 0)
+    return jnp.where(kept, wide(x) * (1 / (1 - rate) if rate < 1 else 0.0), 0).astype(x.dtype)
 
 
 def softmax(x: jax.Array, *, axis: int = -1) -> jax.Array:

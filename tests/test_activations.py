@@ -114,3 +114,48 @@ def test_dropout_saves_the_key_alone():
 def test_dropout_refuses_a_wrong_rate_and_a_missing_key(options, error, message):
     with pytest.raises(error, match=f"dropout: .*{message}"):
         ops.dropout(jnp.ones(3), **options)
+
+
+def test_dropout_and_leaky_relu_compute_in_float32_whatever_the_dtype():
+    x = jnp.full(64, 1.4609375, jnp.bfloat16)
+    out = ops.dropout(x, rate=0.1, key=jax.random.key(0))
+    assert float(out.max()) == float(jnp.bfloat16(1.4609375 / 0.9))  # not 1.4609375 times a rounded 1 / 0.9
+    small = ops.dropout(jnp.full(400_000, 0.01, jnp.float16), rate=0.99999, key=jax.random.key(0))
+    assert np.isfinite(small).all()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, number: ops.dropout(x, rate=number(0.5), key=jax.random.key(0)),
+        lambda x, number: ops.leaky_relu(x, negative_slope=number(0.5)),
+        lambda x, number: ops.elu(x, alpha=number(0.5)),
+        lambda x, number: ops.rms_norm(x, x[0], eps=number(0.5)),
+    ],
+)
+def test_options_of_any_kind_of_scalar_leave_the_dtype_alone(call, x64):
+    x = -jnp.ones((2, 3), jnp.bfloat16)
+    expected = call(x, float)
+    for number in (np.float16, np.float32, np.float64, jnp.float32):
+        got = call(x, number)
+        assert got.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(got.astype(jnp.float32), expected.astype(jnp.float32))
+
+
+def test_an_option_that_is_traced_is_refused_by_name():
+    with pytest.raises(TypeError, match="dropout: rate must be a number that is known while tracing"):
+        jax.jit(lambda r: ops.dropout(jnp.ones(3), rate=r, key=jax.random.key(0)))(0.5)
+    with pytest.raises(TypeError, match="gelu: approximate must be True or False, got 'none'"):
+        ops.gelu(jnp.ones(3), approximate="none")
+
+
+def test_leaky_relu_of_slope_zero_is_relu_at_minus_infinity_too():
+    out, grad = value_and_slope(functools.partial(ops.leaky_relu, negative_slope=0.0), jnp.array([-jnp.inf, 2.0]))
+    np.testing.assert_array_equal(out, [0, 2])
+    np.testing.assert_array_equal(grad, [0, 1])
+
+
+@pytest.mark.parametrize("rate", [0, 1, True])
+def test_a_rate_may_be_an_integer(rate):
+    out = ops.dropout(jnp.ones(3), rate=rate, key=jax.random.key(0, impl="rbg"))
+    np.testing.assert_array_equal(out, 1 - int(rate))

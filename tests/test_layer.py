@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import fcfunc
 from fcfunc import mlp, ops, reference
@@ -162,3 +163,56 @@ def test_a_stack_of_a_wrong_width_is_named():
         ValueError, match=r"layer 0: stacked w \[layers, 5, 5\] .* follow x \[3, 5\], got w \[2, 4, 4\]"
     ):
         fcfunc.apply(params, jnp.ones((3, 5)))
+
+
+def test_elu_in_float16_reads_the_sign_of_a_tiny_input_right():
+    x = w = jnp.full((1, 1), 1e-4, jnp.float16)
+    total = lambda b: jnp.sum(ops.layer(x, w, b, activation="elu", alpha=2.0).astype(jnp.float32))
+    assert float(jax.grad(total)(jnp.zeros(1, jnp.float16))[0]) == 1.0
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_one_example_without_a_batch_has_gradients_in_half_precision(dtype):
+    x, w, b = jnp.ones(3, dtype), jnp.ones((3, 4), dtype), jnp.zeros(4, dtype)
+    for layer in (ops.affine, functools.partial(ops.layer, activation="relu")):
+        dw = jax.grad(lambda w, f=layer: jnp.sum(f(x, w, b).astype(jnp.float32)))(w)
+        np.testing.assert_array_equal(dw.astype(jnp.float32), 1)
+        rows = jax.vmap(jax.grad(lambda w, x, f=layer: jnp.sum(f(x, w, b).astype(jnp.float32))), (None, 0))
+        np.testing.assert_array_equal(rows(w, jnp.stack([x, x])).astype(jnp.float32), 1)
+
+
+def test_options_of_a_layer_that_its_activation_does_not_know_are_refused(arguments):
+    with pytest.raises(ValueError, match="layer: relu has no option 'alpha'"):
+        ops.layer(*arguments, activation="relu", alpha=2.0)
+    for wrong in ("int32", "foo", "complex64"):
+        with pytest.raises(TypeError, match=f"layer: out_dtype must be of float16, .* got '{wrong}'"):
+            ops.layer(*arguments, activation="relu", out_dtype=wrong)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "spec", [("data", None), (None, "data"), ("data", "model"), ("model", "data"), (None, "model")]
+)
+@pytest.mark.parametrize("activation", ["relu", "gelu", "tanh"])
+def test_gradients_on_a_mesh_are_those_of_one_device_and_lie_as_their_primals(kind, spec, activation):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
+    keys = jax.random.split(jax.random.key(0), 4)
+    x, w, b, g = (jax.random.normal(k, s) for k, s in zip(keys, [(16, 8), (8, 24), (24,), (16, 24)], strict=True))
+
+    @jax.jit
+    def pull(x, w, b, g):
+        out, back = jax.vjp(functools.partial(ops.layer, activation=activation), x, w, b)
+        return back(g if kind is AxisType.Auto else jax.sharding.reshard(g, jax.typeof(out).sharding))
+
+    expected = pull_alone(activation)(x, w, b, g)
+    with jax.set_mesh(mesh):
+        place = lambda a, *names: jax.device_put(a, NamedSharding(mesh, PartitionSpec(*names)))
+        primals = place(x, "data"), place(w, *spec), place(b, spec[1])
+        got = pull(*primals, place(g, "data"))
+    for d, e, p in zip(got, expected, primals, strict=True):
+        np.testing.assert_allclose(d, e, rtol=1e-4, atol=1e-5)
+        assert kind is AxisType.Auto or d.sharding.is_equivalent_to(p.sharding, p.ndim)
+
+
+def pull_alone(activation):
+    return lambda x, w, b, g: jax.vjp(functools.partial(ops.layer, activation=activation), x, w, b)[1](g)

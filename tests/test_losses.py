@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from fcfunc import losses
 
@@ -290,3 +291,109 @@ def test_positive_weights_are_those_of_torch():
 def test_masks_and_weights_of_a_wrong_kind_are_refused(loss, options, error, message):
     with pytest.raises(error, match=f"{loss.__name__}: {message}"):
         loss(*arguments(loss), **options)
+
+
+def test_a_weight_of_zero_on_an_infinite_loss_costs_nothing():
+    z, labels = jnp.array([[-jnp.inf, 0.0, 1.0]]), jnp.array([0])
+    total = lambda z, w: jnp.sum(WEIGHABLE[0](z, labels, weights=w))
+    assert float(total(z, jnp.zeros(1))) == 0
+    np.testing.assert_array_equal(jax.grad(total)(z, jnp.zeros(1)), 0)
+    binary = lambda z, **options: jnp.sum(WEIGHABLE[2](z, jnp.ones(1), **options))
+    for options in ({"weights": jnp.zeros(1)}, {"positive_weights": jnp.zeros(1)}):
+        value, grad = jax.value_and_grad(lambda z, o=options: binary(z, **o))(jnp.array([-jnp.inf]))
+        assert float(value) == 0
+        np.testing.assert_array_equal(grad, 0)
+    targets = jnp.array([[1.0, 0.0]])
+    masked = lambda t: jnp.sum(WEIGHABLE[1](jnp.array([[0.0, -jnp.inf]]), t, class_weights=jnp.array([1.0, 0.0])))
+    np.testing.assert_array_equal(jax.grad(masked)(targets), 0)
+
+
+def test_a_nan_in_the_weight_of_another_class_plays_no_part():
+    u = jnp.array([1.0, 1.0, jnp.nan])
+    value, grad = jax.value_and_grad(lambda z: jnp.sum(WEIGHABLE[0](z, jnp.array([1]), class_weights=u)))(
+        jnp.zeros((1, 3))
+    )
+    np.testing.assert_allclose(value, np.log(3), rtol=1e-6)
+    np.testing.assert_allclose(grad, [[1 / 3, -2 / 3, 1 / 3]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss", WEIGHABLE, ids=lambda loss: loss.__name__)
+def test_a_masked_nan_does_not_leak_into_second_derivatives(loss):
+    logits, second = arguments(loss)
+    logits, where = logits.at[1].set(jnp.nan), of_rows(loss, jnp.array([True, False, True, True, True]))
+    first = jax.grad(lambda z: jnp.sum(loss(z, second, where=where)))
+    again = jax.grad(lambda z: jnp.sum(first(z) ** 2))(logits)
+    np.testing.assert_array_equal(again[1], 0)
+    assert np.isfinite(again).all()
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint32, np.int64])
+def test_labels_of_any_integer_dtype_work_in_strict_float64(dtype, x64):
+    logits, labels = arguments(WEIGHABLE[0])
+    expected = WEIGHABLE[0](logits, labels)
+    np.testing.assert_allclose(WEIGHABLE[0](logits, np.asarray(labels).astype(dtype)), expected)
+    x, w, b = jnp.eye(5), logits, jnp.zeros(4)
+    chunked = losses.linear_softmax_cross_entropy(x, w, b, np.asarray(labels).astype(dtype), chunk_size=2)
+    np.testing.assert_allclose(chunked, expected, rtol=1e-6)
+
+
+def test_labels_too_large_for_32_bits_are_no_class_and_not_the_ignored_one():
+    x, w, b = jnp.ones((2, 3)), jnp.ones((3, 5)), jnp.zeros(5)
+    labels = np.array([2**32 + 3, 3], np.int64)
+    total = lambda x: losses.linear_softmax_cross_entropy(x, w, b, labels, chunk_size=2, ignore_index=3)
+    loss, pull = jax.vjp(total, x)
+    np.testing.assert_array_equal(np.isnan(loss), [True, False])
+    np.testing.assert_array_equal(np.isnan(pull(jnp.ones(2))[0]).all(1), [True, False])
+    largest = np.array([2**32 - 1], np.uint32)
+    assert np.isnan(WEIGHABLE[0](jnp.zeros((1, 3)), largest, ignore_index=-1)).all()
+
+
+@pytest.mark.parametrize(("value", "error"), [("a", TypeError), (True, TypeError), (2**40, ValueError)])
+def test_an_ignore_index_that_no_label_can_be_is_refused(value, error):
+    with pytest.raises(error, match="ignore_index must"):
+        WEIGHABLE[0](jnp.zeros((1, 3)), jnp.array([0]), ignore_index=value)
+
+
+@pytest.mark.parametrize("laid", [("data", None), (None, "data")])
+def test_arguments_that_lie_otherwise_than_the_logits_get_their_gradients_on_an_explicit_mesh(laid):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+    logits, labels = jax.random.normal(jax.random.key(0), (8, 12)), jnp.arange(8)
+    weights, u, where = jnp.arange(1.0, 9.0), jnp.arange(1.0, 13.0), jnp.arange(8) % 3 > 0
+
+    def total(logits, weights, u):
+        each = WEIGHABLE[0](logits, labels, where=where, weights=weights, class_weights=u, label_smoothing=0.1)
+        soft = WEIGHABLE[1](logits, jnp.full((8, 12), 1 / 12), where=where, weights=weights, class_weights=u)
+        return jnp.sum(each) + jnp.sum(soft)
+
+    gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
+    expected = gradient(logits, weights, u)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(logits, NamedSharding(mesh, PartitionSpec(*laid)))
+        got = gradient(placed, weights, u)
+    for a, e in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk_size", [5, None])
+def test_the_large_output_layer_takes_sharded_rows_on_an_explicit_mesh(chunk_size):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+    x, labels = jax.random.normal(jax.random.key(0), (8, 3)), jnp.arange(8)
+    w, b = jax.random.normal(jax.random.key(1), (3, 12)), jnp.zeros(12)
+
+    @jax.jit
+    def gradient(x, w, b):
+        loss = lambda x, w, b: jnp.sum(losses.linear_softmax_cross_entropy(x, w, b, labels, chunk_size=chunk_size))
+        return jax.grad(loss, argnums=(0, 1, 2))(x, w, b)
+
+    expected = gradient(x, w, b)
+    with jax.set_mesh(mesh):
+        w, b = (jax.device_put(a, NamedSharding(mesh, PartitionSpec())) for a in (w, b))
+        got = gradient(jax.device_put(x, NamedSharding(mesh, PartitionSpec("data"))), w, b)
+        sharded = jax.device_put(w, NamedSharding(mesh, PartitionSpec(None, "data")))
+        if chunk_size:
+            with pytest.raises(ValueError, match="classes that lie on several devices are not taken by chunks"):
+                gradient(x, sharded, b)
+        else:
+            np.testing.assert_allclose(gradient(x, sharded, b)[1], expected[1], rtol=1e-4, atol=1e-5)
+    for a, e in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5)

@@ -148,3 +148,20 @@ def test_a_state_that_does_not_fit_is_refused():
         fcfunc.apply_batch_norm(params, wrong, jnp.ones((2, 6)), training=True)
     with pytest.raises(ValueError, match="batch_norm has a state; use apply_batch_norm"):
         fcfunc.apply(params, jnp.ones((2, 6)), norm="batch_norm")
+
+
+def test_a_mean_that_is_large_against_the_spread_is_no_variance():
+    row = jnp.full((1, 5), 30000.7)
+    np.testing.assert_array_equal(ops.layer_norm(row, jnp.ones(5), jnp.zeros(5)), 0)
+    row = row.at[0, 4].set(30000.71)
+    exact = np.asarray(row, np.float64)
+    exact = (exact - exact.mean()) / np.sqrt(exact.var() + 1e-5)
+    np.testing.assert_allclose(ops.layer_norm(row, jnp.ones(5), jnp.zeros(5)), exact, rtol=1e-3)
+    out, _ = batch_norm(jnp.full((5, 3), 30000.7))
+    np.testing.assert_array_equal(out, 0)
+
+
+def test_a_state_in_half_precision_is_refused():
+    state = {"mean": jnp.zeros(3, jnp.bfloat16), "var": jnp.ones(3, jnp.bfloat16)}
+    with pytest.raises(TypeError, match="the state must be in at least float32, got bfloat16"):
+        batch_norm(jnp.ones((2, 3)), state=state)
