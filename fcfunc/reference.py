@@ -105,12 +105,12 @@ def rms_norm(x, scale, *, eps=1e-5):
 def batch_norm(x, scale, offset, state, *, training, decay=0.9, eps=1e-5):
     """Twin of `fcfunc.ops.batch_norm`."""
     if not training:
-        return _normalised(x, state["mean"], state["var"], scale, offset, eps), state
-    mean, var = _moments(x, tuple(range(x.ndim - 1)))
+        return _normalised(x, state["mean"], jnp.zeros_like(state["mean"]), state["var"], scale, offset, eps), state
+    mean, rest, var = _moments(x, tuple(range(x.ndim - 1)))
     rows = math.prod(x.shape[:-1])
-    batch = {"mean": mean.reshape(-1), "var": var.reshape(-1) * rows / (rows - 1)}
+    batch = {"mean": (mean + rest).reshape(-1), "var": var.reshape(-1) * rows / (rows - 1)}
     moved = {name: decay * state[name] + (1 - decay) * batch[name].astype(state[name].dtype) for name in batch}
-    return _normalised(x, mean, var, scale, offset, eps), moved
+    return _normalised(x, mean, rest, var, scale, offset, eps), moved
 
 
 def softmax(x, *, axis=-1):
@@ -216,15 +216,18 @@ def _times_probability(x, cdf):
 
 
 def _moments(x, axes):
+    """The mean, in two numbers as its rounding would count as variance, and the variance."""
     mean = jnp.mean(wide(x), axis=axes, keepdims=True)
-    return mean, jnp.mean((wide(x) - mean) ** 2, axis=axes, keepdims=True)
+    rest = jnp.mean(wide(x) - mean, axis=axes, keepdims=True)
+    return mean, rest, jnp.mean((wide(x) - mean - rest) ** 2, axis=axes, keepdims=True)
 
 
-def _normalised(x, mean, var, scale, offset, eps):
-    """`scale (x − mean) / √(var + eps) + offset`; a variance that overflowed counts as NaN."""
+def _normalised(x, mean, rest, var, scale, offset, eps):
+    """`scale (x − mean − rest) / √(var + eps) + offset`; a variance that overflowed counts as NaN."""
     var = jnp.where(var == jnp.inf, jnp.nan, var)
-    mean, var, scale, offset = (jnp.broadcast_to(a.astype(wide(x).dtype), x.shape) for a in (mean, var, scale, offset))
-    return ((wide(x) - mean) / jnp.sqrt(var + eps) * scale + offset).astype(x.dtype)
+    arrays = (mean, rest, var, scale, offset)
+    mean, rest, var, scale, offset = (jnp.broadcast_to(a.astype(wide(x).dtype), x.shape) for a in arrays)
+    return ((wide(x) - mean - rest) / jnp.sqrt(var + eps) * scale + offset).astype(x.dtype)
 
 
 def _log_softmax(x, axis):

@@ -133,9 +133,9 @@ def _statistics(batch_norm):
     """`batch_norm` in training as one array: the output, and the state below it."""
 
     def of_batch(x, scale, offset):
-        zeros = jnp.zeros(x.shape[-1:], x.dtype)
+        zeros = jnp.zeros(x.shape[-1:], jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
         out, state = batch_norm(x, scale, offset, {"mean": zeros, "var": zeros}, training=True)
-        return jnp.concatenate([out, jnp.stack([state["mean"], state["var"]])])
+        return jnp.concatenate([out, jnp.stack([state["mean"], state["var"]]).astype(out.dtype)])
 
     return of_batch
 
