@@ -97,11 +97,12 @@ def linear_softmax_cross_entropy(
     operands = _checked(x, w, b, labels, where, weights, class_weights, label_smoothing, compute_dtype)
     options = {"label_smoothing": label_smoothing, "ignore_index": ignore_index}
     products = {"compute_dtype": compute_dtype, "round_cotangent": round_cotangent}
-    x, w, b = as_array(x), as_array(w), as_array(b)
+    x, w = as_array(x), as_array(w)
     rows_of_x = tuple(range(x.ndim - 1))
     given: list[Any] = [None if a is None else as_array(a) for a in (labels, where, weights)]
     labels, where, weights = (_compat.laid_along(a, x, rows_of_x) for a in given)
     x = masked(x, labels, ignore_index=ignore_index, where=where)
+    b, class_weights = (_compat.laid_along(None if a is None else as_array(a), w, (-1,)) for a in (b, class_weights))
     if chunk_size is not None and _classes_sharded(w):
         raise ValueError(
             "linear_softmax_cross_entropy: classes that lie on several devices are not taken by chunks; "
@@ -208,8 +209,8 @@ def linear_softmax_cross_entropy_bwd(
         dz = settled(each_score(gr, z) * by_row)
         # dx = dz wᵀ, summed over the chunks; dw = xᵀ dz and db = 1ᵀ dz, of this chunk's classes
         dz_, w_, spec = dz.astype(narrow), w_chunk.astype(narrow), _compat.explicit_sharding
-        dx = dx + _compat.product(dz_, w_, by_w, accumulate=wide_in, out_sharding=spec(x))
-        dw_chunk = _compat.product(rows, dz_, by_rows, accumulate=wide_in, out_sharding=spec(w_chunk))
+        dx = dx + _compat.product(dz_, w_, by_w, accumulate=wide_in, out_sharding=spec(x, w))
+        dw_chunk = _compat.product(rows, dz_, by_rows, accumulate=wide_in, out_sharding=spec(w_chunk, x))
         dw, db = _put(dw, dw_chunk, start), _put(db, jnp.sum(dz, axis=batch), start)
         if u is not None:  # du = Σ g r t (−log p), over the rows
             by_class = weighted(label_targets(hits, label_smoothing, classes, z.dtype), surprises)
@@ -244,7 +245,8 @@ def _chunk(x, w, b, start, size, operands):
     """The logits of some classes and the weights that made them, in the operands' dtype."""
     w_chunk = _part(w, start, size).astype(operands)
     by_w = (((x.ndim - 1,), (0,)), ((), ()))
-    z = _compat.product(x.astype(operands), w_chunk, by_w, accumulate=accumulator(operands))
+    sharding = _compat.product_sharding(x, w, x.ndim - 1)
+    z = _compat.product(x.astype(operands), w_chunk, by_w, accumulate=accumulator(operands), out_sharding=sharding)
     return z + jnp.broadcast_to(_part(b, start, size).astype(z.dtype), z.shape), w_chunk
 
 
