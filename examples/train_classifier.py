@@ -7,6 +7,7 @@ README.
 """
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -122,10 +123,11 @@ def print_proof(dims: list[int], network: dict, classes: int | None, l2: float, 
     outputs = jax.random.normal(next(keys), (32, dims[-1]))
     activation, norm = network["activation"], network["norm"]
     rules: list[tuple[str, ModuleType, tuple]] = [("affine", ops, (x, w, b))]
+    options = {"layer": {"activation": activation}}
     if norm:
         rules.append((norm, ops, (ops.affine(x, w, b), *[1 + b, b][: len(mlp.NORMS[norm])])))
     if activation != "linear":
-        rules.append((activation, ops, (ops.affine(x, w, b),)))
+        rules.append((activation, ops, (ops.affine(x, w, b),)) if norm else ("layer", ops, (x, w, b)))
     if classes is None:
         rules.append(("squared_error", losses, (outputs, jax.random.normal(next(keys), outputs.shape))))
     else:
@@ -135,8 +137,9 @@ def print_proof(dims: list[int], network: dict, classes: int | None, l2: float, 
         rules.append(("l2_penalty", losses, ([{"w": w, "b": b}],)))
     print(f"{'hand-written rule':<45}worst relative error against jax.grad of its plain twin")
     for name, module, args in rules:
-        error = testing.worst_relative_error(getattr(module, name), getattr(reference, name), args, key=next(keys))
-        print(f"{name:<45}{error:.1e}")
+        rule, twin = (functools.partial(getattr(m, name), **options.get(name, {})) for m in (module, reference))
+        error = testing.worst_relative_error(rule, twin, args, key=next(keys))
+        print(f"{f'layer: affine and {activation}' if name == 'layer' else name:<45}{error:.1e}")
         if not error < 1e-5:
             raise ValueError(f"the rule of {name} is off by {error:.1e} on this device; not training with it")
 

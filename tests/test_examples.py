@@ -119,7 +119,9 @@ def test_the_digits_are_learned_and_three_files_written(run, tmp_path):
     assert status == 0
     assert float(out.split("test accuracy ")[1][:6]) >= 0.97
     errors = [
-        float(line.split()[-1]) for line in out.splitlines() if line.startswith(("affine", "relu", "softmax_cross"))
+        float(line.split()[-1])
+        for line in out.splitlines()
+        if line.startswith(("affine", "layer: affine and relu", "softmax_cross"))
     ]
     assert len(errors) == 3
     assert max(errors) < 1e-5
