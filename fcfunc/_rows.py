@@ -37,9 +37,10 @@ def counts(labels, *, ignore_index=None, where=None):
 
 
 def masked(x, labels=None, *, ignore_index=None, where=None):
-    """`x` with 0 in the rows that do not count, before a rule sees them.
+    """`x`, numbers per row or per score, with 0 in the rows that do not count.
 
-    The rule gives those rows the cotangent 0, but 0 · NaN is not 0: in the second derivative, and in `dw = xᵀ dz`.
+    Taken in a rule and also before it: the cotangent 0 that a rule gives those rows is not enough where it meets a NaN,
+    in the second derivative and in `dw = xᵀ dz`.
     """
     counted: Any = where if labels is None else counts(labels, ignore_index=ignore_index, where=where)
     if where is None and ignore_index is None:

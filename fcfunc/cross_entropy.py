@@ -121,14 +121,15 @@ def softmax_cross_entropy_with_integer_labels_bwd(residuals, g, *, label_smoothi
     settled = functools.partial(settle, labels=labels, classes=classes, ignore_index=ignore_index, where=where)
     gr = _scaled(g, weights)
     # dz = g r (p Σ u t − u t), p = exp(z − max z − log Σ exp(z − max z)); plainly it is g (p − onehot(y))
-    p = jnp.exp(-surprise(logits, row_max, log_sum))
+    surprises = surprise(logits, row_max, log_sum)
+    p = jnp.exp(-surprises)
     dlogits = each_score(gr, p) * minus_targets(p, hits, own_weight, class_weights, label_smoothing, classes)
     # dr = g Σ u t (−log p), du = Σ g r t (−log p) over the rows
     dweights = dclass_weights = None
     if weights is not None:
         dweights = settled(g * surprise_of_row).astype(weights.dtype)
     if class_weights is not None:
-        by_class = weighted(label_targets(hits, label_smoothing, classes, p.dtype), surprise(logits, row_max, log_sum))
+        by_class = weighted(label_targets(hits, label_smoothing, classes, p.dtype), surprises)
         dclass_weights = _over_rows(settled(each_score(gr, p) * by_class)).astype(class_weights.dtype)
     return settled(dlogits).astype(logits.dtype), None, None, dweights, dclass_weights
 
@@ -188,7 +189,7 @@ def softmax_cross_entropy_fwd(logits, targets, where=None, weights=None, class_w
     shifted, row_max, log_sum = log_sum_exp(logits)
     smoothed = times_class(_smoothed(wide(targets), label_smoothing, logits.shape[-1]), class_weights)
     loss = _scaled(jnp.sum(weighted(smoothed, jnp.expand_dims(log_sum, -1) - shifted), axis=-1), weights)
-    return _masked(loss, where), (logits, targets, where, weights, class_weights, row_max, log_sum)
+    return masked(loss, where=where), (logits, targets, where, weights, class_weights, row_max, log_sum)
 
 
 def softmax_cross_entropy_bwd(residuals, g, *, label_smoothing=0.0):
@@ -207,11 +208,13 @@ def softmax_cross_entropy_bwd(residuals, g, *, label_smoothing=0.0):
     # dr = g Σ u t (−log p), du = Σ g r t (−log p) over the rows
     dweights = dclass_weights = None
     if weights is not None:
-        dweights = _masked(g * jnp.sum(weighted(weighted_targets, surprises), axis=-1), where).astype(weights.dtype)
+        dweights = masked(g * jnp.sum(weighted(weighted_targets, surprises), axis=-1), where=where).astype(
+            weights.dtype
+        )
     if class_weights is not None:
         by_class = each_score(gr, logits) * weighted(unweighted, surprises)
-        dclass_weights = _over_rows(_masked(by_class, where)).astype(class_weights.dtype)
-    dlogits, dtargets = _masked(dlogits, where), _masked(dtargets, where)
+        dclass_weights = _over_rows(masked(by_class, where=where)).astype(class_weights.dtype)
+    dlogits, dtargets = masked(dlogits, where=where), masked(dtargets, where=where)
     return dlogits.astype(logits.dtype), dtargets.astype(targets.dtype), None, dweights, dclass_weights
 
 
@@ -271,7 +274,7 @@ def sigmoid_binary_cross_entropy_fwd(
     """`(loss, residuals)` of `sigmoid_binary_cross_entropy`."""
     _check_binary(logits, targets, where, weights, positive_weights, label_smoothing)
     loss = _binary(wide(logits), wide(targets), positive_weights, label_smoothing)
-    return _masked(_scaled(loss, weights), where), (logits, targets, where, weights, positive_weights)
+    return masked(_scaled(loss, weights), where=where), (logits, targets, where, weights, positive_weights)
 
 
 def sigmoid_binary_cross_entropy_bwd(residuals, g, *, label_smoothing=0.0):
@@ -287,10 +290,12 @@ def sigmoid_binary_cross_entropy_bwd(residuals, g, *, label_smoothing=0.0):
     dweights = dpositive = None
     if weights is not None:
         loss = _binary(z, wide(targets), positive_weights, label_smoothing)
-        dweights = _masked(g * loss, where).astype(weights.dtype)
+        dweights = masked(g * loss, where=where).astype(weights.dtype)
     if positive_weights is not None:
-        dpositive = _over_rows(_masked(gr * weighted(t, jax.nn.softplus(-z)), where)).astype(positive_weights.dtype)
-    dlogits, dtargets = _masked(dlogits, where), _masked(dtargets, where)
+        dpositive = _over_rows(masked(gr * weighted(t, jax.nn.softplus(-z)), where=where)).astype(
+            positive_weights.dtype
+        )
+    dlogits, dtargets = masked(dlogits, where=where), masked(dtargets, where=where)
     return dlogits.astype(logits.dtype), dtargets.astype(targets.dtype), None, dweights, dpositive
 
 
@@ -343,13 +348,6 @@ def _binary(z, targets, positive_weights, smoothing):
 
 def _scaled(value, weights):
     return value if weights is None else weighted(weights.astype(value.dtype), value)
-
-
-def _masked(value, where):
-    """0 where `where` is false, in each number of a row."""
-    if where is None:
-        return value
-    return jnp.where(each_score(where, value) if value.ndim > where.ndim else where, value, 0)
 
 
 def _over_rows(value):
