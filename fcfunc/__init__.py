@@ -1,6 +1,19 @@
 """Fully-connected networks as pure functions in JAX, with hand-written backward rules that are proven."""
 
-from fcfunc import activations, cross_entropy, data, large_output, losses, mlp, norms, ops, reference, testing, train
+from fcfunc import (
+    activations,
+    cross_entropy,
+    data,
+    large_output,
+    losses,
+    mlp,
+    norms,
+    ops,
+    reference,
+    sharding,
+    testing,
+    train,
+)
 from fcfunc.mlp import apply, apply_batch_norm, init, init_batch_norm_state
 
 __version__ = "0.1.0"
@@ -19,6 +32,7 @@ __all__ = [
     "norms",
     "ops",
     "reference",
+    "sharding",
     "testing",
     "train",
 ]

@@ -4,10 +4,13 @@ and what differs between its backends.
 Everything else in the package asks here, so that an upgrade of JAX is a change to one file.
 """
 
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
@@ -78,6 +81,106 @@ def product_sharding(x: jax.Array, w: jax.Array, row_axes: int) -> NamedSharding
 def _mesh_axes(entry) -> tuple:
     """The axes of a mesh that one entry of a PartitionSpec names."""
     return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+
+
+def traced(a: Any) -> bool:
+    """Whether `a` stands for an array while a function is traced."""
+    return isinstance(a, Tracer)
+
+
+def layouts(tree: Any) -> tuple[NamedSharding | None, ...]:
+    """Where each array of a tree lies: its sharding on a mesh of several devices, or None.
+
+    Only an array itself knows its layout on an Auto mesh; while tracing, the types tell that on Explicit meshes alone.
+    """
+
+    def layout(a):
+        if traced(a):
+            return explicit_sharding(a)
+        sharding = getattr(a, "sharding", None)
+        return sharding if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
+
+    return tuple(map(layout, jax.tree.leaves(tree)))
+
+
+def constrained(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+    """`x`, laid as a sharding says inside a compiled function; None leaves it."""
+    if sharding is None:
+        return x
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        return jax.sharding.reshard(x, sharding)
+    return jax.lax.with_sharding_constraint(x, sharding)
+
+
+def each(fun: Callable, tree: Any, given: tuple) -> Any:
+    """`fun(leaf, layout)` of each leaf of a tree, with what `layouts` gave for it."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return jax.tree.unflatten(treedef, map(fun, leaves, given))
+
+
+def taken(a: Any, sharding: NamedSharding | None, *, indices: jax.Array) -> jax.Array:
+    """Some rows of `a`, each of them once and within bounds, divided as those of `a`; whole where they are too few."""
+    over = rows((sharding,))
+    if over is not None and len(indices) % over.devices:
+        sharding = whole_along(sharding, over)
+    options = {"mode": "promise_in_bounds", "unique_indices": True}
+    if sharding is not None and AxisType.Explicit in sharding.mesh.axis_types:
+        return jnp.asarray(a).at[indices].get(**options, out_sharding=sharding)
+    return constrained(jnp.asarray(a).at[indices].get(**options), sharding)
+
+
+class Rows(NamedTuple):
+    """The axes of a mesh over which examples are divided, and over how many devices that is."""
+
+    mesh: Any
+    axes: tuple[str, ...]
+    devices: int
+
+
+def rows(layouts: tuple[NamedSharding | None, ...]) -> Rows | None:
+    """How arrays of these layouts divide their first axis, the examples; None where they do not."""
+    for sharding in layouts:
+        if sharding is not None and sharding.spec and (axes := _mesh_axes(sharding.spec[0])):
+            return Rows(sharding.mesh, axes, math.prod(sharding.mesh.shape[axis] for axis in axes))
+    return None
+
+
+def along_rows(a: jax.Array, over: Rows | None) -> jax.Array:
+    """`a` with its first axis divided as the examples are; its other axes stay as they lie."""
+    if over is None:
+        return a
+    explicit = explicit_sharding(a)
+    if AxisType.Explicit in over.mesh.axis_types:
+        rest = (None,) * (a.ndim - 1) if explicit is None else explicit.spec[1:]
+    else:
+        rest = (PartitionSpec.UNCONSTRAINED,) * (a.ndim - 1)
+    return constrained(a, NamedSharding(over.mesh, PartitionSpec(over.axes, *rest)))
+
+
+def split_rows(a: jax.Array, shape: tuple[int, ...], over: Rows | None) -> jax.Array:
+    """`a` with its first axis as several, the first of them divided as the examples are: nothing moves."""
+    a, shape = along_rows(a, over), (*shape, *a.shape[1:])
+    sharding = explicit_sharding(a)
+    if sharding is None:
+        return along_rows(a.reshape(shape), over)
+    spec = PartitionSpec(sharding.spec[0], *[None] * (len(shape) - a.ndim), *sharding.spec[1:])
+    return jax.lax.reshape(a, shape, out_sharding=NamedSharding(sharding.mesh, spec))
+
+
+def zeros_along(kind: jax.ShapeDtypeStruct, dtype, over: Rows | None) -> jax.Array:
+    """Zeros to add arrays of a kind to, whose first axis is divided as the examples are."""
+    zeros = jnp.zeros(kind.shape, dtype)
+    if over is not None and AxisType.Explicit in over.mesh.axis_types:
+        return jax.sharding.reshard(zeros, kind.sharding)
+    return along_rows(zeros, over)
+
+
+def whole_along(sharding: NamedSharding | None, over: Rows | None) -> NamedSharding | None:
+    """A sharding without the axes that divide the examples."""
+    if sharding is None or over is None:
+        return sharding
+    kept = (tuple(axis for axis in _mesh_axes(entry) if axis not in over.axes) for entry in sharding.spec)
+    return NamedSharding(sharding.mesh, PartitionSpec(*(entry or None for entry in kept)))
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:

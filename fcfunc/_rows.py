@@ -14,10 +14,10 @@ def hit(scores, labels, start=0):
 
     An iota is compared, not gathered: it works on scores sharded by class.
     """
-    labels = _index(labels)
-    classes = jax.lax.broadcasted_iota(labels.dtype, scores.shape, scores.ndim - 1)
-    hit = jnp.expand_dims(labels, -1) == classes + jnp.asarray(start, labels.dtype)
-    return _compat.laid_like(hit, scores)
+    labels, laid = _index(labels), _compat.explicit_sharding(scores)
+    classes = jax.lax.broadcasted_iota(labels.dtype, scores.shape, scores.ndim - 1, out_sharding=laid)
+    each = jax.lax.broadcast_in_dim(labels, scores.shape, range(labels.ndim), out_sharding=laid)
+    return each == classes + jnp.asarray(start, labels.dtype)
 
 
 def settle(value, labels, classes, *, ignore_index=None, where=None):

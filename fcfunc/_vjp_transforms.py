@@ -181,19 +181,30 @@ def forward_over_reverse(case: Case) -> Iterator[Finding]:
 
 
 def _layouts(case: Case) -> Iterator[tuple[str, list[PartitionSpec]]]:
-    """Each even size sharded over two devices wherever it stands: on the first such axis of an array, or the last."""
+    """Where arrays lie on a mesh of axes "x" and "y", by what their sizes are divided over.
+
+    Each even size alone over "x", as data, column and row parallel training lay it; all over "x", as fully sharded; and
+    one over "y", the others over "x", as both together. In an array each mesh axis is used once, from the first axis
+    of the array on or, where that makes a difference, from the last.
+    """
     leaves = jax.tree.leaves(case.args)
-    for size in sorted({n for leaf in case.reals for n in leaf.shape if n and n % 2 == 0}):
+    sizes = sorted({n for leaf in case.reals for n in leaf.shape if n and n % 2 == 0})
+    plans = [{n: "x"} for n in sizes]
+    if len(sizes) > 1:
+        plans += [dict.fromkeys(sizes, "x"), *(dict.fromkeys(sizes, "x") | {n: "y"} for n in sizes)]
+    for plan in plans:
         seen = []
-        for end, last in (("first", 0), ("last", -1)):
+        for end, step in (("first", 1), ("last", -1)):
             specs = []
             for leaf in leaves:
-                at = [i for i, n in enumerate(leaf.shape) if n == size]
-                chosen = at[last] if at else None
-                specs.append(PartitionSpec(*["x" if i == chosen else None for i in range(leaf.ndim)]))
+                entries = [None] * leaf.ndim
+                for i in range(leaf.ndim)[::step]:
+                    entries[i] = plan.get(leaf.shape[i]) if plan.get(leaf.shape[i]) not in entries else None
+                specs.append(PartitionSpec(*entries))
             if specs not in seen:
                 seen.append(specs)
-                yield f"every axis of {size} sharded (the {end} where an array has two)", specs
+                over = ", ".join(f"every axis of {n} over {axis}" for n, axis in plan.items())
+                yield f"{over} (the {end} where an array has two)", specs
 
 
 def _sharded(fun: Callable, case: Case, g: list, mesh, specs: list) -> list[np.ndarray]:
@@ -209,21 +220,22 @@ def _sharded(fun: Callable, case: Case, g: list, mesh, specs: list) -> list[np.n
         return to_numpy(jax.jit(pull)(jax.tree.unflatten(treedef, placed), to_jax(g)))
 
 
-def _two_devices() -> list:
-    if jax.device_count() < 2:
-        raise NotApplicable("needs two devices: XLA_FLAGS=--xla_force_host_platform_device_count=8 makes virtual ones")
-    return jax.devices()[:2]
+def _devices(count: int) -> list:
+    if jax.device_count() < count:
+        advice = "XLA_FLAGS=--xla_force_host_platform_device_count=8 makes virtual ones"
+        raise NotApplicable(f"needs {count} devices: {advice}")
+    return jax.devices()[:count]
 
 
 @check
 @full_only
 def sharded_equals_unsharded(case: Case) -> Iterator[Finding]:
     """On Auto and on Explicit meshes the gradients are those of one device, wherever the oracle's are."""
-    name, devices, case = "sharded_equals_unsharded", _two_devices(), case.even()
+    name, devices, case = "sharded_equals_unsharded", _devices(4), case.even()
     g, tried = case.cotangent(240), 0
     expected = case.pull(case.oracle, g)
     for kind in (AxisType.Auto, AxisType.Explicit):
-        mesh = jax.make_mesh((2,), ("x",), axis_types=(kind,), devices=devices)
+        mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(kind,) * 2, devices=devices)
         for layout, specs in _layouts(case):
             run = [functools.partial(_sharded, fun, case, g, mesh, specs) for fun in (case.fun, case.oracle)]
             where = f"on an {kind.name} mesh with {layout}"
@@ -245,7 +257,7 @@ def sharded_equals_unsharded(case: Case) -> Iterator[Finding]:
 @full_only
 def shard_map_equals_unsharded(case: Case) -> Iterator[Finding]:
     """Inside `shard_map`, rows sharded and the rest replicated, the gradients are those of one device."""
-    name, devices, case = "shard_map_equals_unsharded", _two_devices(), case.even()
+    name, devices, case = "shard_map_equals_unsharded", _devices(2), case.even()
     g, rows = case.cotangent(250), case.reals[0].shape[0] if case.reals[0].ndim else 0
     if not rows or rows % 2 or any(not a.ndim or a.shape[0] != rows for a in g):
         raise NotApplicable("the outputs do not have the rows of the first argument, or their number is odd")

@@ -13,10 +13,10 @@ gradient 0, whatever its scores are. The mean over the other rows is then `sum(l
 import jax
 import jax.numpy as jnp
 
-from fcfunc import _check, cross_entropy, large_output
+from fcfunc import _check, _compat, cross_entropy, large_output
 from fcfunc._precision import wide
 from fcfunc._rows import each_score, hit, settle
-from fcfunc._rule import rule
+from fcfunc._rule import as_array, rule
 from fcfunc.cross_entropy import *  # noqa: F403
 from fcfunc.large_output import *  # noqa: F403
 
@@ -132,6 +132,7 @@ def negative_log_likelihood(probs: jax.Array, labels: jax.Array, *, ignore_index
       Array([0.2876821], dtype=float32)
     """
     _check.ignored_label("negative_log_likelihood", ignore_index)
+    probs, labels = _beside(probs, labels)
     return _negative_log_likelihood(probs, labels, ignore_index=ignore_index)
 
 
@@ -178,6 +179,7 @@ def multiclass_svm(scores: jax.Array, labels: jax.Array, *, margin: float = 1.0)
       >>> multiclass_svm(jnp.array([[3., 2.5, 0.]]), jnp.array([0]))
       Array([0.5], dtype=float32)
     """
+    scores, labels = _beside(scores, labels)
     return _multiclass_svm(scores, labels, margin=_check.number("multiclass_svm", margin=margin))
 
 
@@ -250,3 +252,9 @@ def l2_penalty_bwd(weights, g):
 
 
 _l2_penalty = rule(l2_penalty_fwd, l2_penalty_bwd)
+
+
+def _beside(scores, labels):
+    """Both as arrays, the labels laid as the rows of the scores."""
+    scores = as_array(scores)
+    return scores, _compat.laid_along(as_array(labels), scores, tuple(range(scores.ndim - 1)))

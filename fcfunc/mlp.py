@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fcfunc import _check
+from fcfunc import _check, _compat
 from fcfunc import ops as hand_written
 from fcfunc._precision import accumulator
 
@@ -414,7 +414,8 @@ def _scan(net: _Network, p, state, x, activation: _Resolved, first):
     """As many hidden layers as `p` holds, by a scan: compiled once, and free of what a rule does not save."""
 
     def step(x, slices):
-        return _hidden(net, slices[0], slices[1], x, activation, slices[2])
+        y, state = _hidden(net, slices[0], slices[1], x, activation, slices[2])
+        return _compat.laid_like(y, x), state  # a layer divided by columns, or by rows, lays its output otherwise
 
     if net.compute_dtype is not None:
         x = x.astype(net.compute_dtype)

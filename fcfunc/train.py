@@ -5,6 +5,9 @@ transformation; it knows neither the network nor the loss. `batch` and `data` ar
 first axis, the examples. `loss_fn` returns the loss, a scalar that is the mean over its batch, or `(loss, metrics)`
 with a dict of further means. `key` is this step's own random key in training, and None in evaluation.
 
+On a mesh nothing changes but where the arrays lie: the state's params by `fcfunc.sharding.shard`, the examples by
+`fcfunc.sharding.global_batch`. Each batch lies as the data it is taken from, and a new state as the one before.
+
 A network that carries something besides its parameters, such as the running statistics of batch normalisation, has it
 in the state's `model_state`. Its loss is `loss_fn(params, batch, key, model_state) -> (loss, metrics, model_state)`.
 """
@@ -21,7 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fcfunc import _check
+from fcfunc import _check, _compat
+from fcfunc._accumulate import accumulated
 from fcfunc.data import check_values
 
 __all__ = ["TrainState", "evaluate", "fit", "init_state", "make_train_epoch", "make_train_step"]
@@ -58,72 +62,91 @@ def init_state(
       model_state: what the loss carries besides the parameters, e.g. `fcfunc.init_batch_norm_state(params)`.
 
     Returns:
-      A `TrainState` at step 0.
+      A `TrainState` at step 0. Where the params lie on a mesh, each array of the optimiser's that is made from one of
+      them lies as that one, and the rest is whole on every device.
 
     Raises:
       TypeError: no key.
     """
     _check.key("init_state", key)
     state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), key, model_state)
-    return jax.tree.map(jnp.copy, state)
+    return _beside(jax.tree.map(jnp.copy, state), state.params)
 
 
-def make_train_step(loss_fn: Callable, optimizer: optax.GradientTransformation) -> Callable:
+def make_train_step(loss_fn: Callable, optimizer: optax.GradientTransformation, *, accumulate: int = 1) -> Callable:
     """A compiled step of training.
 
     Args:
       loss_fn: `(params, batch, key) -> loss` or `-> (loss, metrics)`.
       optimizer: any optax optimiser; one that needs the loss or the gradient itself (`optax.lbfgs`,
         `optax.contrib.reduce_on_plateau`) is given them.
+      accumulate: take the batch in so many parts, one after the other, and step by the mean of their gradients: the
+        memory of one part for the step of the whole. On a mesh each device sums its own gradients over the parts, and
+        one sum over the devices ends it; params divided over the devices that divide the examples are gathered once,
+        before. The loss must be a mean over its examples, and each part, and each device's share of it, has a random
+        key of its own; a `model_state` is the mean of the devices'.
 
     Returns:
       `step(state, batch) -> (state, metrics)` with `metrics["loss"]` the loss before the update. The state is donated:
       use the one that comes back.
 
     Raises:
-      ValueError: while tracing, where the loss is no scalar.
+      ValueError: `accumulate` below 1; while tracing: a loss that is no scalar, a batch that cannot be taken in parts.
     """
-    return jax.jit(functools.partial(_step, loss_fn, optimizer), donate_argnums=0)
+    _check.positive("make_train_step", accumulate=accumulate)
+
+    def train_step(state, batch, layouts=None):
+        _check_divides("make_train_step: a batch", _count("make_train_step", batch, 1), layouts, accumulate)
+        return _step(loss_fn, optimizer, state, batch, accumulate, layouts)
+
+    return _compiled(train_step)
 
 
-def make_train_epoch(loss_fn: Callable, optimizer: optax.GradientTransformation, batch_size: int) -> Callable:
+def make_train_epoch(
+    loss_fn: Callable, optimizer: optax.GradientTransformation, batch_size: int, *, accumulate: int = 1
+) -> Callable:
     """An epoch of training as one compiled program: shuffle, batch and step, all on the device.
 
     Args:
       loss_fn: `(params, batch, key) -> loss` or `-> (loss, metrics)`.
       optimizer: any optax optimiser.
       batch_size: examples per step, at least 1. Where it does not divide the number of examples, the last step takes
-        the remainder as a shorter batch of its own, inside the same program.
+        the remainder as a shorter batch of its own, inside the same program; on a mesh whose devices do not divide that
+        one, each device takes all of it.
+      accumulate: as for `make_train_step`; the shorter batch is taken whole.
 
     Returns:
       `epoch(state, data) -> (state, metrics)`; each metric has one entry per step. Every example is used once, in an
       order drawn from the state's key and step. The state is donated: use the one that comes back.
 
     Raises:
-      ValueError: `batch_size` below 1; while tracing: data that is empty, smaller than a batch, or whose arrays
-        disagree about the number of examples; a loss that is no scalar.
+      ValueError: `batch_size` or `accumulate` below 1; while tracing: data that is empty, smaller than a batch, or
+        whose arrays disagree about the number of examples; a loss that is no scalar; a `batch_size` that the devices
+        over which the examples lie do not divide, or that cannot be taken in `accumulate` parts.
     """
-    _check.positive("make_train_epoch", batch_size=batch_size)
+    _check.positive("make_train_epoch", batch_size=batch_size, accumulate=accumulate)
 
-    def train_epoch(state, data):
+    def train_epoch(state, data, layouts=None):
         n = _count("make_train_epoch", data, batch_size)
+        _check_divides("make_train_epoch: batches", batch_size, layouts, accumulate)
         _, order_key = jax.random.split(state.key)
         order = jax.random.permutation(jax.random.fold_in(order_key, state.step), n)
 
         def step(state, indices):
-            return _step(loss_fn, optimizer, state, _take(data, indices))
+            parts = accumulate if len(indices) == batch_size else 1
+            return _step(loss_fn, optimizer, state, _take(data, indices, layouts), parts, layouts)
 
         return _over_batches(step, state, order, batch_size)
 
-    return jax.jit(train_epoch, donate_argnums=0)
+    return _compiled(train_epoch)
 
 
-@functools.partial(jax.jit, static_argnames=("loss_fn", "batch_size"))
-def _evaluate(loss_fn, params, model_state, data, batch_size):
+@functools.partial(jax.jit, static_argnames=("loss_fn", "batch_size", "layouts"))
+def _evaluate(loss_fn, params, model_state, data, batch_size, layouts):
     n = _count("evaluate", data, 1)
 
     def step(_, indices):
-        loss, (metrics, _) = _loss_and_metrics(loss_fn, params, _take(data, indices), None, model_state)
+        loss, (metrics, _) = _loss_and_metrics(loss_fn, params, _take(data, indices, layouts), None, model_state)
         return None, {"loss": loss, **metrics}
 
     _, metrics = _over_batches(step, None, jnp.arange(n), min(batch_size, n))
@@ -154,7 +177,7 @@ def evaluate(
       ValueError: `batch_size` below 1, data that is empty or disagrees about the number of examples.
     """
     _check.positive("evaluate", batch_size=batch_size)
-    return _evaluate(loss_fn, params, model_state, data, batch_size)
+    return _evaluate(loss_fn, params, model_state, data, batch_size, _Layouts((), _compat.layouts(data)))
 
 
 def fit(
@@ -261,21 +284,58 @@ def fit(
     return state._replace(**best_model), history
 
 
-def _step(loss_fn, optimizer, state, batch):
+class _Layouts(NamedTuple):
+    """Where each array of a state and of its data lies."""
+
+    state: tuple
+    data: tuple
+
+
+def _compiled(fun: Callable) -> Callable:
+    """`fun(state, data)`, compiled for where its arguments lie: on an Auto mesh their types do not tell."""
+    compiled = jax.jit(fun, donate_argnums=0, static_argnames="layouts")
+
+    def located(run):
+        def call(state, data):
+            of_data = _compat.layouts(data)
+            if not any(of_data) and not any(_compat.layouts(state.step)):
+                return run(state, data)  # on one device, where a step may take less time than looking at all its arrays
+            if not _compat.traced(state.step):
+                state = _beside(state, data)
+            return run(state, data, layouts=_Layouts(_compat.layouts(state), of_data))
+
+        return call
+
+    call = functools.wraps(fun)(located(compiled))
+    call.lower, call.trace = located(compiled.lower), located(compiled.trace)  # type: ignore[attr-defined]
+    return call
+
+
+def _step(loss_fn, optimizer, state, batch, accumulate, layouts):
     loss_key, _ = jax.random.split(state.key)
     key = jax.random.fold_in(loss_key, state.step)
 
     def value_fn(params):
-        return _loss_and_metrics(loss_fn, params, batch, key, state.model_state)
+        return _loss_and_metrics(loss_fn, params, batch, key, state.model_state)[0]
 
-    (loss, (metrics, model_state)), grads = jax.value_and_grad(value_fn, has_aux=True)(state.params)
+    def gradient(params, batch, key, model_state):
+        def of(params):
+            return _loss_and_metrics(loss_fn, params, batch, key, model_state)
+
+        return jax.value_and_grad(of, has_aux=True)(params)
+
+    if accumulate > 1:
+        gradient = functools.partial(accumulated, gradient, accumulate, layouts)
+    (loss, (metrics, model_state)), grads = gradient(state.params, batch, key, state.model_state)
     with jax.numpy_dtype_promotion("standard"):  # optax itself mixes dtypes; a caller in strict mode need not know
         updates, opt_state = optax.with_extra_args_support(optimizer).update(
-            grads, state.opt_state, state.params, value=loss, grad=grads, value_fn=lambda p: value_fn(p)[0]
+            grads, state.opt_state, state.params, value=loss, grad=grads, value_fn=value_fn
         )
         params = optax.apply_updates(state.params, updates)
-    state = TrainState(params, opt_state, state.step + 1, state.key, model_state)
-    return state, {"loss": loss, **metrics}
+    new = TrainState(params, opt_state, state.step + 1, state.key, model_state)
+    if layouts is not None:
+        new = _compat.each(_compat.constrained, new, layouts.state)
+    return new, {"loss": loss, **metrics}
 
 
 def _loss_and_metrics(loss_fn, params, batch, key, model_state):
@@ -339,9 +399,26 @@ def _over_batches(step, carry, indices, batch_size):
     return carry, metrics
 
 
-def _take(data, indices):
-    """The examples at some indices, each of them once and within bounds."""
-    return jax.tree.map(lambda a: jnp.asarray(a).at[indices].get(mode="promise_in_bounds", unique_indices=True), data)
+def _take(data, indices, layouts):
+    """The examples at some indices, each of them once and within bounds, laid as the data."""
+    of_data = layouts.data if layouts else (None,) * len(jax.tree.leaves(data))
+    return _compat.each(functools.partial(_compat.taken, indices=indices), data, of_data)
+
+
+def _check_divides(what: str, n: int, layouts, parts: int) -> None:
+    over = _compat.rows(layouts.data) if layouts else None
+    if n % (parts * (over.devices if over else 1)):
+        devices = f", of {over.devices} devices each, as {over.axes} divide the examples" if over else ""
+        raise ValueError(f"{what} of {n} examples cannot be taken in {parts} even parts{devices}")
+
+
+def _beside(state, tree):
+    """`state` with what lies on no mesh whole on every device of the mesh that `tree` lies on."""
+    mesh = next((s.mesh for s in _compat.layouts(tree) if s is not None), None)
+    if mesh is None:
+        return state
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return _compat.each(lambda a, s: jax.device_put(a, whole) if s is None else a, state, _compat.layouts(state))
 
 
 def _batch_sizes(n: int, batch_size: int) -> np.ndarray:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import fcfunc
 from fcfunc import losses, ops, reference
@@ -191,3 +192,25 @@ def test_worst_relative_error_is_small_for_a_right_rule_and_large_for_a_wrong_on
     wrong = jax.custom_vjp(jnp.tanh)
     wrong.defvjp(lambda x: (jnp.tanh(x), x), lambda x, g: (g,))
     assert worst_relative_error(wrong, reference.tanh, (x,), key=key) > 0.1
+
+
+def test_a_rule_that_fails_only_where_weights_are_fully_sharded_is_found():
+    """It lays dw as its operands lie, which is how w lies, but where rows of x and of w share a mesh axis."""
+
+    def laid_by_operands(residuals, g):
+        x, _ = residuals
+        dx, dw, db = ops.affine_bwd(residuals, g)
+        sharding = jax.typeof(x).sharding
+        if AxisType.Explicit in sharding.mesh.axis_types:
+            spec = PartitionSpec(*(jax.typeof(a).sharding.spec[1] for a in (x, g)))
+            dw = jax.sharding.reshard(dw, NamedSharding(sharding.mesh, spec))
+        return dx, dw, db
+
+    @jax.custom_vjp
+    def affine(x, w, b):
+        return ops.affine_fwd(x, w, b)[0]
+
+    affine.defvjp(ops.affine_fwd, laid_by_operands)
+    sizes = {"n": 8, "d": 4, "m": 6}
+    report = check_vjp(affine, "n d, d m, m", sizes=sizes, only=["sharded_equals_unsharded"])
+    assert "on an Explicit mesh with every axis of 4 over x, every axis of 6 over x, every axis of 8" in str(report)

@@ -1,0 +1,279 @@
+"""Where arrays lie: meshes of devices, and the layouts of params and batches on them.
+
+Nothing here computes. The functions of the package stay as they are, on one device and on many: JAX divides their work
+by where their arguments lie. The mesh has two axes: "data", over which the examples are divided, and "model", over
+which the layers are.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from fcfunc import _check
+
+__all__ = ["MODES", "global_batch", "logical_specs", "make_mesh", "param_specs", "shard"]
+
+Rules = Sequence[tuple[str, str | tuple[str, ...]]]
+
+MODES: dict[str, Rules] = {
+    "data": (),
+    "fsdp": (("mlp", "data"), ("embed", "data"), ("features", "data"), ("classes", "data")),
+    "tensor": (("mlp", "model"), ("classes", "model")),
+    "fsdp+tensor": (
+        ("mlp", "model"),
+        ("classes", "model"),
+        ("embed", "data"),
+        ("features", "data"),
+        ("classes", "data"),
+    ),
+}
+"""The rules of each mode, `(logical axis, mesh axis)` in order of preference; `param_specs` says what they mean."""
+
+
+def make_mesh(
+    *,
+    data: int | None = None,
+    model: int = 1,
+    axis_type: AxisType = AxisType.Explicit,
+    devices: Sequence[Any] | None = None,
+) -> Mesh:
+    """A mesh with the axes "data" and "model".
+
+    Args:
+      data: devices over which the examples are divided; None: all there are, divided by `model`.
+      model: devices over which each layer is divided; neighbours, whose link is the fastest.
+      axis_type: `AxisType.Explicit`, as JAX's own meshes: an array's layout is part of its type, so that a gradient
+        lies as its parameter and a fully-sharded parameter is gathered, by the types alone. `AxisType.Auto` leaves the
+        layouts between to the compiler, which may move activations where that is less; for loss functions that the
+        types refuse.
+      devices: those to use; None: all of all processes.
+
+    Returns:
+      A `jax.sharding.Mesh`. One of your own from `jax.make_mesh` does as well wherever a mesh is asked for.
+
+    Raises:
+      ValueError: a number below 1, or numbers whose product is not the number of devices.
+
+    Example:
+      >>> make_mesh(data=1, model=1, devices=jax.devices()[:1]).axis_names
+      ('data', 'model')
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    _check.positive("make_mesh", model=model, **({} if data is None else {"data": data}))
+    rows = len(devices) // model if data is None else data
+    if rows * model != len(devices):
+        raise ValueError(
+            f"make_mesh: data x model must be the number of devices, {len(devices)}, "
+            f"got data={data}, model={model}; devices=jax.devices()[:n] takes fewer"
+        )
+    return jax.make_mesh((rows, model), ("data", "model"), axis_types=(axis_type,) * 2, devices=devices)
+
+
+def param_specs(params: Any, mesh: Mesh, mode: str | Rules, *, whole: Sequence[str] = ()) -> Any:
+    """How the params of a network lie on a mesh: a tree of PartitionSpec in their shape.
+
+    Modes:
+      "data": every device has all params; the examples are divided over "data".
+      "fsdp": each `w` is divided over "data" as well, and gathered where it is used.
+      "tensor": each layer is divided over "model", by columns and by rows in turn, so that two layers need one sum.
+      "fsdp+tensor": both.
+
+    A mode is a list of rules, `(logical axis, mesh axis)`. The logical axes of the widths are "features" for the
+    inputs, then "mlp" and "embed" in turn, and "classes" for the outputs; a stack keeps what it is given, and its first
+    axis is never divided. For each `w` the rules are gone through in order. One applies where `w` has its logical axis,
+    that axis has no mesh axis yet, no other axis of `w` has its mesh axis, and its width can be divided. The biases and
+    the leaves of a norm lie as the columns of their `w`.
+
+    Args:
+      params: from `fcfunc.init`, stacked or not; or their shapes, from `jax.eval_shape`.
+      mesh: the mesh.
+      mode: one of `MODES`, or rules of your own. A mesh axis may be a tuple of several.
+      whole: logical axes that no rule shall divide: `("classes",)` where the classes are too few.
+
+    Returns:
+      A list of dicts with one PartitionSpec for each array.
+
+    Raises:
+      ValueError: an unknown mode; a rule with an axis that the mesh or the network has not; a width that the mesh axis
+        does not divide and no other rule for that mesh axis makes good: nothing is left whole that a mode divides.
+
+    Example:
+      >>> from fcfunc import init
+      >>> mesh = make_mesh(data=1, devices=jax.devices()[:1])
+      >>> param_specs(init(jax.random.key(0), [3, 4, 2]), mesh, "tensor")[0]
+      {'b': P('model',), 'w': P(None, 'model')}
+    """
+    rules = MODES.get(mode) if isinstance(mode, str) else mode
+    if rules is None:
+        raise ValueError(f"param_specs: unknown mode {mode!r}; known are {', '.join(MODES)}, or a list of rules")
+    if not isinstance(params, list | tuple) or not all(isinstance(p, dict) and "w" in p for p in params):
+        raise ValueError("param_specs: params as from init expected; for another tree take logical_specs")
+    names = ("features", "mlp", "embed", "classes")
+    for name in {*whole, *(name for name, _ in rules)} - set(names):
+        raise ValueError(f"param_specs: unknown logical axis {name!r}; the network has {', '.join(names)}")
+    rules = [rule for rule in rules if rule[0] not in whole]
+    specs, here, other = [], "features", "mlp"
+    for layer, p in enumerate(params):
+        stacked = len(p["w"].shape) == 3
+        there = "classes" if layer == len(params) - 1 else other
+        axes = (None,) * stacked + (here, there)
+        w = _assigned(f"param_specs: layer {layer}", axes, p["w"].shape, mesh, rules)
+        columns = PartitionSpec(*w[:stacked], w[-1])
+        specs.append({name: w if name == "w" else columns for name in p})
+        if not stacked:
+            here, other = there, "embed" if there == "mlp" else "mlp"
+    return specs
+
+
+def logical_specs(axes: Any, tree: Any, mesh: Mesh, rules: Rules) -> Any:
+    """How any tree of arrays lies on a mesh, by the logical names of its axes.
+
+    Args:
+      axes: in the shape of `tree`, for each array a PartitionSpec of logical names: `P("embed", "mlp")`, None for an
+        axis that is not divided.
+      tree: the arrays, or their shapes.
+      mesh: the mesh.
+      rules: `(logical axis, mesh axis)` in order of preference, read as `param_specs` reads them.
+
+    Returns:
+      A tree of PartitionSpec of mesh axes.
+
+    Raises:
+      ValueError: as for `param_specs`, naming the array by its path.
+
+    Example:
+      >>> mesh = make_mesh(data=1, devices=jax.devices()[:1])
+      >>> logical_specs({"a": PartitionSpec("embed")}, {"a": np.zeros(4)}, mesh, [("embed", "data")])
+      {'a': P('data',)}
+    """
+
+    def assign(path, names, leaf):
+        return _assigned(f"logical_specs: {jax.tree_util.keystr(path) or 'array'}", names, np.shape(leaf), mesh, rules)
+
+    return jax.tree.map_with_path(assign, axes, tree, is_leaf=lambda a: isinstance(a, PartitionSpec))
+
+
+def shard(tree: Any, specs: Any, mesh: Mesh) -> Any:
+    """Lays arrays on a mesh.
+
+    Args:
+      tree: arrays, the same on every process. Where they are too large for one device, make them where they shall lie
+        instead: `jax.jit(init, out_shardings=...)`.
+      specs: a tree of PartitionSpec as from `param_specs`, or one for a whole subtree.
+      mesh: the mesh.
+
+    Returns:
+      The same arrays, each device holding its part.
+
+    Raises:
+      ValueError: an axis that the mesh axes do not divide, naming the array.
+
+    Example:
+      >>> mesh = make_mesh(data=1, devices=jax.devices()[:1])
+      >>> shard({"x": np.zeros((4, 2))}, PartitionSpec("data"), mesh)["x"].shape
+      (4, 2)
+    """
+    is_spec = lambda a: isinstance(a, PartitionSpec)  # noqa: E731
+    specs = jax.tree.map(lambda spec, part: jax.tree.map(lambda _: spec, part), specs, tree, is_leaf=is_spec)
+
+    def place(path, leaf, spec):
+        _check_divides(f"shard: {jax.tree_util.keystr(path) or 'array'}", spec, np.shape(leaf), mesh)
+        sharding = NamedSharding(mesh, spec)
+        if sharding.is_fully_addressable or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
+            return jax.device_put(leaf, sharding)
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = jax.random.key_data(leaf)
+            return jax.random.wrap_key_data(place(path, data, spec), impl=jax.random.key_impl(leaf))
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map_with_path(place, tree, specs)
+
+
+def global_batch(local: Any, mesh: Mesh, *, axis: str | tuple[str, ...] = "data") -> Any:
+    """Examples on a mesh, divided over it, from the part that each process has.
+
+    Args:
+      local: a tree of arrays with one first axis, this process's examples; every process has as many. With one process
+        these are all.
+      mesh: the mesh.
+      axis: the mesh axis, or axes, over which the examples are divided.
+
+    Returns:
+      The same tree of arrays over all processes' examples, in the order of the devices along `axis`.
+
+    Raises:
+      ValueError: a mesh axis that there is not; examples that cannot be divided evenly.
+
+    Example:
+      >>> mesh = make_mesh(data=1, devices=jax.devices()[:1])
+      >>> global_batch({"x": np.zeros((4, 2))}, mesh)["x"].sharding.spec
+      P('data',)
+    """
+    sharding = NamedSharding(mesh, PartitionSpec(axis))
+    devices = _size("global_batch", mesh, axis)
+    blocks: Any = sharding.addressable_devices_indices_map((devices,)).values()
+    here = len({index[0].start for index in blocks})  # devices along the model axis hold the same examples
+
+    def place(path, leaf):
+        leaf, where = np.asarray(leaf), f"global_batch: {jax.tree_util.keystr(path) or 'array'}"
+        if leaf.ndim < 1 or leaf.shape[0] % here:
+            raise ValueError(
+                f"{where}: a number of examples that {here} devices divide expected (of {devices} along {axis!r}), "
+                f"got {list(leaf.shape)}; leave out the last few"
+            )
+        shape = (leaf.shape[0] // here * devices, *leaf.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, leaf, shape)
+
+    return jax.tree.map_with_path(place, local)
+
+
+def _assigned(where: str, names, shape, mesh: Mesh, rules: Rules) -> PartitionSpec:
+    """The mesh axis of each logical axis; `where` names the array in an error."""
+    if len(names) != len(shape):
+        raise ValueError(f"{where}: {len(names)} logical axes, {names}, for an array {list(shape)}")
+    entries: list[Any] = [None] * len(names)
+    misfits = {}
+    for name, axis in rules:
+        size = _size(where, mesh, axis)
+        used = {a for entry in entries for a in _each(entry)}
+        if name not in names or entries[names.index(name)] is not None or used & set(_each(axis)):
+            continue
+        at = names.index(name)
+        if shape[at] % size:
+            misfits.setdefault(axis, (name, shape[at], size))
+        else:
+            entries[at] = axis
+    for axis, (name, width, size) in misfits.items():
+        if axis not in entries:
+            raise ValueError(
+                f"{where}, {list(shape)}: the width {width} ({name}) cannot be divided over the mesh axis {axis!r} "
+                f"of {size} devices; choose a width that can, or leave that axis whole"
+            )
+    return PartitionSpec(*entries)
+
+
+def _check_divides(where: str, spec: PartitionSpec, shape, mesh: Mesh) -> None:
+    if len(spec) > len(shape):
+        raise ValueError(f"{where}: {spec} has more axes than the array, {list(shape)}")
+    for width, axis in zip(shape, spec, strict=False):
+        if width % (size := _size(where, mesh, axis)):
+            raise ValueError(
+                f"{where}: the width {width} of {list(shape)} cannot be divided over the mesh axis {axis!r} "
+                f"of {size} devices"
+            )
+
+
+def _size(where: str, mesh: Mesh, axis) -> int:
+    for name in _each(axis):
+        if name not in mesh.shape:
+            raise ValueError(f"{where}: the mesh has no axis {name!r}, only {', '.join(mesh.axis_names)}")
+    return int(np.prod([mesh.shape[name] for name in _each(axis)], dtype=int))
+
+
+def _each(axis) -> tuple:
+    return axis if isinstance(axis, tuple) else () if axis is None else (axis,)

@@ -1,0 +1,370 @@
+"""Training on meshes is training on one device: the numbers, the layouts, what is communicated and what is kept."""
+
+import functools
+import math
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import fcfunc
+from fcfunc import losses, mlp, sharding, train
+
+P = PartitionSpec
+KINDS = [AxisType.Auto, AxisType.Explicit]
+DIMS = [16, 64, 32, 8]
+
+
+def make_data(n, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((n, DIMS[0]), np.float32), rng.integers(0, DIMS[-1], n, np.int32)
+
+
+def loss_fn(params, batch, key, **network):
+    x, labels = batch
+    logits = fcfunc.apply(params, x, key=key, **network)
+    loss = jnp.mean(losses.softmax_cross_entropy_with_integer_labels(logits, labels))
+    return loss, {"accuracy": jnp.mean(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.float32)}
+
+
+def placed(mode, kind, data, params=None):
+    """Params and data on a mesh of 4 x 2, or of 8 where nothing is divided over the layers."""
+    params = fcfunc.init(jax.random.key(0), DIMS) if params is None else params
+    mesh = sharding.make_mesh(model=2 if "tensor" in mode else 1, axis_type=kind)
+    specs = sharding.param_specs(params, mesh, mode)
+    return sharding.shard(params, specs, mesh), sharding.global_batch(data, mesh)
+
+
+def collectives(compiled):
+    """What the devices exchange: the kind, and the elements of each."""
+    found = []
+    for line in compiled.as_text().splitlines():
+        kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+        if match := re.search(rf"= (.*?) ({kinds})(-start)?\(", line):
+            shapes = re.findall(r"[a-z]+\d*\[([\d,]*)\]", match[1])
+            found.append((match[2], [math.prod(int(n) for n in shape.split(",") if n) for shape in shapes]))
+    return found
+
+
+def lie_alike(tree, like):
+    return jax.tree.all(jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), tree, like))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", sharding.MODES)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_is_that_of_one_device_and_the_state_stays_where_it_lies(kind, mode, accumulate):
+    optimizer, data = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0, momentum=0.9)), make_data(32)
+
+    def steps(params, data):
+        state = train.init_state(params, optimizer, jax.random.key(1))
+        before = jax.tree.map(jnp.copy, state)
+        step = train.make_train_step(loss_fn, optimizer, accumulate=accumulate)
+        return before, *step(step(state, data)[0], data)
+
+    _, expected, expected_metrics = steps(fcfunc.init(jax.random.key(0), DIMS), data)
+    params, data = placed(mode, kind, data)
+    before, state, metrics = steps(params, data)
+    chex.assert_trees_all_close(state.params, expected.params, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(metrics, expected_metrics, rtol=1e-5)
+    assert lie_alike(state, before)
+    momentum = optax.tree.get(state.opt_state, "trace")
+    assert lie_alike(momentum, params)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", sharding.MODES)
+def test_the_whole_epoch_and_fit_run_unchanged_on_a_mesh(kind, mode):
+    optimizer, data = optax.adam(1e-3), make_data(88)  # batches of 32, and one of 24
+
+    def run(params, data):
+        state = train.init_state(params, optimizer, jax.random.key(1))
+        options = {"epochs": 2, "batch_size": 32, "validation_data": data, "patience": 2, "num_classes": DIMS[-1]}
+        return train.fit(loss_fn, optimizer, state, data, **options)
+
+    expected, expected_history = run(fcfunc.init(jax.random.key(0), DIMS), data)
+    params, data = placed(mode, kind, data)
+    state, history = run(params, data)
+    chex.assert_trees_all_close(state.params, expected.params, rtol=1e-4, atol=1e-6)
+    assert lie_alike(state.params, params)
+    for got, want in zip(history, expected_history, strict=True):
+        np.testing.assert_allclose(
+            [got[k] for k in got if k != "seconds"], [want[k] for k in want if k != "seconds"], rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_last_batch_that_the_devices_do_not_divide_is_taken_by_each_of_them(kind):
+    optimizer, (x, labels) = optax.sgd(0.1), make_data(36)
+    mesh = sharding.make_mesh(data=4, devices=jax.devices()[:4], axis_type=kind)
+
+    def run(params, data):
+        epoch = train.make_train_epoch(loss_fn, optimizer, 32)
+        return epoch(train.init_state(params, optimizer, jax.random.key(1)), data)[0].params
+
+    params = fcfunc.init(jax.random.key(0), DIMS)
+    sharded = run(sharding.shard(params, P(), mesh), sharding.global_batch((x, labels), mesh))
+    chex.assert_trees_all_close(sharded, run(params, (x, labels)), rtol=1e-5, atol=1e-6)
+
+
+def test_params_that_lie_nowhere_in_particular_train_beside_data_on_a_mesh():
+    optimizer, data = optax.sgd(0.1), make_data(64)
+    state = train.init_state(fcfunc.init(jax.random.key(0), DIMS), optimizer, jax.random.key(1))
+    expected, _ = train.fit(loss_fn, optimizer, state, data, epochs=1, batch_size=32)
+    mesh = sharding.make_mesh()
+    got, _ = train.fit(loss_fn, optimizer, state, sharding.global_batch(data, mesh), epochs=1, batch_size=32)
+    chex.assert_trees_all_close(got.params, expected.params, rtol=1e-5, atol=1e-6)
+    assert got.params[0]["w"].sharding.is_fully_replicated
+
+
+NETWORKS = {
+    "gelu, dropout": ([16, 32, 32, 8], {"activation": "gelu", "dropout_rate": 0.5}),
+    "layer_norm, residual": ([16, 32, 32, 8], {"norm": "layer_norm", "residual": True, "activation": "silu"}),
+    "bfloat16": ([16, 32, 32, 8], {"compute_dtype": "bfloat16"}),
+    "stacked": ([16, 32, 32, 32, 8], {"norm": "rms_norm", "residual": True}),
+    "stacked at once": ([16, 16, 16, 8], {}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", ["fsdp", "fsdp+tensor"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_kind_of_network_has_the_gradients_of_one_device(kind, mode, name):
+    dims, network = NETWORKS[name]
+    params = mlp.stack(fcfunc.init(jax.random.key(0), dims, norm=network.get("norm")))
+    data, key = make_data(32), jax.random.key(3)
+    gradient = jax.jit(jax.grad(functools.partial(loss_fn, **network), has_aux=True))
+    expected, _ = gradient(params, data, key)
+    got, _ = gradient(*placed(mode, kind, data, params), key)
+    tolerance = 2e-2 if "compute_dtype" in network else 1e-5
+    chex.assert_trees_all_close(got, expected, rtol=tolerance, atol=tolerance / 10)
+
+
+def compiled_step(mode, kind=AxisType.Explicit, accumulate=1, dims=DIMS, rows=32, stacked=False):
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    params = fcfunc.init(jax.random.key(0), dims)
+    rng = np.random.default_rng(0)
+    data = rng.standard_normal((rows, dims[0]), np.float32), rng.integers(0, dims[-1], rows, np.int32)
+    params, data = placed(mode, kind, data, mlp.stack(params) if stacked else params)
+    state = train.init_state(params, optimizer, jax.random.key(1))
+    return train.make_train_step(loss_fn, optimizer, accumulate=accumulate).lower(state, data).compile(), params
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_data_parallel_steps_communicate_one_fused_sum_of_the_gradients(kind, accumulate):
+    compiled, params = compiled_step("data", kind, accumulate)
+    sizes = [leaf.size for leaf in jax.tree.leaves(params)]
+    [(what, elements)] = collectives(compiled)
+    assert what == "all-reduce"
+    assert sorted(elements) == sorted([*sizes, 1, 1])  # and the means of the loss and the accuracy
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_fully_sharded_steps_gather_each_weight_and_leave_no_gradient_whole(accumulate):
+    compiled, params = compiled_step("fsdp", accumulate=accumulate)
+    exchanged = collectives(compiled)
+    gathered = sorted(n for what, elements in exchanged if what == "all-gather" for n in elements)
+    divided = sorted(leaf.size for leaf in jax.tree.leaves(params) if not leaf.sharding.is_fully_replicated)
+    assert gathered == divided
+    assert len([what for what, _ in exchanged if what == "all-reduce"]) == 1
+    new_state, _ = compiled.output_shardings
+    assert jax.tree.all(jax.tree.map(lambda a, s: s.is_equivalent_to(a.sharding, a.ndim), params, new_state.params))
+
+
+def test_tensor_parallel_steps_gather_no_weight_and_sum_activations_once_for_two_layers():
+    """Columns, then rows: one sum forward, after the rows, and one backward, before the columns."""
+    compiled, _ = compiled_step("tensor")
+    exchanged = collectives(compiled)
+    rows, devices = 32 // 4, 2
+    assert {what for what, _ in exchanged} == {"all-reduce", "all-gather"}
+    gathered = [elements for what, elements in exchanged if what == "all-gather"]
+    assert gathered == [[rows * devices]] * 2  # the accuracy's best class of each device, and its logit
+    activations = [elements for what, elements in exchanged if what == "all-reduce" and rows * DIMS[2] in elements]
+    assert len(activations) == 2
+
+
+def test_accumulated_parts_are_summed_before_anything_is_communicated():
+    one, four = (compiled_step("data", accumulate=n)[0] for n in (1, 4))
+    assert [what for what, _ in collectives(four)] == ["all-reduce"]
+    assert sorted(collectives(four)[0][1]) == sorted(collectives(one)[0][1])
+    entry = four.as_text().split("\nENTRY ")[1]
+    assert "while(" in entry  # the loop over the parts is a computation of its own,
+    assert "all-reduce(" in entry  # and this is not in it
+
+
+@pytest.mark.parametrize(("mode", "share"), [("data", 1.0), ("fsdp", 1 / 8), ("tensor", 1 / 2), ("fsdp+tensor", 1 / 8)])
+def test_the_memory_of_the_state_per_device_falls_as_the_mode_promises(mode, share):
+    compiled, params = compiled_step(mode, dims=[128, 512, 512, 128])
+    state = 2 * 4 * sum(leaf.size for leaf in jax.tree.leaves(params))  # params and momentum
+    of_weights = 2 * 4 * sum(p["w"].size for p in params)
+    batch = 32 // (4 if "tensor" in mode else 8) * (128 + 1) * 4
+    expected = of_weights * share + batch
+    assert expected <= compiled.memory_analysis().argument_size_in_bytes <= expected + (state - of_weights) + 64
+
+
+def test_scanned_layers_that_are_fully_sharded_are_gathered_one_at_a_time():
+    """All of them gathered would be eight weights; one and its gradient, forward and backward, are some three."""
+    compiled, params = compiled_step("fsdp", dims=[512] * 9 + [8], stacked=True)
+    weight = 4 * 512 * 512
+    local = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 8
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * weight + 2 * local
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_large_output_layer_keeps_the_logits_of_its_classes_on_each_device(kind):
+    rows, width, classes = 64, 32, 2048
+    mesh = sharding.make_mesh(data=2, model=4, axis_type=kind)
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((rows, width), np.float32), rng.standard_normal((width, classes), np.float32)
+    args = (x, w, rng.standard_normal(classes, np.float32), rng.integers(0, classes, rows, np.int32))
+    chunk_size = classes if kind is AxisType.Auto else None
+
+    def loss(x, w, b, labels):
+        return jnp.mean(losses.linear_softmax_cross_entropy(x, w, b, labels, chunk_size=chunk_size))
+
+    gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+    laid = sharding.shard(args, (P("data"), P(None, "model"), P("model"), P("data")), mesh)
+    chex.assert_trees_all_close(gradient(*laid), gradient(*args), rtol=1e-4, atol=1e-6)
+    compiled = gradient.lower(*laid).compile()
+    exchanged = collectives(compiled)
+    assert {what for what, _ in exchanged} == {"all-reduce"}
+    assert max(n for _, elements in exchanged for n in elements) <= width * classes // 4
+    assert f"[{rows // 2},{classes}]" not in str(compiled.as_text())
+
+
+def test_each_mode_lays_columns_and_rows_in_turn():
+    mesh = sharding.make_mesh(model=2)
+    params = fcfunc.init(jax.random.key(0), [16, 64, 32, 64, 8], norm="layer_norm")
+    weights = {mode: [s["w"] for s in sharding.param_specs(params, mesh, mode)] for mode in sharding.MODES}
+    assert weights["data"] == [P(None, None)] * 4
+    assert weights["fsdp"] == [P(None, "data"), P("data", None)] * 2
+    assert weights["tensor"] == [P(None, "model"), P("model", None)] * 2
+    assert weights["fsdp+tensor"] == [P("data", "model"), P("model", "data")] * 2
+    first = sharding.param_specs(params, mesh, "tensor")[0]
+    assert first["b"] == first["scale"] == first["offset"] == P("model")
+
+
+def test_a_stack_is_one_layer_whose_first_axis_is_whole():
+    mesh = sharding.make_mesh(model=2)
+    params = mlp.stack(fcfunc.init(jax.random.key(0), [16, 64, 64, 64, 64, 8]))
+    specs = sharding.param_specs(params, mesh, "fsdp+tensor")
+    assert [s["w"] for s in specs] == [P("data", "model"), P(None, "model", "data"), P("model", "data")]
+    assert specs[1]["b"] == P(None, "data")
+
+
+def test_rules_of_ones_own_take_logical_names_and_several_mesh_axes():
+    mesh = sharding.make_mesh(model=2)
+    params = fcfunc.init(jax.random.key(0), [16, 64, 8])
+    specs = sharding.param_specs(params, mesh, [("mlp", ("data", "model"))])
+    assert [s["w"] for s in specs] == [P(None, ("data", "model")), P(("data", "model"), None)]
+    tree = {"table": np.zeros((6, 32)), "shift": np.zeros(32)}
+    names = {"table": P(None, "embed"), "shift": P("embed")}
+    assert sharding.logical_specs(names, tree, mesh, [("embed", "model")]) == {
+        "table": P(None, "model"),
+        "shift": P("model"),
+    }
+
+
+def test_a_width_that_another_rule_makes_good_is_left_to_that_rule():
+    mesh = sharding.make_mesh()
+    params = fcfunc.init(jax.random.key(0), [16, 30, 64, 10])
+    assert [s["w"] for s in sharding.param_specs(params, mesh, "fsdp")] == [
+        P("data", None),
+        P(None, "data"),
+        P("data", None),
+    ]
+
+
+def test_what_cannot_be_divided_is_an_error_that_names_layer_width_and_axis():
+    mesh, params = sharding.make_mesh(model=4), fcfunc.init(jax.random.key(0), [16, 64, 32, 10])
+    with pytest.raises(ValueError, match=r"layer 2, \[32, 10\]: the width 10 \(classes\).*'model' of 4 devices"):
+        sharding.param_specs(params, mesh, "tensor")
+    specs = sharding.param_specs(params, mesh, "tensor", whole=("classes",))
+    assert specs[2]["w"] == P(None, None)
+    with pytest.raises(ValueError, match=r"unknown mode 'zero'; known are data, fsdp"):
+        sharding.param_specs(params, mesh, "zero")
+    with pytest.raises(ValueError, match=r"unknown logical axis 'heads'"):
+        sharding.param_specs(params, mesh, [("heads", "model")])
+    with pytest.raises(ValueError, match=r"the mesh has no axis 'expert', only data, model"):
+        sharding.param_specs(params, mesh, [("mlp", "expert")])
+    with pytest.raises(ValueError, match=r"'a'.*width 5 \(embed\).*'data' of 2"):
+        sharding.logical_specs({"a": P("embed")}, {"a": np.zeros(5)}, mesh, [("embed", "data")])
+    with pytest.raises(ValueError, match=r"logical_specs"):
+        sharding.param_specs({"w": np.zeros((2, 2))}, mesh, "data")
+    with pytest.raises(ValueError, match=r"\['x'\]: the width 5 of \[5, 2\].*'data' of 2"):
+        sharding.shard({"x": np.zeros((5, 2))}, P("data"), mesh)
+    with pytest.raises(ValueError, match=r"\['x'\].*\[5, 2\]; leave out"):
+        sharding.global_batch({"x": np.zeros((5, 2))}, mesh)
+    with pytest.raises(ValueError, match=r"number of devices, 8, got data=3, model=2"):
+        sharding.make_mesh(data=3, model=2)
+
+
+def test_a_batch_that_the_devices_or_the_parts_do_not_divide_is_an_error():
+    params, data = placed("data", AxisType.Explicit, make_data(40))
+    state = train.init_state(params, optax.sgd(0.1), jax.random.key(0))
+    with pytest.raises(ValueError, match=r"batches of 20 examples.*8 devices"):
+        train.make_train_epoch(loss_fn, optax.sgd(0.1), 20)(state, data)
+    with pytest.raises(ValueError, match=r"a batch of 40 examples cannot be taken in 2 even parts"):
+        train.make_train_step(loss_fn, optax.sgd(0.1), accumulate=2)(state, data)
+
+
+def test_params_made_where_they_shall_lie_are_those_made_on_one_device():
+    mesh, init = sharding.make_mesh(model=2), functools.partial(fcfunc.init, dims=DIMS)
+    key = jax.random.key(5)
+    specs = sharding.param_specs(jax.eval_shape(init, key), mesh, "fsdp+tensor")
+    there = jax.tree.map(functools.partial(NamedSharding, mesh), specs)
+    chex.assert_trees_all_close(jax.jit(init, out_shardings=there)(key), init(key), rtol=1e-6)
+
+
+@pytest.mark.parametrize("accumulate", [2, 8])
+def test_on_one_device_accumulated_parts_are_the_batch(accumulate):
+    optimizer, data = optax.sgd(1.0), make_data(32)
+    state = lambda: train.init_state(fcfunc.init(jax.random.key(0), DIMS), optimizer, jax.random.key(1))
+    whole, metrics = train.make_train_step(loss_fn, optimizer)(state(), data)
+    parts, metrics_of_parts = train.make_train_step(loss_fn, optimizer, accumulate=accumulate)(state(), data)
+    chex.assert_trees_all_close(parts.params, whole.params, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(metrics_of_parts, metrics, rtol=1e-5)
+
+
+def test_each_part_and_device_draws_its_own_dropout():
+    """The loss is the mean of one draw per example, so that its spread tells how many draws there were."""
+    draws = lambda params, batch, key: jnp.mean(params["a"] * 0 + jax.random.normal(key, batch.shape))
+    params, data = {"a": jnp.zeros(())}, np.zeros(64, np.float32)
+    step = train.make_train_step(draws, optax.sgd(0.1), accumulate=4)
+    mesh = sharding.make_mesh()
+    state = train.init_state(params, optax.sgd(0.1), jax.random.key(0))
+    _, alone = train.make_train_step(draws, optax.sgd(0.1))(jax.tree.map(jnp.copy, state), data)
+    _, parts = step(jax.tree.map(jnp.copy, state), data)
+    _, shares = step(jax.tree.map(jnp.copy, state), sharding.global_batch(data, mesh))
+    assert len({float(m["loss"]) for m in (alone, parts, shares)}) == 3
+    assert max(abs(float(m["loss"])) for m in (parts, shares)) < 4 / 64**0.5
+
+
+def test_accumulation_carries_a_model_state_through_the_parts():
+    params = fcfunc.init(jax.random.key(0), DIMS, norm="batch_norm")
+
+    def normed(params, batch, key, model_state):
+        logits, model_state = fcfunc.apply_batch_norm(params, model_state, batch[0], training=True)
+        return jnp.mean(losses.softmax_cross_entropy_with_integer_labels(logits, batch[1])), {}, model_state
+
+    data, optimizer = make_data(64), optax.sgd(0.1)
+    start = fcfunc.init_batch_norm_state(params)
+    state = train.init_state(params, optimizer, jax.random.key(1), model_state=start)
+    state, _ = train.make_train_step(normed, optimizer, accumulate=4)(state, data)
+    expected = start
+    for i in range(4):
+        _, expected = fcfunc.apply_batch_norm(params, expected, data[0][16 * i : 16 * i + 16], training=True)
+    chex.assert_trees_all_close(state.model_state, expected, rtol=1e-5)
+    placed_params, placed_data = placed("data", AxisType.Explicit, data, params)
+    state = train.init_state(placed_params, optimizer, jax.random.key(1), model_state=start)
+    state, _ = train.make_train_step(normed, optimizer, accumulate=4)(state, placed_data)
+    assert lie_alike(
+        state.model_state, jax.tree.map(lambda a: jax.device_put(a, NamedSharding(sharding.make_mesh(), P())), start)
+    )
+    assert all(np.isfinite(a).all() for a in jax.tree.leaves(state.model_state))
