@@ -2,6 +2,7 @@
 
 from fcfunc import (
     activations,
+    checkpoint,
     cross_entropy,
     data,
     large_output,
@@ -22,6 +23,7 @@ __all__ = [
     "activations",
     "apply",
     "apply_batch_norm",
+    "checkpoint",
     "cross_entropy",
     "data",
     "init",

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
@@ -101,6 +103,24 @@ def layouts(tree: Any) -> tuple[NamedSharding | None, ...]:
         return sharding if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
 
     return tuple(map(layout, jax.tree.leaves(tree)))
+
+
+def placed(a: Any, sharding: NamedSharding) -> jax.Array:
+    """`a`, the same on every process where there are several, put where a sharding says."""
+    if sharding.is_fully_addressable or (isinstance(a, jax.Array) and not a.is_fully_addressable):
+        return jax.device_put(a, sharding)
+    if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+        data = placed(jax.random.key_data(a), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(a))
+    host = np.asarray(a)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def whole(a: Any) -> np.ndarray:
+    """All of `a` on the host, also where other processes have parts of it; then every process calls this."""
+    if isinstance(a, jax.Array) and not a.is_fully_addressable and not a.is_fully_replicated:
+        return multihost_utils.process_allgather(a, tiled=True)
+    return np.asarray(a)
 
 
 def constrained(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:

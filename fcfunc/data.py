@@ -289,8 +289,9 @@ def check_values(data: Any, *, num_classes: int | None = None, name: str = "data
     Raises:
       ValueError: a NaN, an infinity or a label out of range, with the array's path and the index of the first.
     """
-    for path, leaf in jax.tree.leaves_with_path(data):
-        array, where = np.asarray(leaf), f"{name}{jax.tree_util.keystr(path)}"
+    parts = [(path, start, part) for path, leaf in jax.tree.leaves_with_path(data) for start, part in _here(leaf)]
+    for path, start, array in parts:
+        where = f"{name}{jax.tree_util.keystr(path)}"
         if jnp.issubdtype(array.dtype, jnp.inexact):  # NumPy's own test does not know bfloat16
             bad, expected = ~np.isfinite(array), "finite numbers"
         elif num_classes is not None and array.ndim == 1 and np.issubdtype(array.dtype, np.integer):
@@ -299,7 +300,16 @@ def check_values(data: Any, *, num_classes: int | None = None, name: str = "data
             continue
         if bad.any():
             at = tuple(int(i) for i in np.argwhere(bad)[0])
-            raise ValueError(f"{where}[{', '.join(map(str, at))}]: {expected} expected, got {array[at]}")
+            shown = ", ".join(str(i + first) for i, first in zip(at, start, strict=True))
+            raise ValueError(f"{where}[{shown}]: {expected} expected, got {array[at]}")
+
+
+def _here(leaf) -> list[tuple[tuple[int, ...], np.ndarray]]:
+    """The parts of an array that this process has, each with the index of its first element."""
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+        return [((0,) * np.ndim(leaf), np.asarray(leaf))]
+    parts = {tuple(i.start or 0 for i in shard.index): shard.data for shard in leaf.addressable_shards}
+    return [(start, np.asarray(part)) for start, part in parts.items()]
 
 
 def _regular_file(path) -> Path:

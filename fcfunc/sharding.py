@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from fcfunc import _check
+from fcfunc import _check, _compat
 
 __all__ = ["MODES", "global_batch", "logical_specs", "make_mesh", "param_specs", "shard"]
 
@@ -182,14 +181,7 @@ def shard(tree: Any, specs: Any, mesh: Mesh) -> Any:
 
     def place(path, leaf, spec):
         _check_divides(f"shard: {jax.tree_util.keystr(path) or 'array'}", spec, np.shape(leaf), mesh)
-        sharding = NamedSharding(mesh, spec)
-        if sharding.is_fully_addressable or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
-            return jax.device_put(leaf, sharding)
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            data = jax.random.key_data(leaf)
-            return jax.random.wrap_key_data(place(path, data, spec), impl=jax.random.key_impl(leaf))
-        host = np.asarray(leaf)
-        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+        return _compat.placed(leaf, NamedSharding(mesh, spec))
 
     return jax.tree.map_with_path(place, tree, specs)
 

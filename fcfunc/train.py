@@ -418,7 +418,7 @@ def _beside(state, tree):
     if mesh is None:
         return state
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    return _compat.each(lambda a, s: jax.device_put(a, whole) if s is None else a, state, _compat.layouts(state))
+    return _compat.each(lambda a, s: _compat.placed(a, whole) if s is None else a, state, _compat.layouts(state))
 
 
 def _batch_sizes(n: int, batch_size: int) -> np.ndarray:

@@ -1,0 +1,249 @@
+"""Saving and restoring a run: the whole `TrainState`, and the plain configuration that made it.
+
+The files are written and read by orbax-checkpoint (the extra `checkpoint`), which puts a checkpoint in place whole or
+not at all. Added here is a manifest: the name, shape, dtype and SHA-256 of every array, verified when they are read.
+"""
+
+import contextlib
+import hashlib
+import json
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fcfunc import _check, _compat
+
+__all__ = ["Checkpoint", "restore", "save", "steps"]
+
+FORMAT = 1
+"""Of the manifest; a number above it was written by a newer release."""
+
+
+class Checkpoint(NamedTuple):
+    """What `restore` returns.
+
+    Attributes:
+      state: like the one given, with the saved arrays, where the given ones lie.
+      config: the configuration that was saved.
+      step: the step that was saved.
+      devices: the number of devices that the saved arrays were on.
+    """
+
+    state: Any
+    config: Any
+    step: int
+    devices: int
+
+
+def save(folder: Any, state: Any, *, config: Any = None, keep: int = 3, score: float | None = None) -> Path:
+    """Saves a state as `folder/<step>`, and removes what need not be kept. Every process calls it.
+
+    Args:
+      folder: for the checkpoints of one run; made where it is not there. What a killed save left in it is removed.
+      state: a `TrainState`, or any tree with a `step` and of arrays and random keys.
+      config: what made the run, of dicts with text keys, lists, text, numbers, booleans and None.
+      keep: so many of the last checkpoints are kept.
+      score: where given, the checkpoint with the highest is kept besides.
+
+    Returns:
+      The checkpoint's folder. It is whole and verified by its manifest, or it is not there.
+
+    Raises:
+      TypeError: a config that is no such data, a state without a step.
+      ValueError: `keep` below 1, a score that is not finite.
+      OSError: the folder cannot be written; the checkpoints in it are as they were.
+    """
+    _check.positive("checkpoint.save", keep=keep)
+    if score is not None and not np.isfinite(score):
+        raise ValueError(f"checkpoint.save: a finite score expected, got {score}")
+    step = _step_of(state)
+    arrays, keys = _named(state)
+    described = {
+        name: {"shape": list(a.shape), "dtype": str(a.dtype), "sha256": _sha256(a)} for name, a in arrays.items()
+    }
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "score": None if score is None else float(score),
+        "devices": len(set().union(*(a.sharding.device_set for a in arrays.values()))),
+        "keys": keys,
+        "arrays": described,
+        "config": _plain(config, "config"),
+    }
+    manifest["sha256"] = _digest(manifest)
+    full = {name: a for name, a in arrays.items() if a.size}  # orbax refuses empty arrays
+    folder = Path(folder).absolute()
+    with _manager(folder, create=True) as (ocp, manager):
+        what = ocp.args.Composite(arrays=ocp.args.StandardSave(full), manifest=ocp.args.JsonSave(manifest))
+        manager.save(step, args=what, force=True)
+        manager.wait_until_finished()
+        _remove(manager, ocp, folder, keep)
+    return folder / str(step)
+
+
+def restore(folder: Any, like: Any, *, step: int | None = None) -> Checkpoint:
+    """Restores a state, by default the last one. Every process calls it.
+
+    Args:
+      folder: as for `save`.
+      like: a state of the same network and optimiser, as `init_state` makes it: the arrays are put where its arrays
+        lie, on as many devices as there are now.
+      step: which checkpoint; None: the last.
+
+    Returns:
+      A `Checkpoint`, every array of it verified by its SHA-256.
+
+    Raises:
+      FileNotFoundError: no checkpoint there, or not of that step.
+      ValueError: a checkpoint of another network, optimiser or dtype, of a newer format, or one whose bytes are not
+        those that were saved; naming the checkpoint and the array.
+    """
+    folder = Path(folder).absolute()
+    found = steps(folder)
+    if not found or (step is not None and step not in found):
+        wanted = "a checkpoint" if step is None else f"the checkpoint {step}"
+        raise FileNotFoundError(f"{folder}: {wanted} expected, found {', '.join(map(str, found)) or 'none'}")
+    step = found[-1] if step is None else step
+    where = folder / str(step)
+    arrays, keys = _named(like)
+    with _manager(folder) as (ocp, manager):
+        manifest = _manifest(manager, ocp, step, where)
+        _check_alike(where, manifest, arrays, keys)
+        full = {
+            name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for name, a in arrays.items() if a.size
+        }
+        try:
+            args = ocp.args.Composite(arrays=ocp.args.StandardRestore(full))
+            restored = dict(arrays) | dict(manager.restore(step, args=args)["arrays"])
+        except Exception as e:  # what the files' libraries raise on damaged files is not listed anywhere
+            raise ValueError(f"{where}: damaged; its arrays cannot be read ({_first_line(e)})") from None
+    for name, a in restored.items():
+        if _sha256(a) != manifest["arrays"][name]["sha256"]:
+            raise ValueError(f"{where}: damaged; {name} is not as it was saved (its SHA-256 differs)")
+    return Checkpoint(_unnamed(like, restored), manifest["config"], step, manifest["devices"])
+
+
+def steps(folder: Any) -> list[int]:
+    """The steps whose whole checkpoints are in a folder, in order; none where the folder is not there."""
+    folder = Path(folder).absolute()
+    if not folder.is_dir():
+        return []
+    with _manager(folder) as (_, manager):
+        return sorted(manager.all_steps())
+
+
+@contextlib.contextmanager
+def _manager(folder: Path, *, create: bool = False):
+    try:
+        import orbax.checkpoint as ocp
+    except ImportError:
+        raise ImportError("checkpoint: needs orbax-checkpoint; pip install 'fcfunc[checkpoint]'") from None
+    options = ocp.CheckpointManagerOptions(
+        create=create, cleanup_tmp_directories=create, enable_async_checkpointing=False, read_only=not create
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its own deprecations
+        with ocp.CheckpointManager(folder, options=options) as manager:
+            yield ocp, manager
+
+
+def _manifest(manager, ocp, step: int, where: Path) -> dict:
+    try:
+        manifest = manager.restore(step, args=ocp.args.Composite(manifest=ocp.args.JsonRestore()))["manifest"]
+        given = manifest.pop("sha256")
+        newer, whole = manifest["format"] > FORMAT, given == _digest(manifest)
+    except Exception as e:
+        raise ValueError(f"{where}: damaged; its manifest cannot be read ({_first_line(e)})") from None
+    if newer:
+        raise ValueError(
+            f"{where}: of format {manifest['format']}, which a newer fcfunc reads; this one reads {FORMAT}"
+        )
+    if not whole:
+        raise ValueError(f"{where}: damaged; its manifest is not as it was saved (its SHA-256 differs)")
+    return manifest
+
+
+def _check_alike(where: Path, manifest: dict, arrays: dict, keys: dict) -> None:
+    saved = manifest["arrays"]
+    for name in [*(saved.keys() - arrays.keys()), *(arrays.keys() - saved.keys())]:
+        has, lacks = ("the checkpoint", "this run") if name in saved else ("this run", "the checkpoint")
+        raise ValueError(f"{where}: of another network or optimizer; {has} has {name}, and {lacks} has not")
+    for name, a in arrays.items():
+        came, expected = saved[name], {"shape": list(a.shape), "dtype": str(a.dtype)}
+        if any(came[what] != expected[what] for what in expected):
+            raise ValueError(
+                f"{where}: {name} is {came['dtype']} {came['shape']}, "
+                f"and this run expects {expected['dtype']} {expected['shape']}"
+            )
+    if manifest["keys"] != keys:
+        raise ValueError(f"{where}: random keys {manifest['keys']}, and this run expects {keys}")
+
+
+def _remove(manager, ocp, folder: Path, keep: int) -> None:
+    found = sorted(manager.all_steps())
+    scores = {}
+    for step in found:
+        with contextlib.suppress(ValueError):  # a damaged one is kept, for a person to look at, and not the best
+            score = _manifest(manager, ocp, step, folder / str(step))["score"]
+            scores |= {} if score is None else {step: score}
+    best = {max(scores, key=lambda step: (scores[step], step))} if scores else set()
+    for step in set(found[:-keep]) - best:
+        manager.delete(step)
+
+
+def _step_of(state) -> int:
+    step = getattr(state, "step", None)
+    if step is None or np.shape(step) != ():
+        raise TypeError(f"checkpoint.save: a state with a step expected, got {type(state).__name__}")
+    return int(step)
+
+
+def _named(state) -> tuple[dict[str, jax.Array], dict[str, str]]:
+    """The arrays of a state by name, random keys as the numbers they are made of; and the kind of each key."""
+    arrays, keys = {}, {}
+    for path, leaf in jax.tree.leaves_with_path(state):
+        name, leaf = jax.tree_util.keystr(path, simple=True, separator="."), jnp.asarray(leaf)
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            keys[name], leaf = str(jax.random.key_impl(leaf)), jax.random.key_data(leaf)
+        arrays[name] = leaf
+    return arrays, keys
+
+
+def _unnamed(like, arrays: dict) -> Any:
+    def take(path, leaf):
+        a = arrays[jax.tree_util.keystr(path, simple=True, separator=".")]
+        if jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(a, impl=jax.random.key_impl(leaf))
+        return a
+
+    return jax.tree.map_with_path(take, like)
+
+
+def _sha256(a: jax.Array) -> str:
+    """Of the array's bytes, row by row, little-endian; wherever it lies."""
+    host = np.ascontiguousarray(_compat.whole(a))
+    host = host if host.dtype.byteorder != ">" else host.astype(host.dtype.newbyteorder("<"))
+    return hashlib.sha256(host.reshape(-1).view(np.uint8)).hexdigest()
+
+
+def _digest(manifest: dict) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _plain(value, where: str):
+    """`value` as JSON gives it back."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
+    if isinstance(value, dict) and all(isinstance(k, str) for k in value):
+        return {k: _plain(v, f"{where}[{k!r}]") for k, v in value.items()}
+    raise TypeError(f"checkpoint.save: plain data expected in {where}, got {value!r:.80}")
+
+
+def _first_line(e: Exception) -> str:
+    return f"{type(e).__name__}: {str(e).strip().splitlines()[0][:160] if str(e).strip() else ''}"

@@ -1,0 +1,84 @@
+"""What was saved comes back to the bit, on any number of devices, or an error says why not."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+
+import fcfunc
+from fcfunc import checkpoint, sharding, train
+
+OPTIMIZER = optax.adam(1e-3)
+
+
+def make_state(dims=(16, 64, 8), optimizer=OPTIMIZER, mesh=None, mode="fsdp", dtype=jnp.float32):
+    params = fcfunc.init(jax.random.key(0), dims, param_dtype=dtype)
+    if mesh is not None:
+        params = sharding.shard(params, sharding.param_specs(params, mesh, mode), mesh)
+    return train.init_state(params, optimizer, jax.random.key(1))
+
+
+def moved(state, step):
+    """Another state of the same run: every number changed, at another step."""
+    change = lambda a: a if jnp.issubdtype(a.dtype, jax.dtypes.prng_key) else a + jnp.ones((), a.dtype)
+    return jax.tree.map(change, state)._replace(step=state.step + step)
+
+
+def bits(state):
+    data = lambda a: jax.random.key_data(a) if jnp.issubdtype(a.dtype, jax.dtypes.prng_key) else a
+    return [np.asarray(data(leaf)).tobytes() for leaf in jax.tree.leaves(state)]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_state_comes_back_to_the_bit_with_its_configuration(tmp_path, dtype):
+    state = moved(make_state(dtype=dtype), 7)
+    config = {"dims": [16, 64, 8], "norm": None, "rate": 0.1, "residual": False, "name": "é"}
+    assert checkpoint.save(tmp_path, state, config=config) == tmp_path / "7"
+    back = checkpoint.restore(tmp_path, make_state(dtype=dtype))
+    assert bits(back.state) == bits(state)
+    assert back.config == config
+    assert (back.step, back.devices) == (7, 1)
+    chex.assert_trees_all_equal_dtypes(back.state.params, state.params)
+    assert jax.tree.structure(back.state) == jax.tree.structure(state)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+def test_a_state_of_one_mesh_is_restored_onto_another_and_onto_one_device(tmp_path, kind):
+    eight = sharding.make_mesh(model=2, axis_type=kind)
+    four = sharding.make_mesh(data=4, devices=jax.devices()[:4], axis_type=kind)
+    state = moved(make_state(mesh=eight, mode="fsdp+tensor"), 3)
+    checkpoint.save(tmp_path, state)
+    for like in (make_state(mesh=four), make_state(), make_state(mesh=eight, mode="tensor")):
+        back = checkpoint.restore(tmp_path, like)
+        assert bits(back.state) == bits(state)
+        assert back.devices == 8
+        same = jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), back.state, like)
+        assert jax.tree.all(same)
+
+
+def test_the_last_and_the_best_are_kept(tmp_path):
+    start = make_state()
+    for step, score in enumerate([0.1, 0.9, 0.2, 0.3, 0.4], start=1):
+        checkpoint.save(tmp_path, moved(start, step), keep=2, score=score)
+    assert checkpoint.steps(tmp_path) == [2, 4, 5]
+    assert checkpoint.restore(tmp_path, start, step=2).step == 2
+
+
+def test_what_is_not_the_same_run_is_an_error_that_names_the_array(tmp_path):
+    checkpoint.save(tmp_path, moved(make_state(), 1))
+    with pytest.raises(ValueError, match=r"1: params.0.b is float32 \[64\], and this run expects float32 \[32\]"):
+        checkpoint.restore(tmp_path, make_state(dims=(16, 32, 8)))
+    with pytest.raises(ValueError, match=r"another network or optimizer; the checkpoint has opt_state"):
+        checkpoint.restore(tmp_path, make_state(optimizer=optax.sgd(0.1)))
+    with pytest.raises(ValueError, match=r"float32 .*, and this run expects bfloat16"):
+        checkpoint.restore(tmp_path, make_state(dtype=jnp.bfloat16))
+    with pytest.raises(FileNotFoundError, match=r"the checkpoint 5 expected, found 1"):
+        checkpoint.restore(tmp_path, make_state(), step=5)
+    with pytest.raises(FileNotFoundError, match=r"a checkpoint expected, found none"):
+        checkpoint.restore(tmp_path / "nowhere", make_state())
+    with pytest.raises(TypeError, match=r"plain data expected in config\['f'\]"):
+        checkpoint.save(tmp_path, moved(make_state(), 2), config={"f": print})
+    assert checkpoint.steps(tmp_path) == [1]
