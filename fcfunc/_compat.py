@@ -91,7 +91,7 @@ def traced(a: Any) -> bool:
 
 
 def layouts(tree: Any) -> tuple[NamedSharding | None, ...]:
-    """Where each array of a tree lies: its sharding on a mesh of several devices, or None.
+    """Where each array of a tree lies: its sharding on a mesh, or None.
 
     Only an array itself knows its layout on an Auto mesh; while tracing, the types tell that on Explicit meshes alone.
     """
@@ -100,7 +100,7 @@ def layouts(tree: Any) -> tuple[NamedSharding | None, ...]:
         if traced(a):
             return explicit_sharding(a)
         sharding = getattr(a, "sharding", None)
-        return sharding if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
+        return sharding if isinstance(sharding, NamedSharding) else None
 
     return tuple(map(layout, jax.tree.leaves(tree)))
 

@@ -7,6 +7,7 @@ not at all. Added here is a manifest: the name, shape, dtype and SHA-256 of ever
 import contextlib
 import hashlib
 import json
+import logging
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,13 +143,18 @@ def _manager(folder: Path, *, create: bool = False):
         import orbax.checkpoint as ocp
     except ImportError:
         raise ImportError("checkpoint: needs orbax-checkpoint; pip install 'fcfunc[checkpoint]'") from None
-    options = ocp.CheckpointManagerOptions(
-        create=create, cleanup_tmp_directories=create, enable_async_checkpointing=False, read_only=not create
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its own deprecations
-        with ocp.CheckpointManager(folder, options=options) as manager:
-            yield ocp, manager
+    how = {"enable_async_checkpointing": False, "cleanup_tmp_directories": create, "read_only": not create}
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns of the very options that it is given
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its own deprecations
+            options = ocp.CheckpointManagerOptions(create=create, **how)
+            with ocp.CheckpointManager(folder, options=options) as manager:
+                yield ocp, manager
+    finally:
+        log.setLevel(level)
 
 
 def _manifest(manager, ocp, step: int, where: Path) -> dict:
@@ -227,7 +233,7 @@ def _sha256(a: jax.Array) -> str:
     """Of the array's bytes, row by row, little-endian; wherever it lies."""
     host = np.ascontiguousarray(_compat.whole(a))
     host = host if host.dtype.byteorder != ">" else host.astype(host.dtype.newbyteorder("<"))
-    return hashlib.sha256(host.reshape(-1).view(np.uint8)).hexdigest()
+    return hashlib.sha256(host.reshape(-1).view(np.uint8)).hexdigest()  # type: ignore[arg-type]
 
 
 def _digest(manifest: dict) -> str:

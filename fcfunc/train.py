@@ -188,6 +188,7 @@ def fit(
     *,
     epochs: int,
     batch_size: int,
+    accumulate: int = 1,
     validation_data: Any = None,
     eval_fn: Callable | None = None,
     monitor: str = "loss",
@@ -209,6 +210,7 @@ def fit(
       data: the training examples, a tree of arrays with one first axis; they are put on the device once.
       epochs: passes over the data.
       batch_size: examples per step.
+      accumulate: as for `make_train_step`.
       validation_data: examples that are evaluated after each epoch, never trained on.
       eval_fn: the loss function of the evaluation, where it is not `loss_fn` with key None.
       monitor: the validation metric that decides which epoch is best.
@@ -247,7 +249,7 @@ def fit(
         _check_metrics(eval_fn or loss_fn, state, validation_data, None, monitor)
     _check_metrics(loss_fn, state, data, state.key, None)
 
-    train_epoch = make_train_epoch(loss_fn, optimizer, batch_size)
+    train_epoch = make_train_epoch(loss_fn, optimizer, batch_size, accumulate=accumulate)
     sizes = _batch_sizes(n, batch_size)
     state = jax.tree.map(jnp.copy, state)
     history, best_model, waited = [], {}, 0

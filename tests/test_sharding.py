@@ -99,6 +99,21 @@ def test_the_whole_epoch_and_fit_run_unchanged_on_a_mesh(kind, mode):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_mesh_of_one_device_is_a_mesh(kind, accumulate):
+    optimizer, data = optax.sgd(0.1), make_data(40)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1], axis_type=kind)
+
+    def run(params, data):
+        state, epoch = train.init_state(params, optimizer, jax.random.key(1)), train.make_train_epoch
+        return epoch(loss_fn, optimizer, 16, accumulate=accumulate)(state, data)[0].params
+
+    params = fcfunc.init(jax.random.key(0), DIMS)
+    there = run(sharding.shard(params, P(), mesh), sharding.global_batch(data, mesh))
+    chex.assert_trees_all_close(there, run(params, data), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_last_batch_that_the_devices_do_not_divide_is_taken_by_each_of_them(kind):
     optimizer, (x, labels) = optax.sgd(0.1), make_data(36)
     mesh = sharding.make_mesh(data=4, devices=jax.devices()[:4], axis_type=kind)

@@ -1,0 +1,196 @@
+"""Trains one network on Fashion-MNIST on all devices of one process, of several, or of a cluster.
+
+    python -m examples.train_distributed --processes 2 --mode fsdp
+    srun python -m examples.train_distributed --cluster      # or mpirun; in Kubernetes the command of each pod of a Job
+
+Writes a checkpoint to --out after each epoch; `--resume` goes on from the last one, on as many devices as there are
+then. docs/many-devices.md says more.
+"""
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+LOST = 3
+"""Exit status where another process was lost: the run can go on with --resume."""
+
+GRACE = 5
+"""Seconds that the others have to end by themselves when one has ended in an error."""
+
+
+def main(args: argparse.Namespace) -> dict[str, float]:
+    """Trains as one of the processes; returns the figures of the test set."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
+    from jax.sharding import PartitionSpec
+
+    import fcfunc
+    from fcfunc import checkpoint, data, losses, sharding, train
+
+    if args.cluster:
+        jax.distributed.initialize(initialization_timeout=120, heartbeat_timeout_seconds=args.lost_after)
+    elif args.processes > 1:
+        jax.distributed.initialize(
+            args.coordinator,
+            num_processes=args.processes,
+            process_id=args.process_id,
+            coordinator_bind_address=args.bind or "127.0.0.1:" + args.coordinator.rpartition(":")[2],
+            initialization_timeout=120,
+            heartbeat_timeout_seconds=args.lost_after,
+        )
+    first = jax.process_index() == 0
+
+    def say(text):
+        if first:
+            print(text, flush=True)
+
+    if args.data == "digits":
+        training, test = data.split(data.digits(), (0.8, 0.2), seed=args.seed)
+    else:
+        training, test = data.fashion_mnist()
+    training, test = ((d.x.reshape(len(d.x), -1), d.y) for d in (training, test))
+    scale = 1.0 if args.data == "digits" else 255.0  # bytes until a step uses them
+    dims = args.dims or [training[0].shape[1], 512, 512, 10]
+
+    mesh = sharding.make_mesh(model=args.model)
+    say(f"{jax.device_count()} devices of {jax.process_count()} processes, {dict(mesh.shape)}, {args.mode}, {dims}")
+    make_params = lambda key: fcfunc.init(key, dims)  # noqa: E731
+    key = jax.random.key(args.seed)
+    shapes = jax.eval_shape(make_params, key)
+    specs = sharding.param_specs(shapes, mesh, args.mode, whole=("classes",))  # ten classes fit on every device
+    there = jax.tree.map(lambda spec: jax.sharding.NamedSharding(mesh, spec), specs)
+    params = jax.jit(make_params, out_shardings=there)(key)
+
+    each = len(training[1]) // mesh.shape["data"] * mesh.shape["data"] // jax.process_count()
+    mine = slice(each * jax.process_index(), each * (jax.process_index() + 1))
+    training = sharding.global_batch(jax.tree.map(lambda a: a[mine], training), mesh)
+    test = sharding.shard(test, PartitionSpec("data" if len(test[1]) % mesh.shape["data"] == 0 else None), mesh)
+
+    def loss_fn(params, batch, key):
+        del key
+        images, labels = batch
+        logits = fcfunc.apply(params, images.astype(jnp.float32) / scale)
+        loss = jnp.mean(losses.softmax_cross_entropy_with_integer_labels(logits, labels))
+        return loss, {"accuracy": jnp.mean(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.float32)}
+
+    steps = -(-len(training[1]) // args.batch_size)
+    optimizer = optax.sgd(optax.cosine_decay_schedule(args.learning_rate, args.epochs * steps), momentum=0.9)
+    state = train.init_state(params, optimizer, jax.random.fold_in(key, 1))
+    config = {name: getattr(args, name) for name in ("data", "epochs", "batch_size", "learning_rate", "seed")}
+    config["dims"] = dims
+    if args.resume:
+        saved = checkpoint.restore(args.out, state)
+        if saved.config != config:
+            raise ValueError(f"--resume: {args.out} is of another run, {saved.config}; this one is {config}")
+        state = saved.state
+        say(f"resumed at step {saved.step}, saved on {saved.devices} devices, goes on on {jax.device_count()}")
+    elif checkpoint.steps(args.out):
+        raise ValueError(f"--out {args.out}: holds checkpoints; go on with --resume, or choose another folder")
+
+    def on_epoch(state, record):
+        checkpoint.save(args.out, state, config=config)
+        epoch = record["step"] // steps
+        say(f"epoch {epoch}/{args.epochs}  loss {record['loss']:.4f}  accuracy {record['accuracy']:.4f}")
+
+    done = int(state.step) // steps
+    if done < args.epochs:
+        options = {"epochs": args.epochs - done, "batch_size": args.batch_size, "accumulate": args.accumulate}
+        state, _ = train.fit(loss_fn, optimizer, state, training, num_classes=10, on_epoch=on_epoch, **options)
+    figures = {name: float(np.asarray(m)) for name, m in train.evaluate(loss_fn, state.params, test).items()}
+    say(f"test accuracy {figures['accuracy']:.4f}")
+    return figures
+
+
+def launch(args: argparse.Namespace, argv: list[str]) -> int:
+    """Starts `--processes` of this program on this machine, and ends with all of them."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{s.getsockname()[1]}"
+    command = [sys.executable, "-m", "examples.train_distributed", *argv, "--coordinator", coordinator]
+    children = [subprocess.Popen([*command, "--process-id", str(i)]) for i in range(args.processes)]
+    try:
+        while all(child.poll() in (None, 0) for child in children) and any(child.poll() is None for child in children):
+            time.sleep(0.05)
+        deadline = time.monotonic() + GRACE
+        while any(child.poll() is None for child in children) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        codes = [child.poll() for child in children]
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+    if not any(code is None or code < 0 or code == LOST for code in codes):
+        return max(code or 0 for code in codes)
+    # A survivor raises, or is ended by JAX with SIGABRT, or waits on: lost is who was killed, else who is silent.
+    killed = {i: signal.Signals(-code).name for i, code in enumerate(codes) if code is not None and code < 0}
+    lost = [f"process {i} ({name})" for i, name in killed.items() if name != "SIGABRT"]
+    lost = lost or [f"process {i} (silent)" for i, code in enumerate(codes) if code is None] or ["a process"]
+    print(f"error: lost {', '.join(lost)}; go on with --resume", file=sys.stderr)
+    return LOST
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Reads the command line."""
+    from fcfunc.sharding import MODES
+
+    parser = argparse.ArgumentParser(prog="train_distributed", description=(__doc__ or "").split("\n\n")[0])
+    add = parser.add_argument
+    add("--data", choices=("fashion-mnist", "digits"), default="fashion-mnist")
+    add(
+        "--dims", type=lambda text: [int(n) for n in text.split(",")], help="widths (default: two hidden layers of 512)"
+    )
+    add("--mode", choices=tuple(MODES), default="data", help="how the params lie (default: data)")
+    add("--model", type=int, default=1, help="devices over which a layer is divided (default: 1)")
+    add("--epochs", type=int, default=10)
+    add("--batch-size", type=int, default=512, help="examples per step, of all devices together (default: 512)")
+    add("--accumulate", type=int, default=1, help="take each batch in so many parts")
+    add("--learning-rate", type=float, default=0.1)
+    add("--seed", type=int, default=0)
+    add("--out", default="runs/distributed", help="folder of the checkpoints, the same for all processes")
+    add("--resume", action="store_true", help="go on from the last checkpoint")
+    add("--processes", type=int, default=1, help="processes; they are started here unless --process-id is given")
+    add("--process-id", type=int, help="which of the processes this is, 0 to N - 1, where you start them yourself")
+    add("--coordinator", metavar="HOST:PORT", help="where process 0 is found by the others")
+    add("--bind", metavar="ADDRESS:PORT", help="where process 0 listens (default: loopback, this machine alone); "
+        "whoever reaches that port can end the run or read from it: a trusted network only")  # fmt: skip
+    add("--cluster", action="store_true", help="be found by Slurm, Open MPI or Kubernetes (jax.distributed.initialize)")
+    add("--lost-after", type=int, default=20, metavar="SECONDS", help="a silent process counts as lost (default: 20)")
+    parser.error = usage_error
+    args = parser.parse_args(argv)
+    if args.process_id is not None and args.coordinator is None:
+        usage_error("--process-id needs --coordinator HOST:PORT")
+    return args
+
+
+def usage_error(message: str):
+    """One line instead of argparse's whole usage."""
+    raise ValueError(f"{message} (see --help)")
+
+
+def run(argv: list[str]) -> int:
+    """`main` for a shell: an error is one line; status 2, or 3 where another process was lost."""
+    where, status = "", 2
+    try:
+        args = parse(argv)
+        if args.processes > 1 and args.process_id is None and not args.cluster:
+            return launch(args, argv)
+        where = f" (process {args.process_id})" if args.process_id is not None else ""
+        main(args)
+        return 0
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as e:
+        message = " ".join(str(e).split()) or type(e).__name__
+    except RuntimeError as e:  # what a collective raises when a connection breaks
+        message, status = f"another process was lost, or a device failed: {' '.join(str(e).split())[:160]}", LOST
+    print(f"error{where}: {message}", file=sys.stderr, flush=True)
+    # Not sys.exit: at a regular end JAX waits for the other processes, which may be gone.
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

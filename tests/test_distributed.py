@@ -1,0 +1,78 @@
+"""Real processes over loopback: the same numbers as on one device, and what happens when one is killed."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = [sys.executable, "-m", "examples.train_distributed", "--data", "digits", "--batch-size", "64"]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_two_processes_of_four_devices_take_the_steps_of_one_device_in_every_mode():
+    command = [sys.executable, "-m", "tests.process", f"127.0.0.1:{free_port()}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    processes = [subprocess.Popen([*command, str(i)], **pipes) for i in range(2)]
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    for output in outputs:
+        assert len(re.findall("as on one device", output)) == 5, output
+
+
+def processes_of(launcher):
+    """The ids of the processes that a launcher started, by the number of each."""
+    found = {}
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+            parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+        except OSError:
+            continue
+        if int(parent) == launcher.pid and "--process-id" in words:
+            found[int(words[words.index("--process-id") + 1])] = int(pid)
+    return found
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes in /proc")
+def test_when_a_process_is_killed_the_rest_ends_with_one_line_and_the_run_resumes_on_other_devices(tmp_path):
+    run = [*EXAMPLE, "--epochs", "30", "--out", str(tmp_path)]
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
+    launcher = subprocess.Popen([*run, "--processes", "2"], **pipes)
+    assert launcher.stdout is not None
+    assert launcher.stderr is not None
+    try:
+        while not (line := launcher.stdout.readline()).startswith("epoch 2/"):
+            assert line, launcher.stderr.read()
+        os.kill(processes_of(launcher)[1], signal.SIGKILL)
+        killed = time.monotonic()
+        _, errors = launcher.communicate(timeout=60)
+        took = time.monotonic() - killed
+    finally:
+        launcher.kill()
+    assert launcher.returncode == 3
+    assert errors.strip().splitlines()[-1] == "error: lost process 1 (SIGKILL); go on with --resume"
+    assert took < 30  # what docs/many-devices.md promises; it is a second on an idle machine
+    env.pop("XLA_FLAGS")
+    resumed = subprocess.run([*run, "--resume"], capture_output=True, text=True, env=env, timeout=240)
+    assert resumed.returncode == 0, resumed.stderr
+    assert re.search(r"resumed at step \d+, saved on 4 devices, goes on on 1", resumed.stdout)
+    assert float(resumed.stdout.rpartition("test accuracy ")[2]) > 0.95
+    again = subprocess.run(run, capture_output=True, text=True, env=env, timeout=240)
+    assert again.returncode == 2
+    assert re.fullmatch(r"error: --out .*: holds checkpoints; go on with --resume, or choose .*\n", again.stderr)
