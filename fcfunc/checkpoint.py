@@ -129,7 +129,14 @@ def restore(folder: Any, like: Any, *, step: int | None = None) -> Checkpoint:
 
 
 def steps(folder: Any) -> list[int]:
-    """The steps whose whole checkpoints are in a folder, in order; none where the folder is not there."""
+    """The steps whose whole checkpoints are in a folder.
+
+    Args:
+      folder: as for `save`.
+
+    Returns:
+      In order; none where the folder is not there.
+    """
     folder = Path(folder).absolute()
     if not folder.is_dir():
         return []

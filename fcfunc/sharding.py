@@ -103,8 +103,9 @@ def param_specs(params: Any, mesh: Mesh, mode: str | Rules, *, whole: Sequence[s
     Example:
       >>> from fcfunc import init
       >>> mesh = make_mesh(data=1, devices=jax.devices()[:1])
-      >>> param_specs(init(jax.random.key(0), [3, 4, 2]), mesh, "tensor")[0]
-      {'b': P('model',), 'w': P(None, 'model')}
+      >>> specs = param_specs(init(jax.random.key(0), [3, 4, 2]), mesh, "tensor")
+      >>> specs[0]["w"], specs[1]["w"]
+      (P(None, 'model'), P('model', None))
     """
     rules = MODES.get(mode) if isinstance(mode, str) else mode
     if rules is None:

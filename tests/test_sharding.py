@@ -1,8 +1,6 @@
 """Training on meshes is training on one device: the numbers, the layouts, what is communicated and what is kept."""
 
 import functools
-import math
-import re
 
 import chex
 import jax
@@ -13,6 +11,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import fcfunc
+from benchmarks import plan
+from benchmarks.plan import compiled_collectives
 from fcfunc import losses, mlp, sharding, train
 
 P = PartitionSpec
@@ -38,17 +38,6 @@ def placed(mode, kind, data, params=None):
     mesh = sharding.make_mesh(model=2 if "tensor" in mode else 1, axis_type=kind)
     specs = sharding.param_specs(params, mesh, mode)
     return sharding.shard(params, specs, mesh), sharding.global_batch(data, mesh)
-
-
-def collectives(compiled):
-    """What the devices exchange: the kind, and the elements of each."""
-    found = []
-    for line in compiled.as_text().splitlines():
-        kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-        if match := re.search(rf"= (.*?) ({kinds})(-start)?\(", line):
-            shapes = re.findall(r"[a-z]+\d*\[([\d,]*)\]", match[1])
-            found.append((match[2], [math.prod(int(n) for n in shape.split(",") if n) for shape in shapes]))
-    return found
 
 
 def lie_alike(tree, like):
@@ -175,7 +164,7 @@ def compiled_step(mode, kind=AxisType.Explicit, accumulate=1, dims=DIMS, rows=32
 def test_data_parallel_steps_communicate_one_fused_sum_of_the_gradients(kind, accumulate):
     compiled, params = compiled_step("data", kind, accumulate)
     sizes = [leaf.size for leaf in jax.tree.leaves(params)]
-    [(what, elements)] = collectives(compiled)
+    [(what, elements)] = compiled_collectives(compiled)
     assert what == "all-reduce"
     assert sorted(elements) == sorted([*sizes, 1, 1])  # and the means of the loss and the accuracy
 
@@ -183,7 +172,7 @@ def test_data_parallel_steps_communicate_one_fused_sum_of_the_gradients(kind, ac
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_fully_sharded_steps_gather_each_weight_and_leave_no_gradient_whole(accumulate):
     compiled, params = compiled_step("fsdp", accumulate=accumulate)
-    exchanged = collectives(compiled)
+    exchanged = compiled_collectives(compiled)
     gathered = sorted(n for what, elements in exchanged if what == "all-gather" for n in elements)
     divided = sorted(leaf.size for leaf in jax.tree.leaves(params) if not leaf.sharding.is_fully_replicated)
     assert gathered == divided
@@ -195,7 +184,7 @@ def test_fully_sharded_steps_gather_each_weight_and_leave_no_gradient_whole(accu
 def test_tensor_parallel_steps_gather_no_weight_and_sum_activations_once_for_two_layers():
     """Columns, then rows: one sum forward, after the rows, and one backward, before the columns."""
     compiled, _ = compiled_step("tensor")
-    exchanged = collectives(compiled)
+    exchanged = compiled_collectives(compiled)
     rows, devices = 32 // 4, 2
     assert {what for what, _ in exchanged} == {"all-reduce", "all-gather"}
     gathered = [elements for what, elements in exchanged if what == "all-gather"]
@@ -206,8 +195,8 @@ def test_tensor_parallel_steps_gather_no_weight_and_sum_activations_once_for_two
 
 def test_accumulated_parts_are_summed_before_anything_is_communicated():
     one, four = (compiled_step("data", accumulate=n)[0] for n in (1, 4))
-    assert [what for what, _ in collectives(four)] == ["all-reduce"]
-    assert sorted(collectives(four)[0][1]) == sorted(collectives(one)[0][1])
+    assert [what for what, _ in compiled_collectives(four)] == ["all-reduce"]
+    assert sorted(compiled_collectives(four)[0][1]) == sorted(compiled_collectives(one)[0][1])
     entry = four.as_text().split("\nENTRY ")[1]
     assert "while(" in entry  # the loop over the parts is a computation of its own,
     assert "all-reduce(" in entry  # and this is not in it
@@ -247,7 +236,7 @@ def test_the_large_output_layer_keeps_the_logits_of_its_classes_on_each_device(k
     laid = sharding.shard(args, (P("data"), P(None, "model"), P("model"), P("data")), mesh)
     chex.assert_trees_all_close(gradient(*laid), gradient(*args), rtol=1e-4, atol=1e-6)
     compiled = gradient.lower(*laid).compile()
-    exchanged = collectives(compiled)
+    exchanged = compiled_collectives(compiled)
     assert {what for what, _ in exchanged} == {"all-reduce"}
     assert max(n for _, elements in exchanged for n in elements) <= width * classes // 4
     assert f"[{rows // 2},{classes}]" not in str(compiled.as_text())
@@ -383,3 +372,15 @@ def test_accumulation_carries_a_model_state_through_the_parts():
         state.model_state, jax.tree.map(lambda a: jax.device_put(a, NamedSharding(sharding.make_mesh(), P())), start)
     )
     assert all(np.isfinite(a).all() for a in jax.tree.leaves(state.model_state))
+
+
+@pytest.mark.parametrize("mode", sharding.MODES)
+def test_the_planned_collectives_are_those_of_the_compiled_step(mode):
+    mesh = sharding.make_mesh(model=2 if "tensor" in mode else 1)
+    (dims, batch) = plan.CHECKED[1]
+    numbers = plan.compared(dims, batch, mode, mesh)
+    planned, compiled = numbers["all-reduce"]
+    assert planned == compiled
+    planned, compiled = numbers["all-gather"]
+    assert planned <= compiled <= 2 * planned
+    assert bool(planned) == ("fsdp" in mode)

@@ -1,0 +1,203 @@
+"""Plans a network past one machine: what a device keeps, computes and sends in a step; writes docs/planning.md.
+
+    python -m benchmarks.plan
+
+The formulas know the network alone. Their collectives are held against those of the compiled step, on eight virtual
+devices of the CPU.
+"""
+
+import os
+
+if __name__ == "__main__":
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+
+import itertools
+import math
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+import fcfunc
+from fcfunc import losses, sharding, train
+
+PAGE = Path(__file__).parent.parent / "docs" / "planning.md"
+FLOAT = 4
+
+
+class Collective(NamedTuple):
+    """One exchange: its kind, what for, the elements that come out on each device, and over which mesh axis."""
+
+    kind: str
+    what: str
+    elements: int
+    axis: str
+
+
+def predicted(dims, batch: int, mode: str, data: int, model: int) -> list[Collective]:
+    """The collectives of one step of SGD on the mean softmax cross-entropy, from the shapes alone.
+
+    A weight is gathered for the forward pass; whether it is kept for the backward pass or gathered again is not said.
+    """
+    rows, last = batch // data, len(dims) - 2
+    found = [Collective("all-reduce", "loss", 1, "data")] if data > 1 else []
+    for layer, (fan_in, fan_out) in enumerate(itertools.pairwise(dims)):
+        by_columns, w, b = layer % 2 == 0, fan_in * fan_out, fan_out
+        if "tensor" in mode and model > 1:
+            w, b = w // model, fan_out // model if by_columns else fan_out
+            if not by_columns:  # h W, each device with some rows of W: the products are summed
+                found.append(Collective("all-reduce", "activations", rows * fan_out, "model"))
+            elif layer > 0:  # dh = dz Wᵀ, each device with some columns of W
+                found.append(Collective("all-reduce", "their gradients", rows * fan_in, "model"))
+            if layer == last and by_columns:  # max, sum and own logit of each row of a softmax over divided classes
+                found += [Collective("all-reduce", "softmax", rows, "model")] * 3
+        if "fsdp" in mode and data > 1:
+            found.append(Collective("all-gather", "weights" if layer else "first weights", w, "data"))
+            if layer < last if by_columns and mode == "fsdp" else not by_columns and mode != "fsdp":
+                found.append(Collective("all-gather", "biases", b, "data"))  # which lie as the columns of w
+        if data > 1:
+            found.append(Collective("all-reduce", "gradients", w + b, "data"))
+    return found
+
+
+def compiled_collectives(compiled) -> list[tuple[str, list[int]]]:
+    """What the devices exchange in a compiled program: the kind, and the elements of each array on a device."""
+    found = []
+    for line in compiled.as_text().splitlines():
+        kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+        if match := re.search(rf"= (.*?) ({kinds})(-start)?\(", line):
+            shapes = re.findall(r"[a-z]+\d*\[([\d,]*)\]", match[1])
+            found.append((match[2], [math.prod(int(n) for n in shape.split(",") if n) for shape in shapes]))
+    return found
+
+
+def compiled_step(dims, batch: int, mode: str, mesh):
+    """The train step, compiled for arrays that are never made."""
+
+    def loss_fn(params, batch, key):
+        del key
+        return jnp.mean(losses.softmax_cross_entropy_with_integer_labels(fcfunc.apply(params, batch[0]), batch[1]))
+
+    laid = lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec))  # noqa: E731
+    params = jax.eval_shape(lambda: fcfunc.init(jax.random.key(0), dims))
+    params = jax.tree.map(laid, params, sharding.param_specs(params, mesh, mode))
+    examples = [jax.ShapeDtypeStruct((batch, dims[0]), jnp.float32), jax.ShapeDtypeStruct((batch,), jnp.int32)]
+    examples = tuple(laid(a, PartitionSpec("data")) for a in examples)
+    optimizer = optax.sgd(0.1)
+    whole = jax.eval_shape(lambda: (jnp.zeros((), jnp.int32), jax.random.key(0)))
+    step, key = jax.tree.map(lambda a: laid(a, PartitionSpec()), whole)
+    state = train.TrainState(params, optimizer.init(params), step, key)
+    return train.make_train_step(loss_fn, optimizer).lower(state, examples).compile()
+
+
+CHECKED = (([16, 64, 32, 8], 32), ([64, 128, 128, 128, 64], 64), ([256, 512, 256, 512, 64], 128))
+"""Networks, with their batches, on which the formulas are held against the compiler."""
+
+
+def compared(dims, batch: int, mode: str, mesh) -> dict[str, tuple[int, int]]:
+    """The elements of the sums and of the gathers, by formula and as compiled."""
+    formula = predicted(dims, batch, mode, mesh.shape["data"], mesh.shape["model"])
+    compiled = compiled_collectives(compiled_step(dims, batch, mode, mesh))
+    return {
+        kind: (
+            sum(exchange.elements for exchange in formula if exchange.kind == kind),
+            sum(sum(elements) for what, elements in compiled if what == kind),
+        )
+        for kind in ("all-reduce", "all-gather")
+    }
+
+
+def per_device(dims, batch: int, mode: str, data: int, model: int) -> dict[str, float]:
+    """What a device keeps (bytes), computes (operations) and sends (bytes, by mesh axis) in one step with Adam."""
+    pairs = list(itertools.pairwise(dims))
+    params = sum(fan_in * fan_out + fan_out for fan_in, fan_out in pairs)
+    share = (model if "tensor" in mode else 1) * (data if "fsdp" in mode else 1)
+    operations = 6 * batch * sum(i * o for i, o in pairs) - 2 * batch * dims[0] * dims[1]  # the inputs need no gradient
+    sent = {"data": 0.0, "model": 0.0}
+    for exchange in predicted(dims, batch, mode, data, model):
+        n = {"data": data, "model": model}[exchange.axis]
+        once_around = (n - 1) / n * FLOAT * exchange.elements  # each device passes on all but its own part
+        # An all-reduce goes around twice; a weight is gathered forward and, for the gradient of its inputs, backward;
+        # of gradients that are fully sharded each device needs its own part of the sum alone, a reduce-scatter.
+        scattered = exchange.what == "gradients" and "fsdp" in mode
+        twice = exchange.what == "weights" or (exchange.kind == "all-reduce" and not scattered)
+        sent[exchange.axis] += once_around * (2 if twice else 1)
+    # A layer keeps its input and, for ReLU, a bit for each output; columns and rows divide them over "model" in turn.
+    kept = 0.0
+    for layer, (fan_in, fan_out) in enumerate(pairs):
+        of_input, of_output = (1, model) if layer % 2 == 0 else (model, 1)
+        kept += batch / data * (FLOAT * fan_in / of_input + fan_out / 8 / of_output)
+    return {
+        "state": 3 * FLOAT * params / share,
+        "kept": kept,
+        "operations": operations / (data * model),
+        "data": sent["data"],
+        "model": sent["model"],
+    }
+
+
+INTRODUCTION = """# Planning past one machine
+
+Written by `python -m benchmarks.plan` with jax {version}. What the modes are is in [many-devices.md](many-devices.md).
+
+A network of {layers} layers {width:,} wide, {params:.1f} billion parameters, in float32 with Adam; {batch:,} rows per
+step of all devices together. What one device keeps, computes and sends in a step, by the formulas in the script:
+nothing was run at this size.
+
+| devices | mode | mesh, data × model | params and Adam, GB | kept for the backward pass, GB | operations, 10¹² \\
+| sent over data links, GB | sent over model links, GB |
+|---|---|---|---|---|---|---|---|
+"""
+
+NOTES = """
+- A link is the one to the next device of a ring along a mesh axis, one way. An all-gather of S bytes over n devices
+  sends S (n − 1)/n over each, a reduce-scatter as much, an all-reduce twice that.
+- Fully sharded: each weight is gathered for the forward and again for the backward pass, and gradients are
+  reduce-scattered. The CPU's compiler has no reduce-scatter and sums them whole, which is more. A gathered weight and
+  its whole gradient are there besides, for as long as they are used.
+- Operations are two for each multiplication and addition of the products; the rest is less than a thousandth.
+- What it says: that the parameters are there at all is the first limit ({whole:.0f} GB on every device in mode `data`),
+  the links are the second. `data` and `fsdp` send the parameters, whatever the batch; `tensor` sends activations, as
+  many as there are rows per device. Both together divide the parameters over all devices, send them in shares over the
+  links of one axis, and the activations over those of the other, within a machine.
+
+## The formulas against the compiler
+
+Elements that come out of the collectives of one step on each of eight virtual CPU devices, by formula and in the
+compiled program. A gathered weight may be kept, or gathered again in the backward pass, as XLA decides: one to two
+times the formula, which counts it once.
+
+| dims | batch | mode | data × model | all-reduce: formula | compiled | all-gather: formula | compiled |
+|---|---|---|---|---|---|---|---|
+"""
+
+
+def main():
+    """Writes the page."""
+    width, layers, batch = 65_536, 4, 32_768
+    dims, size = [width] * (layers + 1), layers * width * (width + 1)
+    table = []
+    for devices, mode in itertools.product((8, 256, 4096), sharding.MODES):
+        model = min(8, devices // 2 if mode == "fsdp+tensor" else devices) if "tensor" in mode else 1
+        numbers = per_device(dims, batch, mode, devices // model, model)
+        state, kept, data, links = (f"{numbers[name] / 1e9:,.2f}" for name in ("state", "kept", "data", "model"))
+        mesh, operations = f"{devices // model} × {model}", f"{numbers['operations'] / 1e12:,.1f}"
+        table.append(f"| {devices:,} | {mode} | {mesh} | {state} | {kept} | {operations} | {data} | {links} |")
+    checks = []
+    for (dims, rows), mode in itertools.product(CHECKED, sharding.MODES):
+        model = 2 if "tensor" in mode else 1
+        numbers = compared(dims, rows, mode, sharding.make_mesh(model=model))
+        columns = " | ".join(f"{numbers[kind][i]:,}" for kind in numbers for i in range(2))
+        checks.append(f"| {'-'.join(map(str, dims))} | {rows} | {mode} | {8 // model} × {model} | {columns} |")
+    page = INTRODUCTION.format(version=jax.__version__, layers=layers, width=width, params=size / 1e9, batch=batch)
+    page = page.replace(" \\\n", " ") + "\n".join(table) + "\n" + NOTES.format(whole=3 * FLOAT * size / 1e9)
+    PAGE.write_text(page + "\n".join(checks) + "\n")
+    print(PAGE.read_text())
+
+
+if __name__ == "__main__":
+    main()
