@@ -150,14 +150,15 @@ def _manager(folder: Path, *, create: bool = False):
         import orbax.checkpoint as ocp
     except ImportError:
         raise ImportError("checkpoint: needs orbax-checkpoint; pip install 'fcfunc[checkpoint]'") from None
-    how = {"enable_async_checkpointing": False, "cleanup_tmp_directories": create, "read_only": not create}
     log = logging.getLogger("absl")
     level = log.level
     log.setLevel(logging.ERROR)  # it warns of the very options that it is given
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its own deprecations
-            options = ocp.CheckpointManagerOptions(create=create, **how)
+            options = ocp.CheckpointManagerOptions(
+                create=create, cleanup_tmp_directories=create, read_only=not create, enable_async_checkpointing=False
+            )
             with ocp.CheckpointManager(folder, options=options) as manager:
                 yield ocp, manager
     finally:
