@@ -26,6 +26,7 @@ import optax
 
 from fcfunc import _check, _compat
 from fcfunc._accumulate import accumulated
+from fcfunc._permutation import permutation
 from fcfunc.data import check_values
 
 __all__ = ["TrainState", "evaluate", "fit", "init_state", "make_train_epoch", "make_train_step"]
@@ -130,7 +131,7 @@ def make_train_epoch(
         n = _count("make_train_epoch", data, batch_size)
         _check_divides("make_train_epoch: batches", batch_size, layouts, accumulate)
         _, order_key = jax.random.split(state.key)
-        order = jax.random.permutation(jax.random.fold_in(order_key, state.step), n)
+        order = permutation(jax.random.fold_in(order_key, state.step), n)
 
         def step(state, indices):
             parts = accumulate if len(indices) == batch_size else 1

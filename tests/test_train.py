@@ -162,7 +162,7 @@ def fit(data=None, **options):
 def test_fit_learns_and_records_every_epoch():
     seen = []
     state, history = fit(
-        epochs=30, validation_data=make_data(20, 1), num_classes=3, on_epoch=lambda s, r: seen.append(int(s.step))
+        epochs=30, validation_data=make_data(500, 1), num_classes=3, on_epoch=lambda s, r: seen.append(int(s.step))
     )
     assert [r["epoch"] for r in history] == list(range(1, 31))
     assert seen == [r["step"] for r in history] == list(range(4, 121, 4))
