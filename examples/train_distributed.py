@@ -67,9 +67,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     there = jax.tree.map(lambda spec: jax.sharding.NamedSharding(mesh, spec), specs)
     params = jax.jit(make_params, out_shardings=there)(key)
 
-    each = len(training[1]) // mesh.shape["data"] * mesh.shape["data"] // jax.process_count()
-    mine = slice(each * jax.process_index(), each * (jax.process_index() + 1))
-    training = sharding.global_batch(jax.tree.map(lambda a: a[mine], training), mesh)
+    # Every process has read all examples, and takes its own; where each reads a part: sharding.global_batch.
+    whole = len(training[1]) - len(training[1]) % mesh.shape["data"]
+    training = sharding.shard(jax.tree.map(lambda a: a[:whole], training), PartitionSpec("data"), mesh)
     test = sharding.shard(test, PartitionSpec("data" if len(test[1]) % mesh.shape["data"] == 0 else None), mesh)
 
     def loss_fn(params, batch, key):
@@ -87,7 +87,10 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     if args.resume:
         saved = checkpoint.restore(args.out, state)
         if saved.config != config:
-            raise ValueError(f"--resume: {args.out} is of another run, {saved.config}; this one is {config}")
+            other = ", ".join(
+                f"{k} {saved.config.get(k)}, not {v}" for k, v in config.items() if saved.config.get(k) != v
+            )
+            raise ValueError(f"--resume: {args.out} is of another run: {other}")
         state = saved.state
         say(f"resumed at step {saved.step}, saved on {saved.devices} devices, goes on on {jax.device_count()}")
     elif checkpoint.steps(args.out):
@@ -163,8 +166,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--lost-after", type=int, default=20, metavar="SECONDS", help="a silent process counts as lost (default: 20)")
     parser.error = usage_error
     args = parser.parse_args(argv)
-    if args.process_id is not None and args.coordinator is None:
-        usage_error("--process-id needs --coordinator HOST:PORT")
+    by_hand = args.process_id is not None
+    if by_hand != (args.coordinator is not None) or (by_hand and args.processes < 2):
+        usage_error("--process-id, --coordinator HOST:PORT and --processes N of at least 2 go together")
+    if by_hand and not 0 <= args.process_id < args.processes:
+        usage_error(f"--process-id is one of 0 to {args.processes - 1}, got {args.process_id}")
     return args
 
 

@@ -39,18 +39,32 @@ def accumulated(gradient: Callable, parts: int, layouts: Any, params: Any, batch
 
     def add(carry, x):
         sums, model_state = carry
-        (loss, (metrics, model_state)), grads = each(*x, model_state)
+        before = model_state
+        (loss, (metrics, model_state)), grads = each(*x, before)
+        model_state = jax.tree.map(_compat.laid_like, model_state, before)
         sums = jax.tree.map(lambda total, a: total + a.astype(total.dtype), sums, (loss, metrics, grads))
         return (sums, model_state), None
 
     (loss, (metrics, _)), grads = kinds
+    for name, metric in metrics.items():
+        if metric.ndim > 1:
+            raise ValueError(
+                f"accumulate: each metric must be one number, a mean, got {name!r} {list(metric.shape[1:])}"
+            )
     zeros = jax.tree.map(lambda a: _compat.zeros_along(a, _wide(a.dtype), rows), (loss, metrics, grads))
     (sums, model_state), _ = jax.lax.scan(add, (zeros, model_state), xs)
     loss, metrics, grads = jax.tree.map(lambda a: jnp.sum(a, axis=0) / (devices * parts), sums)
-    model_state = jax.tree.map(lambda a: jnp.mean(a, axis=0, dtype=_wide(a.dtype)).astype(a.dtype), model_state)
+    model_state = jax.tree.map(_of_devices, model_state)
     grads = _compat.each(lambda a, s: _compat.constrained(a, s), grads, of_params)
     grads = jax.tree.map(lambda a, p: a.astype(p.dtype), grads, params)
     return (loss, (metrics, model_state)), grads
+
+
+def _of_devices(a):
+    """The devices' model states as one: the mean of real numbers; of counts and keys, which are alike, the first."""
+    if jnp.issubdtype(a.dtype, jnp.inexact):
+        return jnp.mean(a, axis=0, dtype=_wide(a.dtype)).astype(a.dtype)
+    return _compat.first(a)
 
 
 def _wide(dtype):

@@ -4,6 +4,7 @@ and what differs between its backends.
 Everything else in the package asks here, so that an upgrade of JAX is a change to one file.
 """
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -75,12 +76,12 @@ def product_sharding(x: jax.Array, w: jax.Array, row_axes: int) -> NamedSharding
         return None
     rows = (*jax.typeof(x).sharding.spec, *[None] * x.ndim)[:row_axes]
     columns = (*jax.typeof(w).sharding.spec, None, None)[1]
-    if set(_mesh_axes(columns)) & {axis for entry in rows for axis in _mesh_axes(entry)}:
+    if set(mesh_axes(columns)) & {axis for entry in rows for axis in mesh_axes(entry)}:
         columns = None
     return NamedSharding(sharding.mesh, PartitionSpec(*rows, columns))
 
 
-def _mesh_axes(entry) -> tuple:
+def mesh_axes(entry) -> tuple:
     """The axes of a mesh that one entry of a PartitionSpec names."""
     return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
 
@@ -123,6 +124,17 @@ def whole(a: Any) -> np.ndarray:
     return np.asarray(a)
 
 
+def mesh_of(tree: Any) -> Any:
+    """The mesh that the arrays of a tree lie on, None where they lie on none."""
+    return next((s.mesh for s in layouts(tree) if s is not None), None)
+
+
+def on_mesh_of(tree: Any) -> contextlib.AbstractContextManager:
+    """A context in which new arrays may meet those of the tree, as optimisers make some."""
+    mesh = mesh_of(tree)
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
 def constrained(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
     """`x`, laid as a sharding says inside a compiled function; None leaves it."""
     if sharding is None:
@@ -160,7 +172,7 @@ class Rows(NamedTuple):
 def rows(layouts: tuple[NamedSharding | None, ...]) -> Rows | None:
     """How arrays of these layouts divide their first axis, the examples; None where they do not."""
     for sharding in layouts:
-        if sharding is not None and sharding.spec and (axes := _mesh_axes(sharding.spec[0])):
+        if sharding is not None and sharding.spec and (axes := mesh_axes(sharding.spec[0])):
             return Rows(sharding.mesh, axes, math.prod(sharding.mesh.shape[axis] for axis in axes))
     return None
 
@@ -187,11 +199,20 @@ def split_rows(a: jax.Array, shape: tuple[int, ...], over: Rows | None) -> jax.A
     return jax.lax.reshape(a, shape, out_sharding=NamedSharding(sharding.mesh, spec))
 
 
+def first(a: jax.Array) -> jax.Array:
+    """`a[0]`, also where the first axis lies on several devices."""
+    sharding = explicit_sharding(a)
+    if sharding is not None:
+        a = jax.sharding.reshard(a, NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec[1:])))
+    return a[0]
+
+
 def zeros_along(kind: jax.ShapeDtypeStruct, dtype, over: Rows | None) -> jax.Array:
     """Zeros to add arrays of a kind to, whose first axis is divided as the examples are."""
     zeros = jnp.zeros(kind.shape, dtype)
     if over is not None and AxisType.Explicit in over.mesh.axis_types:
-        return jax.sharding.reshard(zeros, kind.sharding)
+        # Without a sharding it does not depend on what lies on the mesh: a constant.
+        return zeros if kind.sharding is None else jax.sharding.reshard(zeros, kind.sharding)
     return along_rows(zeros, over)
 
 
@@ -199,7 +220,7 @@ def whole_along(sharding: NamedSharding | None, over: Rows | None) -> NamedShard
     """A sharding without the axes that divide the examples."""
     if sharding is None or over is None:
         return sharding
-    kept = (tuple(axis for axis in _mesh_axes(entry) if axis not in over.axes) for entry in sharding.spec)
+    kept = (tuple(axis for axis in mesh_axes(entry) if axis not in over.axes) for entry in sharding.spec)
     return NamedSharding(sharding.mesh, PartitionSpec(*(entry or None for entry in kept)))
 
 

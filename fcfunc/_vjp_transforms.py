@@ -192,6 +192,9 @@ def _layouts(case: Case) -> Iterator[tuple[str, list[PartitionSpec]]]:
     plans = [{n: "x"} for n in sizes]
     if len(sizes) > 1:
         plans += [dict.fromkeys(sizes, "x"), *(dict.fromkeys(sizes, "x") | {n: "y"} for n in sizes)]
+    if len(leaves) > 1 and leaves[0].ndim and leaves[0].shape[-1] in sizes:
+        first = PartitionSpec(*[None] * (leaves[0].ndim - 1), "x")
+        yield "the last axis of the first argument over x", [first, *[PartitionSpec()] * (len(leaves) - 1)]
     for plan in plans:
         seen = []
         for end, step in (("first", 1), ("last", -1)):

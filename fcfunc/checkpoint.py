@@ -44,7 +44,8 @@ def save(folder: Any, state: Any, *, config: Any = None, keep: int = 3, score: f
     """Saves a state as `folder/<step>`, and removes what need not be kept. Every process calls it.
 
     Args:
-      folder: for the checkpoints of one run; made where it is not there. What a killed save left in it is removed.
+      folder: for the checkpoints of one run, on a file system that all processes share; made where it is not there.
+        What a killed save left in it is removed.
       state: a `TrainState`, or any tree with a `step` and of arrays and random keys.
       config: what made the run, of dicts with text keys, lists, text, numbers, booleans and None.
       keep: so many of the last checkpoints are kept.
@@ -54,8 +55,9 @@ def save(folder: Any, state: Any, *, config: Any = None, keep: int = 3, score: f
       The checkpoint's folder. It is whole and verified by its manifest, or it is not there.
 
     Raises:
-      TypeError: a config that is no such data, a state without a step.
-      ValueError: `keep` below 1, a score that is not finite.
+      TypeError: a config that is no such data, a state without a step, an array whose dtype JAX would narrow.
+      ValueError: `keep` below 1, a score that is not finite, a step below 0, or not above those that the folder holds
+        (the very same state again is no error).
       OSError: the folder cannot be written; the checkpoints in it are as they were.
     """
     _check.positive("checkpoint.save", keep=keep)
@@ -77,8 +79,18 @@ def save(folder: Any, state: Any, *, config: Any = None, keep: int = 3, score: f
     }
     manifest["sha256"] = _digest(manifest)
     full = {name: a for name, a in arrays.items() if a.size}  # orbax refuses empty arrays
-    folder = Path(folder).absolute()
+    folder = _local(folder)
     with _manager(folder, create=True) as (ocp, manager):
+        last = max(_own(manager, folder), default=-1)
+        if (
+            step == last
+            and _manifest(manager, ocp, step, folder / str(step)) | {"sha256": manifest["sha256"]} == manifest
+        ):
+            return folder / str(step)
+        if step <= last:
+            raise ValueError(
+                f"checkpoint.save: {folder} holds step {last}, and this is step {step}; take another folder"
+            )
         what = ocp.args.Composite(arrays=ocp.args.StandardSave(full), manifest=ocp.args.JsonSave(manifest))
         manager.save(step, args=what, force=True)
         manager.wait_until_finished()
@@ -92,7 +104,7 @@ def restore(folder: Any, like: Any, *, step: int | None = None) -> Checkpoint:
     Args:
       folder: as for `save`.
       like: a state of the same network and optimiser, as `init_state` makes it: the arrays are put where its arrays
-        lie, on as many devices as there are now.
+        lie, on as many devices as there are now. Arrays, but not random keys, may be `jax.ShapeDtypeStruct`.
       step: which checkpoint; None: the last.
 
     Returns:
@@ -103,7 +115,7 @@ def restore(folder: Any, like: Any, *, step: int | None = None) -> Checkpoint:
       ValueError: a checkpoint of another network, optimiser or dtype, of a newer format, or one whose bytes are not
         those that were saved; naming the checkpoint and the array.
     """
-    folder = Path(folder).absolute()
+    folder = _local(folder)
     found = steps(folder)
     if not found or (step is not None and step not in found):
         wanted = "a checkpoint" if step is None else f"the checkpoint {step}"
@@ -119,7 +131,8 @@ def restore(folder: Any, like: Any, *, step: int | None = None) -> Checkpoint:
         }
         try:
             args = ocp.args.Composite(arrays=ocp.args.StandardRestore(full))
-            restored = dict(arrays) | dict(manager.restore(step, args=args)["arrays"])
+            empty = {name: jnp.zeros(a.shape, a.dtype) for name, a in arrays.items() if not a.size}
+            restored = empty | dict(manager.restore(step, args=args)["arrays"])
         except Exception as e:  # what the files' libraries raise on damaged files is not listed anywhere
             raise ValueError(f"{where}: damaged; its arrays cannot be read ({_first_line(e)})") from None
     for name, a in restored.items():
@@ -137,11 +150,11 @@ def steps(folder: Any) -> list[int]:
     Returns:
       In order; none where the folder is not there.
     """
-    folder = Path(folder).absolute()
+    folder = _local(folder)
     if not folder.is_dir():
         return []
     with _manager(folder) as (_, manager):
-        return sorted(manager.all_steps())
+        return _own(manager, folder)
 
 
 @contextlib.contextmanager
@@ -198,21 +211,37 @@ def _check_alike(where: Path, manifest: dict, arrays: dict, keys: dict) -> None:
 
 
 def _remove(manager, ocp, folder: Path, keep: int) -> None:
-    found = sorted(manager.all_steps())
-    scores = {}
-    for step in found:
-        with contextlib.suppress(ValueError):  # a damaged one is kept, for a person to look at, and not the best
-            score = _manifest(manager, ocp, step, folder / str(step))["score"]
-            scores |= {} if score is None else {step: score}
-    best = {max(scores, key=lambda step: (scores[step], step))} if scores else set()
-    for step in set(found[:-keep]) - best:
-        manager.delete(step)
+    scores: dict[int, Any] = {}
+    for step in _own(manager, folder):
+        with contextlib.suppress(ValueError):  # a damaged one is left for a person to look at
+            scores[step] = _manifest(manager, ocp, step, folder / str(step))["score"]
+    scored = [step for step in scores if scores[step] is not None]
+    best = max(scored, key=lambda step: (scores[step], step), default=None)
+    for step in sorted(scores)[:-keep]:
+        if step != best:
+            manager.delete(step)
+
+
+def _own(manager, folder: Path) -> list[int]:
+    """The steps in a folder that were saved here; a folder of another kind may have a number for its name."""
+    return sorted(step for step in manager.all_steps() if (folder / str(step) / "manifest").is_dir())
+
+
+def _local(folder) -> Path:
+    if "://" in str(folder):
+        raise ValueError(f"checkpoint: a folder of a file system expected, got {folder}")
+    folder = Path(folder).absolute()
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder}: a file is in the way")
+    return folder
 
 
 def _step_of(state) -> int:
     step = getattr(state, "step", None)
-    if step is None or np.shape(step) != ():
-        raise TypeError(f"checkpoint.save: a state with a step expected, got {type(state).__name__}")
+    if step is None or np.shape(step) != () or not jnp.issubdtype(jnp.asarray(step).dtype, jnp.integer):
+        raise TypeError(f"checkpoint.save: a state with a step, one integer, expected, got {type(state).__name__}")
+    if int(step) < 0:
+        raise ValueError(f"checkpoint.save: a step of at least 0 expected, got {int(step)}")
     return int(step)
 
 
@@ -220,17 +249,29 @@ def _named(state) -> tuple[dict[str, jax.Array], dict[str, str]]:
     """The arrays of a state by name, random keys as the numbers they are made of; and the kind of each key."""
     arrays, keys = {}, {}
     for path, leaf in jax.tree.leaves_with_path(state):
-        name, leaf = jax.tree_util.keystr(path, simple=True, separator="."), jnp.asarray(leaf)
+        name, given = _name(path), leaf
+        if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+            leaf = jnp.asarray(leaf)
+            if np.asarray(given).dtype != leaf.dtype and not isinstance(given, bool | int | float):
+                raise TypeError(f"checkpoint: {name} is {np.asarray(given).dtype}, which JAX narrows to {leaf.dtype}")
+        if name in arrays:
+            raise TypeError(f"checkpoint: two leaves are called {name}")
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            if not isinstance(leaf, jax.Array):
+                raise TypeError(f"checkpoint: {name}, a random key, must be given itself, not its shape")
             keys[name], leaf = str(jax.random.key_impl(leaf)), jax.random.key_data(leaf)
         arrays[name] = leaf
     return arrays, keys
 
 
+def _name(path) -> str:
+    return jax.tree_util.keystr(path).removeprefix(".")
+
+
 def _unnamed(like, arrays: dict) -> Any:
     def take(path, leaf):
-        a = arrays[jax.tree_util.keystr(path, simple=True, separator=".")]
-        if jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.prng_key):
+        a = arrays[_name(path)]
+        if jnp.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.prng_key):
             return jax.random.wrap_key_data(a, impl=jax.random.key_impl(leaf))
         return a
 

@@ -86,6 +86,8 @@ def squared_error(predictions: jax.Array, targets: jax.Array) -> jax.Array:
       >>> squared_error(jnp.array([1., 3.]), jnp.array([1., 1.]))
       Array([0., 4.], dtype=float32)
     """
+    predictions = as_array(predictions)
+    targets = _compat.laid_along(as_array(targets), predictions, tuple(range(predictions.ndim)))
     return _squared_error(predictions, targets)
 
 

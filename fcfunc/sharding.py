@@ -5,14 +5,17 @@ by where their arguments lie. The mesh has two axes: "data", over which the exam
 which the layers are.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fcfunc import _check, _compat
+from fcfunc._compat import mesh_axes
 
 __all__ = ["MODES", "global_batch", "logical_specs", "make_mesh", "param_specs", "shard"]
 
@@ -47,8 +50,8 @@ def make_mesh(
       model: devices over which each layer is divided; neighbours, whose link is the fastest.
       axis_type: `AxisType.Explicit`, as JAX's own meshes: an array's layout is part of its type, so that a gradient
         lies as its parameter and a fully-sharded parameter is gathered, by the types alone. `AxisType.Auto` leaves the
-        layouts between to the compiler, which may move activations where that is less; for loss functions that the
-        types refuse.
+        layouts between to the compiler, which may move activations where that is less; for loss functions and
+        optimisers that the types refuse.
       devices: those to use; None: all of all processes.
 
     Returns:
@@ -64,15 +67,16 @@ def make_mesh(
     devices = jax.devices() if devices is None else list(devices)
     _check.positive("make_mesh", model=model, **({} if data is None else {"data": data}))
     rows = len(devices) // model if data is None else data
-    if rows * model != len(devices):
+    if rows * model != len(devices) or not devices:
+        came = f"model={model}, which does not divide it" if data is None else f"data={data}, model={model}"
         raise ValueError(
-            f"make_mesh: data x model must be the number of devices, {len(devices)}, "
-            f"got data={data}, model={model}; devices=jax.devices()[:n] takes fewer"
+            f"make_mesh: data x model must be the number of devices, {len(devices)}, got {came}; "
+            "devices=jax.devices()[:n] takes fewer"
         )
     return jax.make_mesh((rows, model), ("data", "model"), axis_types=(axis_type,) * 2, devices=devices)
 
 
-def param_specs(params: Any, mesh: Mesh, mode: str | Rules, *, whole: Sequence[str] = ()) -> Any:
+def param_specs(params: Any, mesh: Mesh, mode: str | Rules, *, whole: str | Sequence[str] = ()) -> Any:
     """How the params of a network lie on a mesh: a tree of PartitionSpec in their shape.
 
     Modes:
@@ -91,7 +95,7 @@ def param_specs(params: Any, mesh: Mesh, mode: str | Rules, *, whole: Sequence[s
       params: from `fcfunc.init`, stacked or not; or their shapes, from `jax.eval_shape`.
       mesh: the mesh.
       mode: one of `MODES`, or rules of your own. A mesh axis may be a tuple of several.
-      whole: logical axes that no rule shall divide: `("classes",)` where the classes are too few.
+      whole: logical axes that no rule shall divide: "classes", or `("classes",)`, where the classes are too few.
 
     Returns:
       A list of dicts with one PartitionSpec for each array.
@@ -112,6 +116,7 @@ def param_specs(params: Any, mesh: Mesh, mode: str | Rules, *, whole: Sequence[s
         raise ValueError(f"param_specs: unknown mode {mode!r}; known are {', '.join(MODES)}, or a list of rules")
     if not isinstance(params, list | tuple) or not all(isinstance(p, dict) and "w" in p for p in params):
         raise ValueError("param_specs: params as from init expected; for another tree take logical_specs")
+    whole = (whole,) if isinstance(whole, str) else whole
     names = ("features", "mlp", "embed", "classes")
     for name in {*whole, *(name for name, _ in rules)} - set(names):
         raise ValueError(f"param_specs: unknown logical axis {name!r}; the network has {', '.join(names)}")
@@ -121,7 +126,8 @@ def param_specs(params: Any, mesh: Mesh, mode: str | Rules, *, whole: Sequence[s
         stacked = len(p["w"].shape) == 3
         there = "classes" if layer == len(params) - 1 else other
         axes = (None,) * stacked + (here, there)
-        w = _assigned(f"param_specs: layer {layer}", axes, p["w"].shape, mesh, rules)
+        advice = "choose a width that can, or leave it whole: whole={name!r}"
+        w = _assigned(f"param_specs: layer {layer}", axes, p["w"].shape, mesh, rules, advice)
         columns = PartitionSpec(*w[:stacked], w[-1])
         specs.append({name: w if name == "w" else columns for name in p})
         if not stacked:
@@ -137,13 +143,14 @@ def logical_specs(axes: Any, tree: Any, mesh: Mesh, rules: Rules) -> Any:
         axis that is not divided.
       tree: the arrays, or their shapes.
       mesh: the mesh.
-      rules: `(logical axis, mesh axis)` in order of preference, read as `param_specs` reads them.
+      rules: `(logical axis, mesh axis)` in order of preference, read as `param_specs` reads them. Each name in `axes`
+        needs one; None for its mesh axis leaves it whole.
 
     Returns:
       A tree of PartitionSpec of mesh axes.
 
     Raises:
-      ValueError: as for `param_specs`, naming the array by its path.
+      ValueError: as for `param_specs`, naming the array by its path; a logical axis without a rule.
 
     Example:
       >>> mesh = make_mesh(data=1, devices=jax.devices()[:1])
@@ -152,7 +159,11 @@ def logical_specs(axes: Any, tree: Any, mesh: Mesh, rules: Rules) -> Any:
     """
 
     def assign(path, names, leaf):
-        return _assigned(f"logical_specs: {jax.tree_util.keystr(path) or 'array'}", names, np.shape(leaf), mesh, rules)
+        where = f"logical_specs: {jax.tree_util.keystr(path) or 'array'}"
+        for name in set(names) - {None, *(name for name, _ in rules)}:
+            raise ValueError(f"{where}: no rule for the logical axis {name!r}; ({name!r}, None) leaves it whole")
+        advice = "choose a width that can, or leave it whole: ({name!r}, None)"
+        return _assigned(where, names, np.shape(leaf), mesh, rules, advice)
 
     return jax.tree.map_with_path(assign, axes, tree, is_leaf=lambda a: isinstance(a, PartitionSpec))
 
@@ -177,6 +188,7 @@ def shard(tree: Any, specs: Any, mesh: Mesh) -> Any:
       >>> shard({"x": np.zeros((4, 2))}, PartitionSpec("data"), mesh)["x"].shape
       (4, 2)
     """
+    _check_mesh("shard", mesh)
     is_spec = lambda a: isinstance(a, PartitionSpec)  # noqa: E731
     specs = jax.tree.map(lambda spec, part: jax.tree.map(lambda _: spec, part), specs, tree, is_leaf=is_spec)
 
@@ -192,7 +204,7 @@ def global_batch(local: Any, mesh: Mesh, *, axis: str | tuple[str, ...] = "data"
 
     Args:
       local: a tree of arrays with one first axis, this process's examples; every process has as many. With one process
-        these are all.
+        these are all. Where every process has all examples, take `shard(data, PartitionSpec("data"), mesh)` instead.
       mesh: the mesh.
       axis: the mesh axis, or axes, over which the examples are divided.
 
@@ -200,17 +212,30 @@ def global_batch(local: Any, mesh: Mesh, *, axis: str | tuple[str, ...] = "data"
       The same tree of arrays over all processes' examples, in the order of the devices along `axis`.
 
     Raises:
-      ValueError: a mesh axis that there is not; examples that cannot be divided evenly.
+      ValueError: a mesh axis that there is not; examples that cannot be divided evenly; processes that have unequal
+        numbers of examples, or that share examples, as the mesh lays several processes along another axis.
 
     Example:
       >>> mesh = make_mesh(data=1, devices=jax.devices()[:1])
       >>> global_batch({"x": np.zeros((4, 2))}, mesh)["x"].sharding.spec
       P('data',)
     """
-    sharding = NamedSharding(mesh, PartitionSpec(axis))
+    _check_mesh("global_batch", mesh)
     devices = _size("global_batch", mesh, axis)
-    blocks: Any = sharding.addressable_devices_indices_map((devices,)).values()
-    here = len({index[0].start for index in blocks})  # devices along the model axis hold the same examples
+    sharding = NamedSharding(mesh, PartitionSpec(axis))
+    owners: dict[Any, set[int]] = {}  # the processes that hold each part of the examples
+    for device, (part, *_) in sharding.devices_indices_map((devices,)).items():
+        owners.setdefault(part.start, set()).add(device.process_index)
+    if any(len(processes) > 1 for processes in owners.values()):
+        raise ValueError(
+            f"global_batch: along {axis!r} several processes share the same examples on this mesh; "
+            "give all of them on every process to shard(data, PartitionSpec(...), mesh)"
+        )
+    here = sum(jax.process_index() in processes for processes in owners.values())
+    counts = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(local)}
+    if len(counts) != 1:
+        raise ValueError(f"global_batch: arrays with one first axis, the examples, expected, got {sorted(counts)}")
+    _check_equal_counts(counts.pop())
 
     def place(path, leaf):
         leaf, where = np.asarray(leaf), f"global_batch: {jax.tree_util.keystr(path) or 'array'}"
@@ -225,27 +250,38 @@ def global_batch(local: Any, mesh: Mesh, *, axis: str | tuple[str, ...] = "data"
     return jax.tree.map_with_path(place, local)
 
 
-def _assigned(where: str, names, shape, mesh: Mesh, rules: Rules) -> PartitionSpec:
+def _check_equal_counts(count: tuple[int, ...]) -> None:
+    if jax.process_count() > 1:
+        counts = multihost_utils.process_allgather(np.array(count)).reshape(-1).tolist()
+        if len(set(counts)) > 1:
+            raise ValueError(f"global_batch: as many examples on every process expected, got {counts}")
+
+
+def _assigned(where: str, names, shape, mesh: Mesh, rules: Rules, advice: str) -> PartitionSpec:
     """The mesh axis of each logical axis; `where` names the array in an error."""
+    rules = [(name, tuple(axis) if isinstance(axis, list) else axis) for name, axis in rules]
     if len(names) != len(shape):
         raise ValueError(f"{where}: {len(names)} logical axes, {names}, for an array {list(shape)}")
     entries: list[Any] = [None] * len(names)
-    misfits = {}
+    misfits, settled = {}, set()
     for name, axis in rules:
         size = _size(where, mesh, axis)
-        used = {a for entry in entries for a in _each(entry)}
-        if name not in names or entries[names.index(name)] is not None or used & set(_each(axis)):
+        used = {a for entry in entries for a in mesh_axes(entry)}
+        if name not in names or name in settled or used & set(mesh_axes(axis)):
             continue
         at = names.index(name)
-        if shape[at] % size:
+        if axis is None:
+            settled.add(name)
+        elif shape[at] % size:
             misfits.setdefault(axis, (name, shape[at], size))
         else:
             entries[at] = axis
+            settled.add(name)
     for axis, (name, width, size) in misfits.items():
         if axis not in entries:
             raise ValueError(
                 f"{where}, {list(shape)}: the width {width} ({name}) cannot be divided over the mesh axis {axis!r} "
-                f"of {size} devices; choose a width that can, or leave that axis whole"
+                f"of {size} devices; {advice.format(name=name)}"
             )
     return PartitionSpec(*entries)
 
@@ -262,11 +298,13 @@ def _check_divides(where: str, spec: PartitionSpec, shape, mesh: Mesh) -> None:
 
 
 def _size(where: str, mesh: Mesh, axis) -> int:
-    for name in _each(axis):
-        if name not in mesh.shape:
-            raise ValueError(f"{where}: the mesh has no axis {name!r}, only {', '.join(mesh.axis_names)}")
-    return int(np.prod([mesh.shape[name] for name in _each(axis)], dtype=int))
+    names = mesh_axes(axis)
+    for name in names:
+        if name not in mesh.shape or names.count(name) > 1:
+            raise ValueError(f"{where}: the axis {name!r} is not one of the mesh's: {', '.join(mesh.axis_names)}")
+    return math.prod(mesh.shape[name] for name in names)
 
 
-def _each(axis) -> tuple:
-    return axis if isinstance(axis, tuple) else () if axis is None else (axis,)
+def _check_mesh(where: str, mesh: Mesh) -> None:
+    if len(set(mesh.axis_types)) > 1:
+        raise ValueError(f"{where}: a mesh whose axes are all Explicit or all Auto expected, got {mesh.axis_types}")

@@ -70,7 +70,9 @@ def init_state(
       TypeError: no key.
     """
     _check.key("init_state", key)
-    state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), key, model_state)
+    with _compat.on_mesh_of(params):
+        opt_state = optimizer.init(params)
+    state = TrainState(params, opt_state, jnp.zeros((), jnp.int32), key, model_state)
     return _beside(jax.tree.map(jnp.copy, state), state.params)
 
 
@@ -84,8 +86,9 @@ def make_train_step(loss_fn: Callable, optimizer: optax.GradientTransformation, 
       accumulate: take the batch in so many parts, one after the other, and step by the mean of their gradients: the
         memory of one part for the step of the whole. On a mesh each device sums its own gradients over the parts, and
         one sum over the devices ends it; params divided over the devices that divide the examples are gathered once,
-        before. The loss must be a mean over its examples, and each part, and each device's share of it, has a random
-        key of its own; a `model_state` is the mean of the devices'.
+        before. Loss and metrics must be plain means over the examples (a mean over those that count, `losses.mean`, is
+        another in each part); each part, and each device's share of it, has a random key of its own, and statistics of
+        its own; a `model_state` is the mean of the devices'.
 
     Returns:
       `step(state, batch) -> (state, metrics)` with `metrics["loss"]` the loss before the update. The state is donated:
@@ -97,7 +100,7 @@ def make_train_step(loss_fn: Callable, optimizer: optax.GradientTransformation, 
     _check.positive("make_train_step", accumulate=accumulate)
 
     def train_step(state, batch, layouts=None):
-        _check_divides("make_train_step: a batch", _count("make_train_step", batch, 1), layouts, accumulate)
+        _check_shares("make_train_step: a batch", _count("make_train_step", batch, 1), layouts, accumulate)
         return _step(loss_fn, optimizer, state, batch, accumulate, layouts)
 
     return _compiled(train_step)
@@ -129,7 +132,7 @@ def make_train_epoch(
 
     def train_epoch(state, data, layouts=None):
         n = _count("make_train_epoch", data, batch_size)
-        _check_divides("make_train_epoch: batches", batch_size, layouts, accumulate)
+        _check_shares("make_train_epoch: batches", batch_size, layouts, accumulate)
         _, order_key = jax.random.split(state.key)
         order = permutation(jax.random.fold_in(order_key, state.step), n)
 
@@ -303,9 +306,11 @@ def _compiled(fun: Callable) -> Callable:
             of_data = _compat.layouts(data)
             if not any(of_data) and not any(_compat.layouts(state.step)):
                 return run(state, data)  # on one device, where a step may take less time than looking at all its arrays
-            if not _compat.traced(state.step):
-                state = _beside(state, data)
-            return run(state, data, layouts=_Layouts(_compat.layouts(state), of_data))
+            if _compat.traced(state.step):
+                return run(state, data, layouts=_Layouts(_compat.layouts(state), of_data))
+            state = _beside(state, data)
+            with _compat.on_mesh_of((state, data)):
+                return run(state, data, layouts=_Layouts(_compat.layouts(state), of_data))
 
         return call
 
@@ -408,16 +413,18 @@ def _take(data, indices, layouts):
     return _compat.each(functools.partial(_compat.taken, indices=indices), data, of_data)
 
 
-def _check_divides(what: str, n: int, layouts, parts: int) -> None:
+def _check_shares(what: str, n: int, layouts, parts: int) -> None:
     over = _compat.rows(layouts.data) if layouts else None
-    if n % (parts * (over.devices if over else 1)):
-        devices = f", of {over.devices} devices each, as {over.axes} divide the examples" if over else ""
-        raise ValueError(f"{what} of {n} examples cannot be taken in {parts} even parts{devices}")
+    devices = over.devices if over else 1
+    if n % (parts * devices):
+        shares = [f"{devices} devices, over which the examples lie"] if over else []
+        shares += [f"{parts} parts"] if parts > 1 else []
+        raise ValueError(f"{what} of {n} examples cannot be divided evenly by {' times '.join(shares)}")
 
 
 def _beside(state, tree):
     """`state` with what lies on no mesh whole on every device of the mesh that `tree` lies on."""
-    mesh = next((s.mesh for s in _compat.layouts(tree) if s is not None), None)
+    mesh = _compat.mesh_of(tree)
     if mesh is None:
         return state
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

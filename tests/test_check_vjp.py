@@ -194,8 +194,8 @@ def test_worst_relative_error_is_small_for_a_right_rule_and_large_for_a_wrong_on
     assert worst_relative_error(wrong, reference.tanh, (x,), key=key) > 0.1
 
 
-def test_a_rule_that_fails_only_where_weights_are_fully_sharded_is_found():
-    """It lays dw as its operands lie, which is how w lies, but where rows of x and of w share a mesh axis."""
+def test_a_rule_that_lays_dw_as_its_operands_and_not_as_w_is_found():
+    """They differ where the columns of x are divided and the rows of w are not, and where weights are fully sharded."""
 
     def laid_by_operands(residuals, g):
         x, _ = residuals
@@ -211,6 +211,5 @@ def test_a_rule_that_fails_only_where_weights_are_fully_sharded_is_found():
         return ops.affine_fwd(x, w, b)[0]
 
     affine.defvjp(ops.affine_fwd, laid_by_operands)
-    sizes = {"n": 8, "d": 4, "m": 6}
-    report = check_vjp(affine, "n d, d m, m", sizes=sizes, only=["sharded_equals_unsharded"])
-    assert "on an Explicit mesh with every axis of 4 over x, every axis of 6 over x, every axis of 8" in str(report)
+    report = check_vjp(affine, "n d, d m, m", only=["sharded_equals_unsharded"])
+    assert "on an Explicit mesh with the last axis of the first argument over x" in str(report)

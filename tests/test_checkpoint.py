@@ -69,7 +69,9 @@ def test_the_last_and_the_best_are_kept(tmp_path):
 
 def test_what_is_not_the_same_run_is_an_error_that_names_the_array(tmp_path):
     checkpoint.save(tmp_path, moved(make_state(), 1))
-    with pytest.raises(ValueError, match=r"1: params.0.b is float32 \[64\], and this run expects float32 \[32\]"):
+    with pytest.raises(
+        ValueError, match=r"1: params\[0\]\['b'\] is float32 \[64\], and this run expects float32 \[32\]"
+    ):
         checkpoint.restore(tmp_path, make_state(dims=(16, 32, 8)))
     with pytest.raises(ValueError, match=r"another network or optimizer; the checkpoint has opt_state"):
         checkpoint.restore(tmp_path, make_state(optimizer=optax.sgd(0.1)))
@@ -82,3 +84,61 @@ def test_what_is_not_the_same_run_is_an_error_that_names_the_array(tmp_path):
     with pytest.raises(TypeError, match=r"plain data expected in config\['f'\]"):
         checkpoint.save(tmp_path, moved(make_state(), 2), config={"f": print})
     assert checkpoint.steps(tmp_path) == [1]
+
+
+def test_a_step_that_is_there_is_not_written_over_and_the_same_state_again_is_no_error(tmp_path):
+    state = moved(make_state(), 5)
+    checkpoint.save(tmp_path, state)
+    assert checkpoint.save(tmp_path, state) == tmp_path / "5"
+    with pytest.raises(ValueError, match=r"holds step 5, and this is step 5; take another folder"):
+        checkpoint.save(tmp_path, moved(make_state(dims=(16, 32, 8)), 5))
+    with pytest.raises(ValueError, match=r"holds step 5, and this is step 3"):
+        checkpoint.save(tmp_path, moved(make_state(), 3))
+    assert bits(checkpoint.restore(tmp_path, make_state()).state) == bits(state)
+
+
+def test_what_is_not_its_own_is_left_alone(tmp_path):
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "mine.txt").write_text("mine")
+    for step in (10, 20, 30, 40):
+        checkpoint.save(tmp_path, moved(make_state(), step), keep=2)
+    assert (tmp_path / "7" / "mine.txt").read_text() == "mine"
+    assert checkpoint.steps(tmp_path) == [30, 40]
+
+
+@pytest.mark.parametrize("what", ["manifest", "arrays"])
+def test_damage_is_found_and_the_damaged_checkpoint_is_neither_loaded_nor_removed(tmp_path, what):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, moved(make_state(), step))
+    files = [f for f in (tmp_path / "2" / what).rglob("*") if f.is_file() and f.stat().st_size > 500]
+    largest = max(files, key=lambda f: f.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    with pytest.raises(ValueError, match=r"/2: damaged"):
+        checkpoint.restore(tmp_path, make_state())
+    assert checkpoint.restore(tmp_path, make_state(), step=1).step == 1
+    for step in (3, 4):
+        checkpoint.save(tmp_path, moved(make_state(), step), keep=1)
+    assert checkpoint.steps(tmp_path) == ([2, 4] if what == "manifest" else [4])
+
+
+def test_leaves_with_names_alike_stay_apart_and_no_number_is_narrowed(tmp_path):
+    tree = {
+        "a.b": jnp.ones(3),
+        "a": {"b": jnp.zeros(3)},
+        "none": jnp.zeros((0, 3)),
+        "list": [jnp.full((), i) for i in range(12)],
+    }
+    state = train.TrainState(tree, (), jnp.int32(1), jax.random.key(0))
+    checkpoint.save(tmp_path, state)
+    assert bits(checkpoint.restore(tmp_path, jax.tree.map(jnp.zeros_like, state)).state) == bits(state)
+    shapes = jax.eval_shape(lambda: state)._replace(key=state.key)
+    assert bits(checkpoint.restore(tmp_path, shapes).state) == bits(state)
+    with pytest.raises(TypeError, match=r"params\['x'\] is int64, which JAX narrows to int32"):
+        checkpoint.save(tmp_path, state._replace(params={"x": np.arange(3) + 2**40}, step=jnp.int32(2)))
+    with pytest.raises(ValueError, match=r"a folder of a file system expected"):
+        checkpoint.save("gs://bucket/run", state)
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=r"file: a file is in the way"):
+        checkpoint.save(tmp_path / "file", state)

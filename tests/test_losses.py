@@ -400,3 +400,16 @@ def test_the_large_output_layer_takes_sharded_rows_on_an_explicit_mesh(chunk_siz
             np.testing.assert_allclose(gradient(x, sharded, b)[1], expected[1], rtol=1e-4, atol=1e-5)
     for a, e in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "loss", [losses.squared_error, losses.sigmoid_binary_cross_entropy, losses.softmax_cross_entropy]
+)
+def test_targets_that_lie_otherwise_than_the_outputs_are_taken_on_an_explicit_mesh(loss):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    outputs, targets = np.random.default_rng(0).random((2, 8, 6), np.float32)
+    gradient = jax.jit(jax.grad(lambda outputs, targets: jnp.sum(loss(outputs, targets)), argnums=(0, 1)))
+    laid = (NamedSharding(mesh, spec) for spec in (PartitionSpec("data", "model"), PartitionSpec("data")))
+    got = gradient(*map(jax.device_put, (outputs, targets), laid))
+    for a, b in zip(got, gradient(outputs, targets), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)

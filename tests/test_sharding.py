@@ -126,6 +126,27 @@ def test_params_that_lie_nowhere_in_particular_train_beside_data_on_a_mesh():
     assert got.params[0]["w"].sharding.is_fully_replicated
 
 
+@pytest.mark.parametrize(
+    ("kind", "optimizer"),
+    [
+        *((kind, optax.adafactor(1e-3, min_dim_size_to_factor=8)) for kind in KINDS),
+        *((kind, optax.inject_hyperparams(optax.adamw)(learning_rate=1e-3)) for kind in KINDS),
+        *((kind, optax.MultiSteps(optax.adam(1e-3), 2)) for kind in KINDS),
+        (AxisType.Auto, optax.chain(optax.adaptive_grad_clip(0.1), optax.sgd(0.1))),
+    ],
+)
+def test_optimisers_of_every_kind_run_where_weights_are_divided(kind, optimizer):
+    data = make_data(32)
+
+    def run(params, data):
+        state = train.init_state(params, optimizer, jax.random.key(1))
+        step = train.make_train_step(loss_fn, optimizer)
+        return step(step(state, data)[0], data)[0].params
+
+    expected = run(fcfunc.init(jax.random.key(0), DIMS), data)
+    chex.assert_trees_all_close(run(*placed("fsdp+tensor", kind, data)), expected, rtol=1e-3, atol=1e-5)
+
+
 NETWORKS = {
     "gelu, dropout": ([16, 32, 32, 8], {"activation": "gelu", "dropout_rate": 0.5}),
     "layer_norm, residual": ([16, 32, 32, 8], {"norm": "layer_norm", "residual": True, "activation": "silu"}),
@@ -295,10 +316,20 @@ def test_what_cannot_be_divided_is_an_error_that_names_layer_width_and_axis():
         sharding.param_specs(params, mesh, "zero")
     with pytest.raises(ValueError, match=r"unknown logical axis 'heads'"):
         sharding.param_specs(params, mesh, [("heads", "model")])
-    with pytest.raises(ValueError, match=r"the mesh has no axis 'expert', only data, model"):
+    with pytest.raises(ValueError, match=r"the axis 'expert' is not one of the mesh's: data, model"):
         sharding.param_specs(params, mesh, [("mlp", "expert")])
     with pytest.raises(ValueError, match=r"'a'.*width 5 \(embed\).*'data' of 2"):
         sharding.logical_specs({"a": P("embed")}, {"a": np.zeros(5)}, mesh, [("embed", "data")])
+    with pytest.raises(ValueError, match=r"no rule for the logical axis 'mpl'; \('mpl', None\) leaves it whole"):
+        sharding.logical_specs(P("mpl"), np.zeros(8), mesh, [("mlp", "model")])
+    assert sharding.logical_specs(P("mpl"), np.zeros(8), mesh, [("mpl", None)]) == P(None)
+    with pytest.raises(ValueError, match=r"one first axis, the examples, expected, got \[\(4,\), \(8,\)\]"):
+        sharding.global_batch((np.zeros(8), np.zeros(4)), mesh)
+    with pytest.raises(ValueError, match=r"the axis 'x' is not one of the mesh's"):
+        sharding.global_batch(np.zeros(8), mesh, axis="x")
+    mixed = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Explicit))
+    with pytest.raises(ValueError, match=r"all Explicit or all Auto"):
+        sharding.shard(params, P(), mixed)
     with pytest.raises(ValueError, match=r"logical_specs"):
         sharding.param_specs({"w": np.zeros((2, 2))}, mesh, "data")
     with pytest.raises(ValueError, match=r"\['x'\]: the width 5 of \[5, 2\].*'data' of 2"):
@@ -312,9 +343,9 @@ def test_what_cannot_be_divided_is_an_error_that_names_layer_width_and_axis():
 def test_a_batch_that_the_devices_or_the_parts_do_not_divide_is_an_error():
     params, data = placed("data", AxisType.Explicit, make_data(40))
     state = train.init_state(params, optax.sgd(0.1), jax.random.key(0))
-    with pytest.raises(ValueError, match=r"batches of 20 examples.*8 devices"):
+    with pytest.raises(ValueError, match=r"batches of 20 examples cannot be divided evenly by 8 devices, over which"):
         train.make_train_epoch(loss_fn, optax.sgd(0.1), 20)(state, data)
-    with pytest.raises(ValueError, match=r"a batch of 40 examples cannot be taken in 2 even parts"):
+    with pytest.raises(ValueError, match=r"a batch of 40 examples .* by 8 devices, .* times 2 parts"):
         train.make_train_step(loss_fn, optax.sgd(0.1), accumulate=2)(state, data)
 
 
@@ -350,28 +381,44 @@ def test_each_part_and_device_draws_its_own_dropout():
     assert max(abs(float(m["loss"])) for m in (parts, shares)) < 4 / 64**0.5
 
 
-def test_accumulation_carries_a_model_state_through_the_parts():
+@pytest.mark.parametrize("mode", ["data", "fsdp+tensor"])
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_accumulation_carries_a_model_state_through_the_parts_on_each_device_and_takes_the_mean(kind, mode):
     params = fcfunc.init(jax.random.key(0), DIMS, norm="batch_norm")
+    data, optimizer, start = make_data(64), optax.sgd(0.1), fcfunc.init_batch_norm_state(params)
+    devices = 1 if kind is None else 4 if "tensor" in mode else 8
 
     def normed(params, batch, key, model_state):
-        logits, model_state = fcfunc.apply_batch_norm(params, model_state, batch[0], training=True)
-        return jnp.mean(losses.softmax_cross_entropy_with_integer_labels(logits, batch[1])), {}, model_state
+        logits, statistics = fcfunc.apply_batch_norm(params, model_state["bn"], batch[0], training=True)
+        loss = jnp.mean(losses.softmax_cross_entropy_with_integer_labels(logits, batch[1]))
+        model_state = {"bn": statistics, "steps": model_state["steps"] + 1, "key": model_state["key"]}
+        return loss, {"constant": jnp.float32(3)}, model_state
 
-    data, optimizer = make_data(64), optax.sgd(0.1)
-    start = fcfunc.init_batch_norm_state(params)
-    state = train.init_state(params, optimizer, jax.random.key(1), model_state=start)
-    state, _ = train.make_train_step(normed, optimizer, accumulate=4)(state, data)
-    expected = start
-    for i in range(4):
-        _, expected = fcfunc.apply_batch_norm(params, expected, data[0][16 * i : 16 * i + 16], training=True)
-    chex.assert_trees_all_close(state.model_state, expected, rtol=1e-5)
-    placed_params, placed_data = placed("data", AxisType.Explicit, data, params)
-    state = train.init_state(placed_params, optimizer, jax.random.key(1), model_state=start)
-    state, _ = train.make_train_step(normed, optimizer, accumulate=4)(state, placed_data)
-    assert lie_alike(
-        state.model_state, jax.tree.map(lambda a: jax.device_put(a, NamedSharding(sharding.make_mesh(), P())), start)
-    )
-    assert all(np.isfinite(a).all() for a in jax.tree.leaves(state.model_state))
+    def of_a_device(x):
+        state = start
+        for part in x.reshape(4, -1, x.shape[-1]):
+            _, state = fcfunc.apply_batch_norm(params, state, part, training=True)
+        return state
+
+    each = [of_a_device(x) for x in np.split(data[0], devices)]
+    expected = jax.tree.map(lambda *a: sum(a) / devices, *each)
+    placed_params, data = (params, data) if kind is None else placed(mode, kind, data, params)
+    carried = {"bn": start, "steps": jnp.int32(2**24 + 1), "key": jax.random.key(5)}
+    state = train.init_state(placed_params, optimizer, jax.random.key(1), model_state=carried)
+    lay = jax.tree.map(lambda a: a.sharding, state.model_state)
+    state, metrics = train.make_train_step(normed, optimizer, accumulate=4)(state, data)
+    chex.assert_trees_all_close(state.model_state["bn"], expected, rtol=1e-4, atol=1e-5)
+    assert int(state.model_state["steps"]) == 2**24 + 5
+    assert (jax.random.key_data(state.model_state["key"]) == jax.random.key_data(carried["key"])).all()
+    assert float(metrics["constant"]) == 3
+    assert jax.tree.all(jax.tree.map(lambda a, s: a.sharding.is_equivalent_to(s, a.ndim), state.model_state, lay))
+
+
+def test_metrics_that_are_no_means_are_refused_where_parts_are_averaged():
+    state = train.init_state(fcfunc.init(jax.random.key(0), DIMS), optax.sgd(0.1), jax.random.key(1))
+    per_example = lambda params, batch, key: (loss_fn(params, batch, key)[0], {"hits": batch[1] == 0})
+    with pytest.raises(ValueError, match=r"each metric must be one number, a mean, got 'hits' \[16\]"):
+        train.make_train_step(per_example, optax.sgd(0.1), accumulate=2)(state, make_data(32))
 
 
 @pytest.mark.parametrize("mode", sharding.MODES)
