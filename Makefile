@@ -2,13 +2,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: train test lint clean
+.PHONY: train test bench lint clean
 
 train: $(STAMP)
 	@$(BIN)/python -m examples.train_classifier $(ARGS)
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest $(ARGS)
+
+bench: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --editable ".[bench]"
+	@$(BIN)/python -m benchmarks.training $(ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

@@ -381,14 +381,18 @@ def _apply(net: _Network, params, state, x, activation, final_activation, flatte
     w, b = params[-1]["w"], params[-1]["b"]
     if head is not None:
         return head(x, w, b), new_state
-    wide = {} if net.compute_dtype is None else {"out_dtype": accumulator(jnp.dtype(net.compute_dtype))}
+    wide: dict[str, Any] = {}
+    if net.compute_dtype is not None:
+        wide["out_dtype"] = accumulator(jnp.dtype(net.compute_dtype))
     return _affine_then(net, final, x, w, b, **wide), new_state
 
 
-def _hidden(net: _Network, p, state, x, activation: _Resolved, layer):
+def _hidden(net: _Network, p, state, x, activation: _Resolved, layer, *, stacked=False):
     """One hidden layer, and its running statistics."""
     if net.norm is None:
-        y = _affine_then(net, activation, x, p["w"], p["b"])
+        # In one program the output is the next layer's input, and kept; not so in a scan, nor if more is done with it.
+        pack = stacked or net.residual or bool(net.rate and net.key is not None)
+        y = _affine_then(net, activation, x, p["w"], p["b"], pack=pack)
     else:
         leaves = (p[name] for name in NORMS[net.norm])
         z = net.ops.affine(x, p["w"], p["b"], **_products(net))
@@ -414,7 +418,7 @@ def _scan(net: _Network, p, state, x, activation: _Resolved, first):
     """As many hidden layers as `p` holds, by a scan: compiled once, and free of what a rule does not save."""
 
     def step(x, slices):
-        y, state = _hidden(net, slices[0], slices[1], x, activation, slices[2])
+        y, state = _hidden(net, slices[0], slices[1], x, activation, slices[2], stacked=True)
         return _compat.laid_like(y, x), state  # a layer divided by columns, or by rows, lays its output otherwise
 
     if net.compute_dtype is not None:
@@ -422,9 +426,10 @@ def _scan(net: _Network, p, state, x, activation: _Resolved, first):
     return jax.lax.scan(step, x, (p, state, first + jnp.arange(len(p["w"]))))
 
 
-def _affine_then(net: _Network, activation: _Resolved, x, w, b, **options):
+def _affine_then(net: _Network, activation: _Resolved, x, w, b, *, pack=True, **options):
     options |= _products(net)
     if activation.name is not None and hasattr(net.ops, "layer"):
+        options |= {"pack": pack} if net.ops is hand_written else {}
         return net.ops.layer(x, w, b, activation=activation.name, **activation.options, **options)
     return activation.function(net.ops.affine(x, w, b, **options), **activation.options)
 

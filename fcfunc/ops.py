@@ -146,6 +146,7 @@ def layer(
     compute_dtype=None,
     out_dtype=None,
     round_cotangent: bool = True,
+    pack: bool = True,
     **options,
 ) -> jax.Array:
     r"""A layer, affine and activation in one rule: :math:`y = f(x w + b)`, saving the least.
@@ -163,12 +164,14 @@ def layer(
       compute_dtype: as for `affine`.
       out_dtype: as for `affine`.
       round_cotangent: as for `affine`, of the pre-activation's cotangent.
+      pack: for "relu" and "leaky_relu", save a bit per output. False: save booleans, which the compiler reads off the
+        output where that is kept anyway, as the next layer's input is in one compiled program; then it is the faster.
       **options: of the activation, such as `negative_slope` or `approximate`.
 
     Returns:
-      As `affine`. Saved for the backward pass: `x` and `w`; and for "relu" and "leaky_relu" one BIT per output; for
-      "gelu" and "silu" nothing, `b` apart: the pre-activation is computed again, one more product; for the others
-      the output.
+      As `affine`. Saved for the backward pass: `x` and `w`; and for "relu" and "leaky_relu" one BIT per output, with
+      `pack`; for "gelu" and "silu" nothing, `b` apart: the pre-activation is computed again, one more product; for the
+      others the output.
 
     Raises:
       ValueError: the shapes do not fit together; an unknown activation.
@@ -195,12 +198,23 @@ def layer(
         compute_dtype=compute_dtype,
         out_dtype=out_dtype,
         round_cotangent=round_cotangent,
+        pack=pack,
         **options,
     )
 
 
 def layer_fwd(
-    x, w, b, *, activation, flatten=False, compute_dtype=None, out_dtype=None, round_cotangent=True, **options
+    x,
+    w,
+    b,
+    *,
+    activation,
+    flatten=False,
+    compute_dtype=None,
+    out_dtype=None,
+    round_cotangent=True,
+    pack=True,
+    **options,
 ):
     """`(out, residuals)` of `layer`."""
     del round_cotangent
@@ -211,14 +225,23 @@ def layer_fwd(
     out = wide_out.astype(operands if out_dtype is None else out_dtype)
     if activation == "elu" and out.dtype == jnp.float16:  # its rule reads the sign of the input from the output
         out = jnp.where((wide_out > 0) & (out == 0), jnp.finfo(out.dtype).smallest_subnormal, out)
-    return out, (x, w, _packed(residuals) if saves == "mask" else out if saves == "output" else b)
+    return out, (x, w, _packed(residuals, pack) if saves == "mask" else out if saves == "output" else b)
 
 
 def layer_bwd(
-    residuals, g, *, activation, flatten=False, compute_dtype=None, out_dtype=None, round_cotangent=True, **options
+    residuals,
+    g,
+    *,
+    activation,
+    flatten=False,
+    compute_dtype=None,
+    out_dtype=None,
+    round_cotangent=True,
+    pack=True,
+    **options,
 ):
     """Cotangents `(dx, dw, db)` of `layer`."""
-    del out_dtype  # `g` has it
+    del out_dtype, pack  # `g` has the one, the saved mask the other
     x, w, saved = residuals
     _, backward, saves = _LAYERS[activation]
     if saves == "mask":
@@ -242,10 +265,14 @@ def _bias_along(x, w, b, flatten):
     return b if sharding is None else _compat.laid(b, sharding, (-1,))
 
 
-def _packed(mask):
+def _packed(mask, pack):
     """Booleans as bits, eight to a byte, along the last axis; as they are where that axis lies on several devices."""
     sharding = _compat.explicit_sharding(mask)
-    if not mask.size or (sharding is not None and any(axis is not None for axis in sharding.spec[mask.ndim - 1 :])):
+    if (
+        not pack
+        or not mask.size
+        or (sharding is not None and any(axis is not None for axis in sharding.spec[mask.ndim - 1 :]))
+    ):
         return mask
     return jnp.packbits(mask, axis=-1)
 

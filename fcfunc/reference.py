@@ -25,9 +25,21 @@ def affine(x, w, b, *, flatten=False, compute_dtype=None, out_dtype=None, round_
     return (out + jnp.broadcast_to(b.astype(out.dtype), out.shape)).astype(out_dtype or operands)
 
 
-def layer(x, w, b, *, activation, flatten=False, compute_dtype=None, out_dtype=None, round_cotangent=True, **options):
+def layer(
+    x,
+    w,
+    b,
+    *,
+    activation,
+    flatten=False,
+    compute_dtype=None,
+    out_dtype=None,
+    round_cotangent=True,
+    pack=True,
+    **options,
+):
     """Twin of `fcfunc.ops.layer`."""
-    del round_cotangent
+    del round_cotangent, pack
     operands = jnp.dtype(x.dtype if compute_dtype is None else compute_dtype)
     z = affine(x, w, b, flatten=flatten, compute_dtype=operands, out_dtype=accumulator(operands))
     return globals()[activation](z, **options).astype(out_dtype or operands)

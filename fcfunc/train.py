@@ -29,7 +29,7 @@ from fcfunc._accumulate import accumulated
 from fcfunc._permutation import permutation
 from fcfunc.data import check_values
 
-__all__ = ["TrainState", "evaluate", "fit", "init_state", "make_train_epoch", "make_train_step"]
+__all__ = ["TrainState", "evaluate", "fit", "init_state", "make_fit", "make_train_epoch", "make_train_step"]
 
 
 class TrainState(NamedTuple):
@@ -131,18 +131,99 @@ def make_train_epoch(
     _check.positive("make_train_epoch", batch_size=batch_size, accumulate=accumulate)
 
     def train_epoch(state, data, layouts=None):
-        n = _count("make_train_epoch", data, batch_size)
-        _check_shares("make_train_epoch: batches", batch_size, layouts, accumulate)
-        _, order_key = jax.random.split(state.key)
-        order = permutation(jax.random.fold_in(order_key, state.step), n)
-
-        def step(state, indices):
-            parts = accumulate if len(indices) == batch_size else 1
-            return _step(loss_fn, optimizer, state, _take(data, indices, layouts), parts, layouts)
-
-        return _over_batches(step, state, order, batch_size)
+        return _epoch("make_train_epoch", loss_fn, optimizer, state, data, batch_size, accumulate, layouts)
 
     return _compiled(train_epoch)
+
+
+def make_fit(
+    loss_fn: Callable,
+    optimizer: optax.GradientTransformation,
+    *,
+    epochs: int,
+    batch_size: int,
+    accumulate: int = 1,
+    eval_fn: Callable | None = None,
+    monitor: str = "loss",
+    mode: str = "min",
+    patience: int | None = None,
+) -> Callable:
+    """A whole run as a pure function, early stopping included, to be jitted and mapped: a sweep is one program.
+
+    A sweep over seeds and learning rates: give `optimizer` its hyperparameters by `optax.inject_hyperparams`, which
+    keeps them in its state; make a state for each member under `jax.vmap`; and call `jax.jit(jax.vmap(fit, ...))`.
+    A member that has stopped stays as it is while the others go on. `fit` is the same for the host: it checks the
+    values of the data, reports, and raises.
+
+    Args:
+      loss_fn: `(params, batch, key) -> loss` or `-> (loss, metrics)`.
+      optimizer: any optax optimiser.
+      epochs: passes over the data, at most.
+      batch_size: examples per step.
+      accumulate: as for `make_train_step`.
+      eval_fn: the loss function of the evaluation, where it is not `loss_fn` with key None.
+      monitor: the validation metric that decides which epoch is best.
+      mode: "min" where less of it is better, "max" where more is.
+      patience: as for `fit`.
+
+    Returns:
+      `fit(state, data, validation_data=None) -> (state, history)`. `history` is a dict of arrays `[epochs]`: the means
+      of the training metrics over each epoch's examples, and of the validation metrics as `validation_<name>`, NaN for
+      epochs that were not run; and the number of those that were, `epochs`. A loss that is not finite stops a run;
+      with `patience` its best epoch is returned all the same. No value of the data is checked.
+
+    Raises:
+      ValueError: an option out of range; while tracing: as for `make_train_epoch` and `fit`.
+    """
+    _check.positive("make_fit", epochs=epochs, batch_size=batch_size, accumulate=accumulate)
+    _check_stopping("make_fit", mode, patience)
+    sign = 1 if mode == "min" else -1
+
+    def whole_fit(state, data, validation_data=None):
+        n = _count("make_fit", data, batch_size)
+        layouts = _Layouts(_compat.layouts(state), _compat.layouts(data))
+        if patience is not None and validation_data is None:
+            raise ValueError("make_fit: patience needs validation_data to judge an epoch by, got None")
+        if validation_data is not None:
+            _check_metrics("make_fit", eval_fn or loss_fn, state, validation_data, None, monitor)
+        _check_metrics("make_fit", loss_fn, state, data, state.key, None)
+
+        def one_epoch(state):
+            state, metrics = _epoch("make_fit", loss_fn, optimizer, state, data, batch_size, accumulate, layouts)
+            record = _means(metrics, n, batch_size)
+            if validation_data is not None:
+                scores = evaluate(eval_fn or loss_fn, state.params, validation_data, model_state=state.model_state)
+                record |= {f"validation_{name}": m for name, m in scores.items()}
+            return state, record
+
+        def unfinished(carry):
+            _, _, _, epoch, _, waited, failed = carry
+            patient = jnp.bool_(True) if patience is None else waited < patience
+            return (epoch < epochs) & patient & ~failed
+
+        def next_epoch(carry):
+            state, model, history, epoch, best, waited, _ = carry
+            state, record = one_epoch(state)
+            history = {name: history[name].at[epoch].set(m) for name, m in record.items()}
+            if patience is not None:
+                score = sign * record[f"validation_{monitor}"]
+                better = score < best  # never true of a NaN
+                new = (state.params, state.model_state)
+                model = jax.tree.map(lambda a, b: jnp.where(better, a, b), new, model)
+                best, waited = jnp.where(better, score, best), jnp.where(better, 0, waited + 1)
+            return state, model, history, epoch + 1, best, waited, ~jnp.isfinite(record["loss"])
+
+        kinds = jax.eval_shape(one_epoch, state)[1]
+        history = {name: jnp.full((epochs,), jnp.nan, m.dtype) for name, m in kinds.items()}
+        model = (state.params, state.model_state)
+        best = jnp.asarray(jnp.inf, kinds[f"validation_{monitor}"].dtype if patience is not None else jnp.float32)
+        start = (state, model, history, jnp.int32(0), best, jnp.int32(0), jnp.bool_(False))
+        state, model, history, done, *_ = jax.lax.while_loop(unfinished, next_epoch, start)
+        if patience is not None:
+            state = state._replace(params=model[0], model_state=model[1])
+        return state, history | {"epochs": done}
+
+    return whole_fit
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "batch_size", "layouts"))
@@ -154,10 +235,7 @@ def _evaluate(loss_fn, params, model_state, data, batch_size, layouts):
         return None, {"loss": loss, **metrics}
 
     _, metrics = _over_batches(step, None, jnp.arange(n), min(batch_size, n))
-    weights = _batch_sizes(n, min(batch_size, n)) / n
-    return {
-        name: jnp.average(_real(m), axis=0, weights=jnp.asarray(weights, _real(m).dtype)) for name, m in metrics.items()
-    }
+    return _means(metrics, n, min(batch_size, n))
 
 
 def evaluate(
@@ -237,12 +315,9 @@ def fit(
       FloatingPointError: an epoch's mean loss was not finite.
     """
     _check.positive("fit", epochs=epochs, batch_size=batch_size)
-    if patience is not None:
-        _check.positive("fit", patience=patience)
-        if validation_data is None:
-            raise ValueError("fit: patience needs validation_data to judge an epoch by, got None")
-    if mode not in ("min", "max"):
-        raise ValueError(f'fit: mode must be "min" or "max", got {mode!r}')
+    _check_stopping("fit", mode, patience)
+    if patience is not None and validation_data is None:
+        raise ValueError("fit: patience needs validation_data to judge an epoch by, got None")
     n = _count("fit", data, batch_size)
     check_values(data, num_classes=num_classes, name="data")
     data = jax.tree.map(jnp.asarray, data)
@@ -250,8 +325,8 @@ def fit(
         _count("fit (validation_data)", validation_data, 1)
         check_values(validation_data, num_classes=num_classes, name="validation_data")
         validation_data = jax.tree.map(jnp.asarray, validation_data)
-        _check_metrics(eval_fn or loss_fn, state, validation_data, None, monitor)
-    _check_metrics(loss_fn, state, data, state.key, None)
+        _check_metrics("fit", eval_fn or loss_fn, state, validation_data, None, monitor)
+    _check_metrics("fit", loss_fn, state, data, state.key, None)
 
     train_epoch = make_train_epoch(loss_fn, optimizer, batch_size, accumulate=accumulate)
     sizes = _batch_sizes(n, batch_size)
@@ -377,23 +452,54 @@ def _check_same_kind(before, after) -> None:
         raise ValueError(f"loss_fn must return a model_state like the one it was given, {kinds[0]}, got {kinds[1]}")
 
 
-def _check_metrics(loss_fn, state, data, key, monitor):
-    """Refuses, before anything runs, what `fit` cannot record; a metric of `make_train_epoch` may have any shape."""
+def _check_stopping(where: str, mode: str, patience: int | None) -> None:
+    if patience is not None:
+        _check.positive(where, patience=patience)
+    if mode not in ("min", "max"):
+        raise ValueError(f'{where}: mode must be "min" or "max", got {mode!r}')
+
+
+def _check_metrics(where, loss_fn, state, data, key, monitor):
+    """Refuses, before anything runs, what a history cannot hold; a metric of `make_train_epoch` may have any shape."""
     _, (metrics, _) = jax.eval_shape(
         lambda s, d, k: _loss_and_metrics(loss_fn, s.params, d, k, s.model_state), state, data, key
     )
     for name, metric in metrics.items():
-        if name in ("epoch", "step", "seconds"):
-            raise ValueError(f"fit: a metric must not be called {name!r}, which the history holds already")
+        if name in ("epoch", "epochs", "step", "seconds"):
+            raise ValueError(f"{where}: a metric must not be called {name!r}, which the history holds already")
         if not isinstance(metric, jax.ShapeDtypeStruct) or metric.shape != ():
-            raise ValueError(f"fit: each metric must be one number, the mean over the batch, got {metric} for {name!r}")
+            raise ValueError(
+                f"{where}: each metric must be one number, the mean over the batch, got {metric} for {name!r}"
+            )
     if monitor is not None and monitor not in {"loss", *metrics}:
-        raise ValueError(f"fit: monitor {monitor!r} is not among the metrics: {', '.join(['loss', *metrics])}")
+        raise ValueError(f"{where}: monitor {monitor!r} is not among the metrics: {', '.join(['loss', *metrics])}")
+
+
+def _means(metrics, n: int, batch_size: int):
+    """The means over all examples of metrics that are means over the batches, one entry for each."""
+    weights = _batch_sizes(n, batch_size) / n
+    return {
+        name: jnp.average(_real(m), axis=0, weights=jnp.asarray(weights, _real(m).dtype)) for name, m in metrics.items()
+    }
 
 
 def _real(metric):
     """A metric in at least float32: the mean of counts is no count, and a mean in bfloat16 is a poor one."""
     return metric.astype(jnp.float64 if metric.dtype == jnp.float64 else jnp.float32)
+
+
+def _epoch(where, loss_fn, optimizer, state, data, batch_size, accumulate, layouts):
+    """Every example once, in an order drawn from the state's key and step."""
+    n = _count(where, data, batch_size)
+    _check_shares(f"{where}: batches", batch_size, layouts, accumulate)
+    _, order_key = jax.random.split(state.key)
+    order = permutation(jax.random.fold_in(order_key, state.step), n)
+
+    def step(state, indices):
+        parts = accumulate if len(indices) == batch_size else 1
+        return _step(loss_fn, optimizer, state, _take(data, indices, layouts), parts, layouts)
+
+    return _over_batches(step, state, order, batch_size)
 
 
 def _over_batches(step, carry, indices, batch_size):

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 import fcfunc
-from examples import layer_list, layers_by_hand, one_neuron, sigmoid_network, train_classifier
+from examples import layer_list, layers_by_hand, one_neuron, sigmoid_network, sweep, train_classifier
 from fcfunc import data
 
 
@@ -245,3 +245,11 @@ def test_help_reads_well(run, capsys):
     assert stopped.value.code == 0
     out = capsys.readouterr().out
     assert all(option in out for option in ("--data", "--l2", "--optimizer", "default: sgd", "regression"))
+
+
+def test_the_sweep_finds_a_learning_rate_that_recognises_the_digits_and_draws(tmp_path, capsys):
+    figures = sweep.main(["--seeds", "2", "--rates", "3", "--epochs", "8", "--out", str(tmp_path)])
+    assert figures["accuracy"] > 0.94
+    assert 0.05 < figures["rate"] < 0.2  # between one that is too small and one that is too large
+    assert (tmp_path / "sweep.png").stat().st_size > 10_000
+    assert len(re.findall(r"^ +\d\.\d{4} ", capsys.readouterr().out, re.MULTILINE)) == 3

@@ -1,0 +1,91 @@
+"""One whole process of each peer: import, data, five epochs of Fashion-MNIST, accuracy printed.
+
+    python -m benchmarks.process fcfunc        # or torch, scikit-learn
+
+784-128-10, batches of 128, SGD at 0.1. Nothing is imported that the peer does not need.
+"""
+
+import gzip
+import sys
+from pathlib import Path
+
+FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
+EPOCHS, BATCH, RATE = 5, 128, 0.1
+
+
+def read(name: str, skip: int):
+    """The bytes of one of the four files."""
+    import numpy as np
+
+    with gzip.open(FOLDER / f"{name}-ubyte.gz") as f:
+        return np.frombuffer(f.read(), np.uint8, offset=skip)
+
+
+def by_fcfunc() -> float:
+    """The epoch as one program; images stay bytes until a step uses them."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    import fcfunc
+    from fcfunc import data, losses, train
+
+    training, test = data.fashion_mnist()
+
+    def loss_fn(params, batch, key):
+        logits = fcfunc.apply(params, batch.x.astype(jnp.float32) / 255, flatten=True)
+        hits = jnp.argmax(logits, axis=-1) == batch.y
+        loss = jnp.mean(losses.softmax_cross_entropy_with_integer_labels(logits, batch.y))
+        return loss, {"accuracy": jnp.mean(hits, dtype=jnp.float32)}
+
+    optimizer = optax.sgd(RATE)
+    init = jax.jit(lambda key: train.init_state(fcfunc.init(key, [784, 128, 10]), optimizer, key))
+    state, epoch = init(jax.random.key(0)), train.make_train_epoch(loss_fn, optimizer, BATCH)
+    for _ in range(EPOCHS):
+        state, _ = epoch(state, training)
+    return float(train.evaluate(loss_fn, state.params, test)["accuracy"])
+
+
+def by_torch() -> float:
+    """Eager PyTorch."""
+    import torch
+
+    def tensors(name):
+        x = torch.from_numpy(read(f"{name}-images-idx3", 16).reshape(-1, 784).copy()).float() / 255
+        return x, torch.from_numpy(read(f"{name}-labels-idx1", 8).copy()).long()
+
+    (x, y), (x_test, y_test) = tensors("train"), tensors("t10k")
+    network = torch.nn.Sequential(torch.nn.Linear(784, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10))
+    optimizer, loss_fn = torch.optim.SGD(network.parameters(), lr=RATE), torch.nn.CrossEntropyLoss()
+    for _ in range(EPOCHS):
+        for places in torch.randperm(len(x)).split(BATCH):
+            optimizer.zero_grad()
+            loss_fn(network(x[places]), y[places]).backward()
+            optimizer.step()
+    with torch.no_grad():
+        return (network(x_test).argmax(-1) == y_test).float().mean().item()
+
+
+def by_sklearn() -> float:
+    """scikit-learn's MLPClassifier."""
+    import warnings
+
+    import numpy as np
+    from sklearn.neural_network import MLPClassifier
+
+    warnings.simplefilter("ignore")  # that it has not converged
+
+    def arrays(name):
+        x = read(f"{name}-images-idx3", 16).reshape(-1, 784) / np.float32(255)
+        return x, read(f"{name}-labels-idx1", 8)
+
+    network = MLPClassifier(
+        [128], solver="sgd", alpha=0.0, momentum=0.0, batch_size=BATCH, learning_rate_init=RATE, max_iter=EPOCHS
+    )
+    return network.fit(*arrays("train")).score(*arrays("t10k"))
+
+
+PROCESSES = {"fcfunc": by_fcfunc, "torch": by_torch, "scikit-learn": by_sklearn}
+
+if __name__ == "__main__":
+    print(f"test accuracy {PROCESSES[sys.argv[1]]():.4f}")
