@@ -39,8 +39,8 @@ def by_fcfunc() -> float:
         return loss, {"accuracy": jnp.mean(hits, dtype=jnp.float32)}
 
     optimizer = optax.sgd(RATE)
-    init = jax.jit(lambda key: train.init_state(fcfunc.init(key, [784, 128, 10]), optimizer, key))
-    state, epoch = init(jax.random.key(0)), train.make_train_epoch(loss_fn, optimizer, BATCH)
+    state = train.init_state(fcfunc.init(jax.random.key(0), [784, 128, 10]), optimizer, jax.random.key(1))
+    epoch = train.make_train_epoch(loss_fn, optimizer, BATCH)
     for _ in range(EPOCHS):
         state, _ = epoch(state, training)
     return float(train.evaluate(loss_fn, state.params, test)["accuracy"])

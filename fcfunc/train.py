@@ -229,13 +229,17 @@ def make_fit(
 @functools.partial(jax.jit, static_argnames=("loss_fn", "batch_size", "layouts"))
 def _evaluate(loss_fn, params, model_state, data, batch_size, layouts):
     n = _count("evaluate", data, 1)
+    batch_size = min(batch_size, n)
+    if not any(layouts.data):
+        # Equal batches, where some not much smaller divide the examples: one step to compile instead of two.
+        batch_size = next((size for size in range(batch_size, batch_size // 2, -1) if n % size == 0), batch_size)
 
     def step(_, indices):
         loss, (metrics, _) = _loss_and_metrics(loss_fn, params, _take(data, indices, layouts), None, model_state)
         return None, {"loss": loss, **metrics}
 
-    _, metrics = _over_batches(step, None, jnp.arange(n), min(batch_size, n))
-    return _means(metrics, n, min(batch_size, n))
+    _, metrics = _over_batches(step, None, jnp.arange(n), batch_size)
+    return _means(metrics, n, batch_size)
 
 
 def evaluate(
