@@ -252,8 +252,8 @@ def evaluate(
         function and each shape of data.
       params: the parameters.
       data: a tree of arrays with one first axis.
-      batch_size: examples at a time, which bounds the memory; the result does not depend on it, but for rounding,
-        as long as the metrics are means over the batch.
+      batch_size: at most so many examples at a time, which bounds the memory; the result does not depend on it, but for
+        rounding, as long as the metrics are means over the batch.
       model_state: the state's, where the loss takes one; what comes back of it is dropped.
 
     Returns:
