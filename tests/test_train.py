@@ -11,6 +11,7 @@ import pytest
 
 import fcfunc
 from fcfunc import losses, train
+from fcfunc._progress import ProgressBar
 from fcfunc.data import Dataset
 
 
@@ -437,3 +438,16 @@ def test_a_whole_fit_refuses_what_it_cannot_judge():
         train.make_fit(loss_fn, optimizer, epochs=1, batch_size=4, monitor="f1")(make_state(optimizer), data, data)
     with pytest.raises(ValueError, match=r'make_fit: mode must be "min" or "max"'):
         train.make_fit(loss_fn, optimizer, epochs=1, batch_size=4, mode="less")
+
+
+def test_the_bar_moves_within_an_epoch_and_the_numbers_are_those_without_it(monkeypatch):
+    moves, optimizer, data = [], optax.sgd(0.1), make_data(50)
+    options = {"epochs": 3, "batch_size": 4}
+    expected, _ = train.fit(loss_fn, optimizer, make_state(optimizer), data, **options)
+    move = ProgressBar.move
+    monkeypatch.setattr(ProgressBar, "move", lambda bar, step: (moves.append(int(step)), move(bar, step)))
+    monkeypatch.setattr(ProgressBar, "every", lambda bar: jnp.int32(5))
+    state, history = train.fit(loss_fn, optimizer, make_state(optimizer), data, progress=True, **options)
+    assert sorted(moves) == list(range(5, 40, 5))  # 13 steps an epoch, the last a short one
+    chex.assert_trees_all_equal(state.params, expected.params)
+    assert len(history) == 3

@@ -1,0 +1,208 @@
+"""The step and the epoch that `fcfunc.train` compiles, and where their arrays lie."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fcfunc import _check, _compat
+from fcfunc._accumulate import accumulated
+from fcfunc._permutation import permutation
+
+
+class TrainState(NamedTuple):
+    """All that a run carries from step to step.
+
+    Attributes:
+      params: the parameters, any tree.
+      opt_state: the optimiser's state.
+      step: how many steps were taken, an int32 scalar.
+      key: the run's random key. It never changes: each step and each epoch derives its own by `fold_in(key, step)`, so
+        that a run resumed from a saved state goes on exactly as it would have.
+      model_state: what the loss carries from step to step besides the parameters; without leaves where it is nothing.
+    """
+
+    params: Any
+    opt_state: Any
+    step: jax.Array
+    key: jax.Array
+    model_state: Any = ()
+
+
+class Layouts(NamedTuple):
+    """Where each array of a state and of its data lies."""
+
+    state: tuple
+    data: tuple
+
+
+def compiled(fun: Callable) -> Callable:
+    """`fun(state, data)`, compiled for where its arguments lie: on an Auto mesh their types do not tell."""
+    program = jax.jit(fun, donate_argnums=0, static_argnames="layouts")
+
+    def located(run):
+        def call(state, data, **more):
+            of_data = _compat.layouts(data)
+            if not any(of_data) and not any(_compat.layouts(state.step)):
+                return run(
+                    state, data, **more
+                )  # on one device, where a step may take less time than looking at all its arrays
+            if _compat.traced(state.step):
+                return run(state, data, **more, layouts=Layouts(_compat.layouts(state), of_data))
+            state = beside(state, data)
+            with _compat.on_mesh_of((state, data)):
+                return run(state, data, **more, layouts=Layouts(_compat.layouts(state), of_data))
+
+        return call
+
+    call = functools.wraps(fun)(located(program))
+    call.lower, call.trace = located(program.lower), located(program.trace)  # type: ignore[attr-defined]
+    return call
+
+
+def beside(state, tree):
+    """`state` with what lies on no mesh whole on every device of the mesh that `tree` lies on."""
+    mesh = _compat.mesh_of(tree)
+    if mesh is None:
+        return state
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return _compat.each(lambda a, s: _compat.placed(a, whole) if s is None else a, state, _compat.layouts(state))
+
+
+def take_step(loss_fn, optimizer, state, batch, accumulate, layouts):
+    """One step: `(state, metrics)`, the metrics of before the update."""
+    loss_key, _ = jax.random.split(state.key)
+    key = jax.random.fold_in(loss_key, state.step)
+
+    def value_fn(params):
+        return loss_and_metrics(loss_fn, params, batch, key, state.model_state)[0]
+
+    def gradient(params, batch, key, model_state):
+        def of(params):
+            return loss_and_metrics(loss_fn, params, batch, key, model_state)
+
+        return jax.value_and_grad(of, has_aux=True)(params)
+
+    if accumulate > 1:
+        gradient = functools.partial(accumulated, gradient, accumulate, layouts)
+    (loss, (metrics, model_state)), grads = gradient(state.params, batch, key, state.model_state)
+    with jax.numpy_dtype_promotion("standard"):  # optax itself mixes dtypes; a caller in strict mode need not know
+        updates, opt_state = optax.with_extra_args_support(optimizer).update(
+            grads, state.opt_state, state.params, value=loss, grad=grads, value_fn=value_fn
+        )
+        params = optax.apply_updates(state.params, updates)
+    new = TrainState(params, opt_state, state.step + 1, state.key, model_state)
+    if layouts is not None:
+        new = _compat.each(_compat.constrained, new, layouts.state)
+    return new, {"loss": loss, **metrics}
+
+
+def loss_and_metrics(loss_fn, params, batch, key, model_state):
+    """`(loss, (metrics, model_state))`, whichever way the loss function is written."""
+    if jax.tree.leaves(model_state):
+        result = loss_fn(params, batch, key, model_state)
+        if not isinstance(result, tuple) or len(result) != 3:
+            raise TypeError(f"loss_fn with a model_state must return (loss, metrics, model_state), got {result!r:.200}")
+        loss, metrics, new_state = result
+        _check_same_kind(model_state, new_state)
+        model_state = new_state
+    else:
+        result = loss_fn(params, batch, key)
+        loss, metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+    if not isinstance(loss, _check.ARRAYS) or not isinstance(metrics, dict):
+        raise TypeError(f"loss_fn must return a loss or (loss, dict of metrics), got {result!r:.200}")
+    if jnp.shape(loss) != ():
+        raise ValueError(
+            f"loss_fn must return one number, the mean over the batch, got {_check.describe(loss)}; "
+            "take jnp.mean of the per-example losses"
+        )
+    if "loss" in metrics:
+        raise ValueError('loss_fn: the metrics must not hold a "loss" of their own')
+    return loss, (metrics, model_state)
+
+
+def _check_same_kind(before, after) -> None:
+    """A state that changes its shapes or dtypes in a step would be another program in the next."""
+    kinds = [jax.tree.map(_check.describe, tree) for tree in (before, after)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"loss_fn must return a model_state like the one it was given, {kinds[0]}, got {kinds[1]}")
+
+
+def take_epoch(where, loss_fn, optimizer, state, data, batch_size, accumulate, layouts, report=None):
+    """Every example once, in an order drawn from the state's key and step; `report(step)` is called after each."""
+    n = count(where, data, batch_size)
+    check_shares(f"{where}: batches", batch_size, layouts, accumulate)
+    _, order_key = jax.random.split(state.key)
+    order = permutation(jax.random.fold_in(order_key, state.step), n)
+
+    def step(state, indices):
+        parts = accumulate if len(indices) == batch_size else 1
+        state, metrics = take_step(loss_fn, optimizer, state, take(data, indices, layouts), parts, layouts)
+        if report is not None:
+            report(state.step)
+        return state, metrics
+
+    return over_batches(step, state, order, batch_size)
+
+
+def over_batches(step, carry, indices, batch_size):
+    """Scans `step` over whole batches of `indices`, then takes the remainder as one shorter batch."""
+    n = indices.shape[0]
+    whole = n - n % batch_size
+    carry, metrics = jax.lax.scan(step, carry, indices[:whole].reshape(whole // batch_size, batch_size))
+    if whole < n:
+        carry, last = step(carry, indices[whole:])
+        metrics = jax.tree.map(lambda m, x: jnp.concatenate([m, jnp.expand_dims(x, 0)]), metrics, last)
+    return carry, metrics
+
+
+def take(data, indices, layouts):
+    """The examples at some indices, each of them once and within bounds, laid as the data."""
+    of_data = layouts.data if layouts else (None,) * len(jax.tree.leaves(data))
+    return _compat.each(functools.partial(_compat.taken, indices=indices), data, of_data)
+
+
+def means(metrics, n: int, batch_size: int):
+    """The means over all examples of metrics that are means over the batches, one entry for each."""
+    weights = batch_sizes(n, batch_size) / n
+    return {
+        name: jnp.average(_real(m), axis=0, weights=jnp.asarray(weights, _real(m).dtype)) for name, m in metrics.items()
+    }
+
+
+def _real(metric):
+    """A metric in at least float32: the mean of counts is no count, and a mean in bfloat16 is a poor one."""
+    return metric.astype(jnp.float64 if metric.dtype == jnp.float64 else jnp.float32)
+
+
+def batch_sizes(n: int, batch_size: int) -> np.ndarray:
+    """The examples of each step of an epoch."""
+    whole, rest = divmod(n, batch_size)
+    return np.array([batch_size] * whole + [rest] * (rest > 0))
+
+
+def count(where: str, data, batch_size: int) -> int:
+    """The number of examples, at least a batch of them."""
+    leaves = jax.tree.leaves_with_path(data)
+    sizes = {jax.tree_util.keystr(path): jnp.shape(leaf)[:1] for path, leaf in leaves}
+    if len(set(sizes.values())) != 1 or () in sizes.values():
+        came = ", ".join(f"{path or 'data'} {list(size)}" for path, size in sizes.items()) or "no array"
+        raise ValueError(f"{where}: arrays with one first axis, the examples, expected, got {came}")
+    (n,) = next(iter(sizes.values()))
+    if n < max(batch_size, 1):
+        raise ValueError(f"{where}: at least {max(batch_size, 1)} examples (one batch) expected, got {n}")
+    return n
+
+
+def check_shares(what: str, n: int, layouts, parts: int) -> None:
+    """Raises where examples cannot be divided evenly over the devices that they lie on, and into parts."""
+    over = _compat.rows(layouts.data) if layouts else None
+    devices = over.devices if over else 1
+    if n % (parts * devices):
+        shares = [f"{devices} devices, over which the examples lie"] if over else []
+        shares += [f"{parts} parts"] if parts > 1 else []
+        raise ValueError(f"{what} of {n} examples cannot be divided evenly by {' times '.join(shares)}")
