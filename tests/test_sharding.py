@@ -157,15 +157,14 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mode", ["fsdp", "fsdp+tensor"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_kind_of_network_has_the_gradients_of_one_device(kind, mode, name):
+def test_every_kind_of_network_has_the_gradients_of_one_device(kind, name):
     dims, network = NETWORKS[name]
     params = mlp.stack(fcfunc.init(jax.random.key(0), dims, norm=network.get("norm")))
     data, key = make_data(32), jax.random.key(3)
     gradient = jax.jit(jax.grad(functools.partial(loss_fn, **network), has_aux=True))
     expected, _ = gradient(params, data, key)
-    got, _ = gradient(*placed(mode, kind, data, params), key)
+    got, _ = gradient(*placed("fsdp+tensor", kind, data, params), key)
     tolerance = 2e-2 if "compute_dtype" in network else 1e-5
     chex.assert_trees_all_close(got, expected, rtol=tolerance, atol=tolerance / 10)
 
