@@ -10,7 +10,6 @@ import argparse
 import functools
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ import numpy as np
 import optax
 
 import fcfunc
+from benchmarks.memory import ratio
 from benchmarks.peers import PEERS, Task, with_fcfunc, with_torch
 from benchmarks.process import PROCESSES
 from fcfunc import data, losses, train
@@ -131,12 +131,6 @@ def in_turns(runs: dict[str, Callable], turns: int) -> dict[str, list[float]]:
             runs[name]()
             seconds[name].append(time.perf_counter() - start)
     return seconds
-
-
-def ratio(a: list[float], b: list[float]) -> str:
-    """The median of the ratios side by side, with the lowest and the highest."""
-    ratios = sorted(x / y for x, y in zip(a, b, strict=True))
-    return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
 
 
 def table_of_training(name: str) -> list[str]:

@@ -38,8 +38,7 @@ def accumulated(gradient: Callable, parts: int, layouts: Any, params: Any, batch
     kinds: Any = jax.eval_shape(each, *jax.tree.map(lambda a: a[0], xs), model_state)
 
     def add(carry, x):
-        sums, model_state = carry
-        before = model_state
+        sums, before = carry
         (loss, (metrics, model_state)), grads = each(*x, before)
         model_state = jax.tree.map(_compat.laid_like, model_state, before)
         sums = jax.tree.map(lambda total, a: total + a.astype(total.dtype), sums, (loss, metrics, grads))
@@ -51,11 +50,11 @@ def accumulated(gradient: Callable, parts: int, layouts: Any, params: Any, batch
             raise ValueError(
                 f"accumulate: each metric must be one number, a mean, got {name!r} {list(metric.shape[1:])}"
             )
-    zeros = jax.tree.map(lambda a: _compat.zeros_along(a, _wide(a.dtype), rows), (loss, metrics, grads))
+    zeros = jax.tree.map(lambda a: _compat.zeros_along(a, mean_dtype(a.dtype), rows), (loss, metrics, grads))
     (sums, model_state), _ = jax.lax.scan(add, (zeros, model_state), xs)
     loss, metrics, grads = jax.tree.map(lambda a: jnp.sum(a, axis=0) / (devices * parts), sums)
     model_state = jax.tree.map(_of_devices, model_state)
-    grads = _compat.each(lambda a, s: _compat.constrained(a, s), grads, of_params)
+    grads = _compat.each(_compat.constrained, grads, of_params)
     grads = jax.tree.map(lambda a, p: a.astype(p.dtype), grads, params)
     return (loss, (metrics, model_state)), grads
 
@@ -63,10 +62,10 @@ def accumulated(gradient: Callable, parts: int, layouts: Any, params: Any, batch
 def _of_devices(a):
     """The devices' model states as one: the mean of real numbers; of counts and keys, which are alike, the first."""
     if jnp.issubdtype(a.dtype, jnp.inexact):
-        return jnp.mean(a, axis=0, dtype=_wide(a.dtype)).astype(a.dtype)
+        return jnp.mean(a, axis=0, dtype=mean_dtype(a.dtype)).astype(a.dtype)
     return _compat.first(a)
 
 
-def _wide(dtype):
-    """At least float32; counts, which are averaged, are no integers then."""
+def mean_dtype(dtype):
+    """At least float32: the mean of counts is no count, and a mean in bfloat16 is a poor one."""
     return accumulator(dtype) if jnp.issubdtype(dtype, jnp.inexact) else jnp.dtype(jnp.float32)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from fcfunc import _check, _compat
-from fcfunc._accumulate import accumulated
+from fcfunc._accumulate import accumulated, mean_dtype
 from fcfunc._permutation import permutation
 
 
@@ -47,10 +47,9 @@ def compiled(fun: Callable) -> Callable:
     def located(run):
         def call(state, data, **more):
             of_data = _compat.layouts(data)
+            # On one device a step may take less time than looking at all its arrays.
             if not any(of_data) and not any(_compat.layouts(state.step)):
-                return run(
-                    state, data, **more
-                )  # on one device, where a step may take less time than looking at all its arrays
+                return run(state, data, **more)
             if _compat.traced(state.step):
                 return run(state, data, **more, layouts=Layouts(_compat.layouts(state), of_data))
             state = beside(state, data)
@@ -169,14 +168,8 @@ def take(data, indices, layouts):
 def means(metrics, n: int, batch_size: int):
     """The means over all examples of metrics that are means over the batches, one entry for each."""
     weights = batch_sizes(n, batch_size) / n
-    return {
-        name: jnp.average(_real(m), axis=0, weights=jnp.asarray(weights, _real(m).dtype)) for name, m in metrics.items()
-    }
-
-
-def _real(metric):
-    """A metric in at least float32: the mean of counts is no count, and a mean in bfloat16 is a poor one."""
-    return metric.astype(jnp.float64 if metric.dtype == jnp.float64 else jnp.float32)
+    real = {name: m.astype(mean_dtype(m.dtype)) for name, m in metrics.items()}
+    return {name: jnp.average(m, axis=0, weights=jnp.asarray(weights, m.dtype)) for name, m in real.items()}
 
 
 def batch_sizes(n: int, batch_size: int) -> np.ndarray:
