@@ -40,14 +40,15 @@ class Task(NamedTuple):
         return (optax.adam if self.adam else optax.sgd)(self.rate)
 
 
+def classifier_loss(params, batch, key):
+    """The network of fcfunc and its loss."""
+    x, y = batch
+    return jnp.mean(losses.softmax_cross_entropy_with_integer_labels(fcfunc.apply(params, x), y))
+
+
 def with_fcfunc(task: Task):
     """The epoch as one program."""
-
-    def loss_fn(params, batch, key):
-        x, y = batch
-        return jnp.mean(losses.softmax_cross_entropy_with_integer_labels(fcfunc.apply(params, x), y))
-
-    epoch = train.make_train_epoch(loss_fn, task.optimizer, task.batch_size)
+    epoch = train.make_train_epoch(classifier_loss, task.optimizer, task.batch_size)
     data = jnp.asarray(task.x), jnp.asarray(task.y)
     box = [train.init_state(task.params, task.optimizer, jax.random.key(1))]
 

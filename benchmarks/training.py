@@ -22,10 +22,11 @@ import numpy as np
 import optax
 
 import fcfunc
+from benchmarks import kernels
 from benchmarks.memory import ratio
-from benchmarks.peers import PEERS, Task, with_fcfunc, with_torch
+from benchmarks.peers import PEERS, Task, classifier_loss, with_fcfunc, with_torch
 from benchmarks.process import PROCESSES
-from fcfunc import data, losses, train
+from fcfunc import data, train
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 
@@ -43,6 +44,15 @@ scikit-learn, which draws its own); the accuracy is that after all turns, over a
 NOTES = """
 ## Where the time goes
 
+- The table by kernels is JAX's profile of fcfunc's epochs, each kernel named by its operation in the compiled program:
+  "products" forward and backward, "order" the shuffle, "gather" the batch, "update" optax's, "others" the activations,
+  the loss and the sums of the bias gradients, and "between" what runs while no kernel has begun: the runtime's own work
+  from one kernel to the next. In the wide network that last share is still a product: the runtime cuts the gradient of
+  the first weights into parts for its pool of threads, and the profile shows the time before its update with no event.
+- What is left to the limit: at the smallest network a step is some twenty kernels of a microsecond each, so half of it
+  is kernels that are no products and the way between them, and only fewer or larger kernels would help: that is XLA's
+  fusion, not this library's code. From the digits on, the products are the larger part, and what can still be saved is
+  the shuffle and the gather, a tenth.
 - What "products" takes no program can save. Between it and "bare scan" are the rest of the arithmetic, the update, and
   what XLA's CPU runtime spends between the kernels of a step; between "bare scan" and fcfunc are the shuffle and the
   gathering of each batch. These two rows bound what can be gained here over a loop that dispatches one compiled step at
@@ -56,6 +66,10 @@ NOTES = """
   and compiling the epoch 0.55, five epochs 0.5, evaluation 0.2. With JAX's persistent compilation cache
   (`JAX_COMPILATION_CACHE_DIR=folder JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
   JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1`) a second process took 1.77 s where it took 2.47 without.
+- No GPU was at hand for these pages: nothing here was measured on one. `python -m benchmarks.accelerator` measures
+  bfloat16 networks there as shares of the card's own products, rules beside autodiff, scan beside loop, the two output
+  layers, the dtypes of the products in the compiled program, and what repeating to the bit costs; `pytest -m gpu` runs
+  the tests that only a GPU can answer.
 - Images stay bytes on the device until a step uses them: `batch.x.astype(jnp.float32) / 255` in the loss function.
 """
 
@@ -120,13 +134,18 @@ ROWS: dict[str, tuple[str, Callable, int, int, list[str]]] = {
 """What is trained, by which task, epochs in a turn, turns, and beside whom."""
 
 
-def in_turns(runs: dict[str, Callable], turns: int) -> dict[str, list[float]]:
-    """Seconds of each, `turns` times."""
+def in_turns(runs: dict[str, Callable], turns: int, before: dict[str, Callable]) -> dict[str, list[float]]:
+    """Seconds of each, `turns` times, each after an untimed one of its own.
+
+    The threads of some peers spin on for a while, which would be counted to whoever comes next; a pause instead would
+    let the processor slow down.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     for turn in range(turns):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
+            before[name]()
             start = time.perf_counter()
             runs[name]()
             seconds[name].append(time.perf_counter() - start)
@@ -140,7 +159,8 @@ def table_of_training(name: str) -> list[str]:
     made = {peer: with_products(task) if peer == "products" else PEERS[peer](task) for peer in peers}
     for run, _ in made.values():
         run(1)
-    seconds = in_turns({peer: functools.partial(run, epochs) for peer, (run, _) in made.items()}, turns)
+    timed = {peer: functools.partial(run, epochs) for peer, (run, _) in made.items()}
+    seconds = in_turns(timed, turns, {peer: functools.partial(run, 1) for peer, (run, _) in made.items()})
     lines = ["", f"## {title}", "", "| | time over fcfunc's | test accuracy |", "|---|---|---|"]
     for peer, (_, accuracy) in made.items():
         score = "" if peer == "products" else f"{float(accuracy()):.4f}"
@@ -156,7 +176,7 @@ def table_of_processes() -> list[str]:
         command = [sys.executable, "-m", "benchmarks.process", peer]
         accuracies[peer] = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
 
-    seconds = in_turns({peer: functools.partial(run, peer) for peer in PROCESSES}, 5)
+    seconds = in_turns({peer: functools.partial(run, peer) for peer in PROCESSES}, 5, dict.fromkeys(PROCESSES, int))
     lines = ["", "## Whole process: import, data, 5 epochs of Fashion-MNIST, accuracy printed", ""]
     lines += ["| | time over fcfunc's | test accuracy |", "|---|---|---|"]
     lines += [f"| {p} | {ratio(seconds[p], seconds['fcfunc'])} | {accuracies[p]} |" for p in PROCESSES]
@@ -169,11 +189,7 @@ def table_of_sweeps() -> list[str]:
     arrays = jnp.asarray(task.x), jnp.asarray(task.y)
     make = lambda rate: optax.inject_hyperparams(optax.sgd)(learning_rate=rate)  # noqa: E731
 
-    def loss_fn(params, batch, key):
-        x, y = batch
-        return jnp.mean(losses.softmax_cross_entropy_with_integer_labels(fcfunc.apply(params, x), y))
-
-    fit, traces = train.make_fit(loss_fn, make(0.1), epochs=epochs, batch_size=32), []
+    fit, traces = train.make_fit(classifier_loss, make(0.1), epochs=epochs, batch_size=32), []
 
     def member(key, rate):
         traces.append(None)
@@ -191,7 +207,7 @@ def table_of_sweeps() -> list[str]:
     }
     runs["fcfunc"]()
     alone(1)
-    seconds = in_turns(runs, 3)
+    seconds = in_turns(runs, 3, {name: lambda: alone(1) for name in runs})
     lines = ["", "## 64 networks 64-128-10 (8 seeds x 8 learning rates), 20 epochs of digits", ""]
     lines += [f"One program, traced {len(traces)} time, compiled once.", ""]
     lines += ["| | time over fcfunc's |", "|---|---|"]
@@ -199,6 +215,7 @@ def table_of_sweeps() -> list[str]:
 
 
 TABLES = {name: functools.partial(table_of_training, name) for name in ROWS}
+TABLES |= {"kernels": lambda: kernels.table({title: (make(), epochs) for title, make, epochs, *_ in ROWS.values()})}
 TABLES |= {"process": table_of_processes, "sweep": table_of_sweeps}
 
 

@@ -89,7 +89,8 @@ def take_step(loss_fn, optimizer, state, batch, accumulate, layouts):
     if accumulate > 1:
         gradient = functools.partial(accumulated, gradient, accumulate, layouts)
     (loss, (metrics, model_state)), grads = gradient(state.params, batch, key, state.model_state)
-    with jax.numpy_dtype_promotion("standard"):  # optax itself mixes dtypes; a caller in strict mode need not know
+    # optax itself mixes dtypes; a caller in strict mode need not know.
+    with jax.numpy_dtype_promotion("standard"), jax.named_scope("update"):
         updates, opt_state = optax.with_extra_args_support(optimizer).update(
             grads, state.opt_state, state.params, value=loss, grad=grads, value_fn=value_fn
         )
@@ -136,7 +137,8 @@ def take_epoch(where, loss_fn, optimizer, state, data, batch_size, accumulate, l
     n = count(where, data, batch_size)
     check_shares(f"{where}: batches", batch_size, layouts, accumulate)
     _, order_key = jax.random.split(state.key)
-    order = permutation(jax.random.fold_in(order_key, state.step), n)
+    with jax.named_scope("order"):
+        order = permutation(jax.random.fold_in(order_key, state.step), n)
 
     def step(state, indices):
         parts = accumulate if len(indices) == batch_size else 1
@@ -162,7 +164,8 @@ def over_batches(step, carry, indices, batch_size):
 def take(data, indices, layouts):
     """The examples at some indices, each of them once and within bounds, laid as the data."""
     of_data = layouts.data if layouts else (None,) * len(jax.tree.leaves(data))
-    return _compat.each(functools.partial(_compat.taken, indices=indices), data, of_data)
+    with jax.named_scope("gather"):
+        return _compat.each(functools.partial(_compat.taken, indices=indices), data, of_data)
 
 
 def means(metrics, n: int, batch_size: int):

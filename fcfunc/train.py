@@ -302,7 +302,8 @@ def fit(
       on_epoch: called with the state and the epoch's record, to log or to save. The next epoch donates that state's
         buffers: copy what is to be kept.
       progress: show a progress bar (needs tqdm, the extra `progress`). It moves some five times a second within an
-        epoch, by reports that the compiled epoch sends every so many steps; on a mesh after each epoch.
+        epoch, by reports that the compiled epoch sends every so many steps; where several processes share a mesh,
+        after each epoch.
 
     Returns:
       The state, and the history: one dict per epoch with `epoch`, `step`, `seconds`, the means of the training metrics
@@ -332,8 +333,8 @@ def fit(
     bar: Any = ProgressBar(epochs, len(sizes), int(state.step)) if progress else contextlib.nullcontext()
 
     def train_epoch(state, data, every=None, layouts=None):
-        # On a mesh every device would report.
-        report = None if every is None or layouts else functools.partial(bar.report, every)
+        # The processes that share a program would not agree on how often to report.
+        report = None if every is None or jax.process_count() > 1 else functools.partial(bar.report, every)
         return take_epoch("fit", loss_fn, optimizer, state, data, batch_size, accumulate, layouts, report)
 
     train_epoch = compiled(train_epoch)

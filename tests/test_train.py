@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import fcfunc
-from fcfunc import losses, train
+from fcfunc import losses, sharding, train
 from fcfunc._progress import ProgressBar
 from fcfunc.data import Dataset
 
@@ -128,8 +128,8 @@ def test_every_epoch_has_another_order_and_every_step_another_key():
     assert not np.array_equal(one["first"], two["first"])
 
 
-def test_a_run_of_many_epochs_is_traced_and_compiled_once():
-    optimizer, data, traces = optax.sgd(0.1), make_data(10), []
+def test_a_run_of_a_thousand_steps_is_traced_and_compiled_once():
+    optimizer, data, traces = optax.sgd(0.1), make_data(398), []
 
     def counting(params, batch, key):
         traces.append(batch.x.shape[0])
@@ -140,9 +140,10 @@ def test_a_run_of_many_epochs_is_traced_and_compiled_once():
     compilations = []
     listen = lambda event, *_, **__: compilations.append(event) if "backend_compile" in event else None
     jax.monitoring.register_event_duration_secs_listener(listen)
-    for _ in range(4):
+    for _ in range(9):
         state, _ = epoch(state, data)
     jax.monitoring.unregister_event_duration_listener(listen)
+    assert int(state.step) == 1000
     assert sorted(traces) == [2, 4]  # once for whole batches, once for the short one, in one program
     assert not compilations
 
@@ -440,8 +441,11 @@ def test_a_whole_fit_refuses_what_it_cannot_judge():
         train.make_fit(loss_fn, optimizer, epochs=1, batch_size=4, mode="less")
 
 
-def test_the_bar_moves_within_an_epoch_and_the_numbers_are_those_without_it(monkeypatch):
+@pytest.mark.parametrize("on_a_mesh", [False, True])
+def test_the_bar_moves_within_an_epoch_and_the_numbers_are_those_without_it(on_a_mesh, monkeypatch):
     moves, optimizer, data = [], optax.sgd(0.1), make_data(50)
+    if on_a_mesh:
+        data = sharding.global_batch(data, sharding.make_mesh(data=2, devices=jax.devices()[:2]))
     options = {"epochs": 3, "batch_size": 4}
     expected, _ = train.fit(loss_fn, optimizer, make_state(optimizer), data, **options)
     move = ProgressBar.move
