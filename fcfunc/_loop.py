@@ -24,6 +24,8 @@ class TrainState(NamedTuple):
       key: the run's random key. It never changes: each step and each epoch derives its own by `fold_in(key, step)`, so
         that a run resumed from a saved state goes on exactly as it would have.
       model_state: what the loss carries from step to step besides the parameters; without leaves where it is nothing.
+      position: how many steps of the current epoch were taken, an int32 scalar; 0 between epochs. A step that belongs
+        to no epoch, of `make_train_step`, leaves the one it meets: the next begins anew.
     """
 
     params: Any
@@ -31,6 +33,7 @@ class TrainState(NamedTuple):
     step: jax.Array
     key: jax.Array
     model_state: Any = ()
+    position: Any = np.zeros((), np.int32)
 
 
 class Layouts(NamedTuple):
@@ -38,6 +41,24 @@ class Layouts(NamedTuple):
 
     state: tuple
     data: tuple
+
+
+def remembered(make: Callable) -> Callable:
+    """`make`, which gives the program of before where it is called alike; some are kept, and freed with what they hold.
+
+    The compiler's own memory of a function lasts as long as the function: a program made anew would be compiled anew.
+    """
+    cached = functools.lru_cache(maxsize=32)(make)
+
+    @functools.wraps(make)
+    def call(*args):
+        try:
+            hash(args)
+        except TypeError:  # a loss function may be an object that cannot be a key
+            return make(*args)
+        return cached(*args)
+
+    return call
 
 
 def compiled(fun: Callable) -> Callable:
@@ -95,7 +116,7 @@ def take_step(loss_fn, optimizer, state, batch, accumulate, layouts):
             grads, state.opt_state, state.params, value=loss, grad=grads, value_fn=value_fn
         )
         params = optax.apply_updates(state.params, updates)
-    new = TrainState(params, opt_state, state.step + 1, state.key, model_state)
+    new = TrainState(params, opt_state, state.step + 1, state.key, model_state, state.position)
     if layouts is not None:
         new = _compat.each(_compat.constrained, new, layouts.state)
     return new, {"loss": loss, **metrics}
@@ -132,13 +153,16 @@ def _check_same_kind(before, after) -> None:
         raise ValueError(f"loss_fn must return a model_state like the one it was given, {kinds[0]}, got {kinds[1]}")
 
 
-def take_epoch(where, loss_fn, optimizer, state, data, batch_size, accumulate, layouts, report=None):
-    """Every example once, in an order drawn from the state's key and step; `report(step)` is called after each."""
+def take_epoch(where, loss_fn, optimizer, state, data, batch_size, accumulate, layouts, some=None, report=None):
+    """Every example once, in an order drawn from the state's key and step; `report(step)` is called after each step.
+
+    `some`: only so many examples, of whole batches or to the epoch's end, from the state's position in its epoch on.
+    """
     n = count(where, data, batch_size)
     check_shares(f"{where}: batches", batch_size, layouts, accumulate)
-    _, order_key = jax.random.split(state.key)
-    with jax.named_scope("order"):
-        order = permutation(jax.random.fold_in(order_key, state.step), n)
+    if some is None:
+        state = state._replace(position=jnp.zeros((), jnp.int32))
+    order = order_from(state, n, batch_size, n if some is None else some)
 
     def step(state, indices):
         parts = accumulate if len(indices) == batch_size else 1
@@ -147,7 +171,17 @@ def take_epoch(where, loss_fn, optimizer, state, data, batch_size, accumulate, l
             report(state.step)
         return state, metrics
 
-    return over_batches(step, state, order, batch_size)
+    taken = state.position + len(batch_sizes(len(order), batch_size))
+    state, metrics = over_batches(step, state, order, batch_size)
+    return state._replace(position=taken % len(batch_sizes(n, batch_size))), metrics
+
+
+def order_from(state: TrainState, n: int, batch_size: int, some: int) -> jax.Array:
+    """The next examples of the state's epoch of n, as indices."""
+    _, order_key = jax.random.split(state.key)
+    key = jax.random.fold_in(order_key, state.step - state.position)
+    with jax.named_scope("order"):
+        return permutation(key, n, state.position * batch_size + jnp.arange(some, dtype=jnp.int32))
 
 
 def over_batches(step, carry, indices, batch_size):

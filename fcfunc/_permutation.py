@@ -9,8 +9,10 @@ ROUNDS = {256: 12, 2**31: 4}
 """Rounds for fewer than so many things. Digits of few values need more: after 4, orders of six are not alike yet."""
 
 
-def permutation(key: jax.Array, n: int) -> jax.Array:
+def permutation(key: jax.Array, n: int, places: jax.Array | None = None) -> jax.Array:
     """A pseudo-random permutation of 0 to n − 1, int32, with as much work per element as there are rounds.
+
+    `places`: which of its elements, by default all of them in order.
 
     A number is written as two digits, of bases a and b with a·b just above n. Each round adds to one digit a keyed hash
     of the other, and then the other way round: a Feistel network, which can be undone and so is a bijection, whatever
@@ -33,7 +35,7 @@ def permutation(key: jax.Array, n: int) -> jax.Array:
             low = _added(low, _hash(high, keys[i, 1]), b)
         return high * b + low
 
-    x = rounds(jnp.arange(n, dtype=jnp.uint32))
+    x = rounds(jnp.arange(n, dtype=jnp.uint32) if places is None else places.astype(jnp.uint32))
     if a * b > n:
         x = jax.lax.while_loop(lambda x: jnp.any(x >= n), lambda x: jnp.where(x >= n, rounds(x), x), x)
     return x.astype(jnp.int32)

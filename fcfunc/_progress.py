@@ -1,6 +1,7 @@
 """The progress bar of `fcfunc.train.fit`."""
 
 import time
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -19,29 +20,30 @@ class ProgressBar:
         self.bar = tqdm(total=epochs, unit="epoch", dynamic_ncols=True, bar_format=BAR)
         self.steps, self.first_step = steps, first_step
         self.epochs, self.started, self.drawn = 0, time.perf_counter(), 0.0
+        self.number = next(number for number in range(len(OPEN) + 1) if number not in OPEN)
+        OPEN[self.number] = self
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
+        jax.effects_barrier()
         self.bar.close()
 
-    def every(self):
-        """After how many steps the next epoch shall report: five times a second, as fast as the last epochs were."""
+    def address(self) -> dict[str, jax.Array]:
+        """What a compiled epoch is given to report by: which bar, and after how many steps.
+
+        That is five times a second, as fast as the last epochs were.
+        """
         rate = self.epochs * self.steps / (time.perf_counter() - self.started)
-        return jnp.int32(max(1, min(rate / 5, self.steps)))
+        return {"bar": jnp.int32(self.number), "every": jnp.int32(max(1, min(rate / 5, self.steps)))}
 
-    def report(self, every, step):
-        """In the compiled epoch: has the host move the bar, where a report is due; nobody waits for it."""
-        due = (step - self.first_step) % every == 0
-        jax.lax.cond(due, lambda step: jax.debug.callback(self.move, step), lambda step: None, step)
-
-    def move(self, step):
-        """On the host: moves the bar to a step."""
+    def move(self, step: int):
+        """Moves the bar to a step."""
         now = time.perf_counter()
         if now - self.drawn > 0.1:  # the first epoch reports each step
             self.drawn = now
-            self.bar.n = round((int(step) - self.first_step) / self.steps, 2)
+            self.bar.n = round((step - self.first_step) / self.steps, 2)
             self.bar.refresh()
 
     def show(self, record: dict[str, float]):
@@ -51,3 +53,19 @@ class ProgressBar:
         self.bar.n = self.epochs
         shown = {name: f"{value:.4f}" for name, value in record.items() if name not in ("epoch", "step", "seconds")}
         self.bar.set_postfix(shown)
+
+
+OPEN: weakref.WeakValueDictionary[int, ProgressBar] = weakref.WeakValueDictionary()
+"""The bars that may be reported to, by number: a compiled epoch outlives the bar of its first run."""
+
+
+def report(address: dict[str, jax.Array], step: jax.Array) -> None:
+    """In a compiled epoch: has the host move the bar, where a report is due; nobody waits for it."""
+    due = step % address["every"] == 0
+    jax.lax.cond(due, lambda *a: jax.debug.callback(_move, *a), lambda *a: None, address["bar"], step)
+
+
+def _move(number, step):
+    bar = OPEN.get(int(number))
+    if bar is not None:
+        bar.move(int(step))

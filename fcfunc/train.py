@@ -25,6 +25,7 @@ import numpy as np
 import optax
 
 from fcfunc import _check, _compat
+from fcfunc._failure import NonFiniteError, copied, failed, replay, skips
 from fcfunc._loop import (
     Layouts,
     TrainState,
@@ -35,15 +36,27 @@ from fcfunc._loop import (
     count,
     loss_and_metrics,
     means,
+    order_from,
     over_batches,
+    remembered,
     take,
     take_epoch,
     take_step,
 )
-from fcfunc._progress import ProgressBar
+from fcfunc._memory import check_fits
+from fcfunc._progress import ProgressBar, report
 from fcfunc.data import check_values
 
-__all__ = ["TrainState", "evaluate", "fit", "init_state", "make_fit", "make_train_epoch", "make_train_step"]
+__all__ = [
+    "NonFiniteError",
+    "TrainState",
+    "evaluate",
+    "fit",
+    "init_state",
+    "make_fit",
+    "make_train_epoch",
+    "make_train_step",
+]
 
 
 def init_state(
@@ -67,7 +80,7 @@ def init_state(
     _check.key("init_state", key)
     with _compat.on_mesh_of(params):
         opt_state = optimizer.init(params)
-    state = TrainState(params, opt_state, jnp.zeros((), jnp.int32), key, model_state)
+    state = TrainState(params, opt_state, jnp.zeros((), jnp.int32), key, model_state, jnp.zeros((), jnp.int32))
     return beside(jax.tree.map(jnp.copy, state), state.params)
 
 
@@ -96,7 +109,8 @@ def make_train_step(loss_fn: Callable, optimizer: optax.GradientTransformation, 
 
     def train_step(state, batch, layouts=None):
         check_shares("make_train_step: a batch", count("make_train_step", batch, 1), layouts, accumulate)
-        return take_step(loss_fn, optimizer, state, batch, accumulate, layouts)
+        state, metrics = take_step(loss_fn, optimizer, state, batch, accumulate, layouts)
+        return state._replace(position=jnp.zeros((), jnp.int32)), metrics
 
     return compiled(train_step)
 
@@ -116,7 +130,8 @@ def make_train_epoch(
 
     Returns:
       `epoch(state, data) -> (state, metrics)`; each metric has one entry per step. Every example is used once, in an
-      order drawn from the state's key and step. The state is donated: use the one that comes back.
+      order drawn from the state's key and step; an epoch that the state is in the middle of is left. The state is
+      donated: use the one that comes back.
 
     Raises:
       ValueError: `batch_size` or `accumulate` below 1; while tracing: data that is empty, smaller than a batch, or
@@ -164,8 +179,9 @@ def make_fit(
     Returns:
       `fit(state, data, validation_data=None) -> (state, history)`. `history` is a dict of arrays `[epochs]`: the means
       of the training metrics over each epoch's examples, and of the validation metrics as `validation_<name>`, NaN for
-      epochs that were not run; and the number of those that were, `epochs`. A loss that is not finite stops a run;
-      with `patience` its best epoch is returned all the same. No value of the data is checked.
+      epochs that were not run; and the number of those that were, `epochs`. A loss that is not finite stops a run,
+      with the state of before that epoch; with `patience` its best epoch is returned all the same. No value of the data
+      is checked.
 
     Raises:
       ValueError: an option out of range; while tracing: as for `make_train_epoch` and `fit`.
@@ -192,13 +208,15 @@ def make_fit(
             return state, record
 
         def unfinished(carry):
-            _, _, _, epoch, _, waited, failed = carry
+            _, _, _, epoch, _, waited, lost = carry
             patient = jnp.bool_(True) if patience is None else waited < patience
-            return (epoch < epochs) & patient & ~failed
+            return (epoch < epochs) & patient & ~lost
 
         def next_epoch(carry):
-            state, model, history, epoch, best, waited, _ = carry
-            state, record = one_epoch(state)
+            before, model, history, epoch, best, waited, _ = carry
+            state, record = one_epoch(before)
+            lost = ~jnp.isfinite(record["loss"])
+            state = jax.tree.map(lambda a, b: jnp.where(lost, a, b), before, state)
             history = {name: history[name].at[epoch].set(m) for name, m in record.items()}
             if patience is not None:
                 score = sign * record[f"validation_{monitor}"]
@@ -206,7 +224,7 @@ def make_fit(
                 new = (state.params, state.model_state)
                 model = jax.tree.map(lambda a, b: jnp.where(better, a, b), new, model)
                 best, waited = jnp.where(better, score, best), jnp.where(better, 0, waited + 1)
-            return state, model, history, epoch + 1, best, waited, ~jnp.isfinite(record["loss"])
+            return state, model, history, epoch + 1, best, waited, lost
 
         kinds = jax.eval_shape(one_epoch, state)[1]
         history = {name: jnp.full((epochs,), jnp.nan, m.dtype) for name, m in kinds.items()}
@@ -221,20 +239,35 @@ def make_fit(
     return whole_fit
 
 
-@functools.partial(jax.jit, static_argnames=("loss_fn", "batch_size", "layouts"))
-def _evaluate(loss_fn, params, model_state, data, batch_size, layouts):
-    n = count("evaluate", data, 1)
-    batch_size = min(batch_size, n)
-    if not any(layouts.data):
-        # Equal batches, where some not much smaller divide the examples: one step to compile instead of two.
-        batch_size = next((size for size in range(batch_size, batch_size // 2, -1) if n % size == 0), batch_size)
+@remembered
+def _evaluation(loss_fn, batch_size):
+    @functools.partial(jax.jit, static_argnames="layouts")
+    def evaluation(params, model_state, data, layouts):
+        n = count("evaluate", data, 1)
+        size = min(batch_size, n)
+        if not any(layouts.data):
+            # Equal batches, where some not much smaller divide the examples: one step to compile instead of two.
+            size = next((s for s in range(size, size // 2, -1) if n % s == 0), size)
 
-    def step(_, indices):
-        loss, (metrics, _) = loss_and_metrics(loss_fn, params, take(data, indices, layouts), None, model_state)
-        return None, {"loss": loss, **metrics}
+        def step(_, indices):
+            loss, (metrics, _) = loss_and_metrics(loss_fn, params, take(data, indices, layouts), None, model_state)
+            return None, {"loss": loss, **metrics}
 
-    _, metrics = over_batches(step, None, jnp.arange(n), batch_size)
-    return means(metrics, n, batch_size)
+        _, metrics = over_batches(step, None, jnp.arange(n), size)
+        return means(metrics, n, size)
+
+    return evaluation
+
+
+@remembered
+def _part(loss_fn, optimizer, batch_size, accumulate, some):
+    """Some of an epoch's examples, as `fit` takes them."""
+
+    def train_part(state, data, address=None, layouts=None):
+        tell = None if address is None else functools.partial(report, address)
+        return take_epoch("fit", loss_fn, optimizer, state, data, batch_size, accumulate, layouts, some, tell)
+
+    return compiled(train_part)
 
 
 def evaluate(
@@ -258,7 +291,7 @@ def evaluate(
       ValueError: `batch_size` below 1, data that is empty or disagrees about the number of examples.
     """
     _check.positive("evaluate", batch_size=batch_size)
-    return _evaluate(loss_fn, params, model_state, data, batch_size, Layouts((), _compat.layouts(data)))
+    return _evaluation(loss_fn, batch_size)(params, model_state, data, layouts=Layouts((), _compat.layouts(data)))
 
 
 def fit(
@@ -277,17 +310,25 @@ def fit(
     patience: int | None = None,
     num_classes: int | None = None,
     on_epoch: Callable[[TrainState, dict], None] | None = None,
+    every: int | None = None,
+    on_steps: Callable[[TrainState], None] | None = None,
     progress: bool = False,
 ) -> tuple[TrainState, list[dict[str, float]]]:
     """Trains for a number of epochs: the loop a person would otherwise write.
 
     Before anything runs, the values of the data are checked on the host: every real number finite, and with
-    `num_classes` every integer array of one axis within `[0, num_classes)`.
+    `num_classes` every integer array of one axis within `[0, num_classes)`. A step whose loss, or whose new parameters,
+    are not finite ends the run with the last good state; for that a copy of the state is kept of where the epoch, or
+    the last `every` steps, began. To skip such steps instead, up to k in a row, guard the optimiser:
+    `optax.apply_if_finite(optimizer, k)`. The step that optax would let through after them ends the run.
+
+    Called again with the same function, optimiser and shapes, it compiles nothing.
 
     Args:
       loss_fn: `(params, batch, key) -> loss` or `-> (loss, metrics)`.
       optimizer: the optax optimiser that `state` was made with.
-      state: from `init_state`, or of a run that goes on. It is copied, not donated.
+      state: from `init_state`, or of a run that goes on; one in the middle of an epoch goes on there, and the first of
+        `epochs` is the rest of that one. It is copied, not donated.
       data: the training examples, a tree of arrays with one first axis; they are put on the device once.
       epochs: passes over the data.
       batch_size: examples per step.
@@ -301,6 +342,10 @@ def fit(
       num_classes: the number of classes, where the labels are to be checked.
       on_epoch: called with the state and the epoch's record, to log or to save. The next epoch donates that state's
         buffers: copy what is to be kept.
+      every: call `on_steps` after so many steps of an epoch, and at its end; the epoch is then a program for so many
+        steps, called several times.
+      on_steps: called with the state, to save a run whose epochs take long; as for `on_epoch`. A run that was
+        interrupted and goes on from such a state takes the very steps that it would have taken.
       progress: show a progress bar (needs tqdm, the extra `progress`). It moves some five times a second within an
         epoch, by reports that the compiled epoch sends every so many steps; where several processes share a mesh,
         after each epoch.
@@ -313,13 +358,25 @@ def fit(
       ValueError: an option out of range, data that is empty, smaller than a batch, not finite or wrongly labelled;
         `patience` without `validation_data`; a `monitor` that is not among the metrics.
       TypeError: `loss_fn` returns something else than a loss or `(loss, metrics)`.
-      FloatingPointError: an epoch's mean loss was not finite.
+      NonFiniteError: a loss or a parameter became not finite: a FloatingPointError with the last good state, the step,
+        the indices of its examples and the path of the first array that is not finite.
+      MemoryError: the data are larger than what is free on the device; before anything is copied.
     """
-    _check.positive("fit", epochs=epochs, batch_size=batch_size)
+    _check.positive("fit", epochs=epochs, batch_size=batch_size, accumulate=accumulate)
     _check_stopping("fit", mode, patience)
     if patience is not None and validation_data is None:
         raise ValueError("fit: patience needs validation_data to judge an epoch by, got None")
+    if (every is None) != (on_steps is None):
+        raise ValueError("fit: every and on_steps go together: after how many steps, and what is called then")
     n = count("fit", data, batch_size)
+    sizes = batch_sizes(n, batch_size)
+    if every is not None:
+        _check.positive("fit", every=every)
+    every = every or len(sizes)
+    at = int(state.position)
+    if at >= len(sizes):
+        raise ValueError(f"fit: the state is at step {at} of its epoch, and an epoch of this data has {len(sizes)}")
+    check_fits("fit", data=data, validation_data=validation_data)
     check_values(data, num_classes=num_classes, name="data")
     data = jax.tree.map(jnp.asarray, data)
     if validation_data is not None:
@@ -329,34 +386,50 @@ def fit(
         _check_metrics("fit", eval_fn or loss_fn, state, validation_data, None, monitor)
     _check_metrics("fit", loss_fn, state, data, state.key, None)
 
-    sizes = batch_sizes(n, batch_size)
-    bar: Any = ProgressBar(epochs, len(sizes), int(state.step)) if progress else contextlib.nullcontext()
+    bar: Any = ProgressBar(epochs, len(sizes), int(state.step) - at) if progress else contextlib.nullcontext()
+    # The processes that share a program would not agree on how often to report.
+    reports = progress and jax.process_count() == 1
 
-    def train_epoch(state, data, every=None, layouts=None):
-        # The processes that share a program would not agree on how often to report.
-        report = None if every is None or jax.process_count() > 1 else functools.partial(bar.report, every)
-        return take_epoch("fit", loss_fn, optimizer, state, data, batch_size, accumulate, layouts, report)
+    def take_sizes(optimizer_, sizes_, state, **address):
+        part = _part(loss_fn, optimizer_ or optimizer, batch_size, accumulate, int(np.sum(sizes_)))
+        return part(state, data, **address)
 
-    train_epoch = compiled(train_epoch)
-    state = jax.tree.map(jnp.copy, state)
+    state = copied(state)
     history, best_model, waited = [], {}, 0
     sign = 1 if mode == "min" else -1
     best = math.inf
     with bar:
         for epoch in range(1, epochs + 1):
-            start = time.perf_counter()
-            state, metrics = train_epoch(state, data, **({"every": bar.every()} if progress else {}))
+            start, first, parts = time.perf_counter(), at, []
+            while at < len(sizes):
+                end = min(at - at % every + every, len(sizes))
+                good, skipped = copied(state), skips(state)
+                state, metrics = take_sizes(
+                    None, sizes[at:end], state, **({"address": bar.address()} if reports else {})
+                )
+                if failed(skipped, state, metrics["loss"]):
+                    raise _non_finite(
+                        epoch, replay(take_sizes, copied(good), sizes[at:end]), good, n, batch_size, history
+                    )
+                parts.append(jax.tree.map(lambda m: np.asarray(m, np.float64), metrics))
+                at = end
+                if on_steps is not None:
+                    on_steps(state)
             record: dict[str, float] = {"epoch": epoch, "step": int(state.step)}
-            record |= {name: float(np.average(np.asarray(m, np.float64), weights=sizes)) for name, m in metrics.items()}
+            for name in parts[0]:
+                values, weights = np.concatenate([part[name] for part in parts]), sizes[first:]
+                counted = (
+                    np.isfinite(values) if skips(state) else np.full(len(values), True)
+                )  # a guard has skipped some
+                record[name] = (
+                    float(np.average(values[counted], weights=weights[counted])) if any(counted) else math.nan
+                )
+            at = 0
             if validation_data is not None:
                 scores = evaluate(eval_fn or loss_fn, state.params, validation_data, model_state=state.model_state)
                 record |= {f"validation_{name}": float(m) for name, m in scores.items()}
             record["seconds"] = time.perf_counter() - start
             history.append(record)
-            if not math.isfinite(record["loss"]):
-                raise FloatingPointError(
-                    f"fit: the loss was {record['loss']} in epoch {epoch}; try a lower learning rate"
-                )
             if progress:
                 bar.show(record)
             if on_epoch is not None:
@@ -371,6 +444,24 @@ def fit(
                     if waited >= patience:
                         break
     return state._replace(**best_model), history
+
+
+def _non_finite(epoch, found, good, n, batch_size, history):
+    """The error of a run that is to end."""
+    if found is None:  # taken one by one the steps are another program, whose last bits may differ
+        message = (
+            f"fit: not finite in epoch {epoch}, and not when its steps were taken again; `state` is of before them"
+        )
+        return NonFiniteError(message, good, int(good.step), np.arange(0), "loss", history)
+    state, leaf, loss = found
+    step, position = int(state.step), int(state.position)
+    indices = np.asarray(order_from(state, n, batch_size, min(batch_size, n - position * batch_size)))
+    shown = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
+    message = (
+        f"fit: {leaf} was not finite at step {step} (step {position} of epoch {epoch}), with a loss of {loss:.6g} on "
+        f"the examples {shown}; the exception's state is of before this step; try a lower learning rate"
+    )
+    return NonFiniteError(message, state, step, indices, leaf, history)
 
 
 def _check_stopping(where: str, mode: str, patience: int | None) -> None:

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import fcfunc
-from fcfunc import losses, sharding, train
+from fcfunc import _memory, losses, sharding, train
 from fcfunc._progress import ProgressBar
 from fcfunc.data import Dataset
 
@@ -307,10 +307,137 @@ def test_fit_refuses_bad_data_before_anything_runs(spoil, message):
         train.fit(never, optimizer, make_state(optimizer), spoil(make_data(50)), epochs=1, batch_size=16, num_classes=3)
 
 
-def test_fit_stops_where_the_loss_is_not_finite():
-    optimizer = optax.sgd(1e30)
-    with pytest.raises(FloatingPointError, match="the loss was nan in epoch 1"):
-        train.fit(loss_fn, optimizer, make_state(optimizer), make_data(50), epochs=3, batch_size=16)
+def reciprocal(params, batch, key):
+    """A loss that is infinite where a parameter meets a zero of the batch."""
+    loss, metrics = loss_fn(params, batch, key)
+    return loss + jnp.mean(1 / batch.x[:, 0] * params[0]["b"][0]), metrics
+
+
+@pytest.mark.parametrize("on_a_mesh", [False, True])
+def test_fit_stops_at_a_step_that_is_not_finite_with_the_state_of_before_it(on_a_mesh):
+    optimizer, data = optax.adam(0.01), make_data(50)
+    data.x[17, 0] = 0.0
+    if on_a_mesh:
+        data = sharding.global_batch(data, sharding.make_mesh(data=2, devices=jax.devices()[:2]))
+    with pytest.raises(train.NonFiniteError, match=r"fit: grads\[0\]\['b'\] was not finite at step \d+") as caught:
+        train.fit(reciprocal, optimizer, make_state(optimizer), data, epochs=2, batch_size=4)
+    error = caught.value
+    assert 17 in error.indices
+    assert (error.step, error.leaf, error.history) == (int(error.state.step), "grads[0]['b']", [])
+    states, good = [], make_state(optimizer)
+    if error.step:
+        options = {
+            "epochs": 1,
+            "batch_size": 4,
+            "every": 1,
+            "on_steps": lambda s: states.append(jax.tree.map(jnp.copy, s)),
+        }
+        with pytest.raises(train.NonFiniteError):
+            train.fit(reciprocal, optimizer, good, data, **options)
+        good = states[error.step - 1]
+    chex.assert_trees_all_equal(error.state.params, good.params)
+    chex.assert_trees_all_equal(error.state.opt_state, good.opt_state)
+    bad = jax.tree.map(lambda a: jnp.asarray(np.asarray(a)[error.indices]), data)
+    assert not np.isfinite(reciprocal(jax.device_get(error.state.params), bad, None)[0])
+
+
+def test_fit_stops_where_parameters_overflow_after_a_finite_loss():
+    optimizer = optax.chain(optax.sgd(1e30), optax.scale(1e15))
+    with pytest.raises(
+        train.NonFiniteError, match=r"params\[0\]\['b'\] was not finite at step 0 .* loss of [\d.]+ on"
+    ) as e:
+        train.fit(loss_fn, optimizer, make_state(optimizer), make_data(40), epochs=3, batch_size=40)
+    chex.assert_trees_all_equal(e.value.state.params, make_state(optimizer).params)
+
+
+def test_a_guard_skips_steps_up_to_its_number_and_fit_stops_at_the_one_it_lets_through():
+    data = make_data(50)
+    data.x[17, 0] = 0.0
+    guarded = optax.apply_if_finite(optax.sgd(0.01), 2)
+    state, history = train.fit(reciprocal, guarded, make_state(guarded), data, epochs=3, batch_size=4)
+    assert int(state.opt_state.total_notfinite) == 3
+    assert int(state.step) == 39
+    assert all(np.isfinite(record["loss"]) for record in history)
+    data.x[:, 0] = 0.0  # every step now
+    with pytest.raises(train.NonFiniteError, match=r"was not finite at step 2") as caught:
+        train.fit(reciprocal, guarded, make_state(guarded), data, epochs=3, batch_size=4)
+    chex.assert_trees_all_equal(caught.value.state.params, make_state(guarded).params)
+
+
+@pytest.mark.parametrize("stop", [1, 3, 7, 12])
+def test_a_run_that_goes_on_in_the_middle_of_an_epoch_takes_the_steps_it_would_have_taken(stop):
+    optimizer, data = optax.adam(1e-2), make_data(50)
+    options = {"batch_size": 4, "every": 3}
+    whole, _ = train.fit(loss_fn, optimizer, make_state(optimizer), data, epochs=3, on_steps=lambda s: None, **options)
+    saved = []
+
+    def on_steps(state):
+        if int(state.step) >= 13 + stop and not saved:
+            saved.append(jax.tree.map(jnp.copy, state))
+
+    train.fit(loss_fn, optimizer, make_state(optimizer), data, epochs=2, on_steps=on_steps, **options)
+    assert int(saved[0].position) == -(-stop // 3) * 3 % 15
+    left = 3 - int(saved[0].step) // 13
+    resumed, _ = train.fit(loss_fn, optimizer, saved[0], data, epochs=left, on_steps=lambda s: None, **options)
+    assert int(resumed.step) == 39
+    chex.assert_trees_all_equal(resumed.params, whole.params)
+    chex.assert_trees_all_equal(resumed.opt_state, whole.opt_state)
+
+
+def test_an_epoch_in_parts_is_the_epoch_and_a_step_of_its_own_leaves_it():
+    optimizer, data = optax.sgd(0.1), make_data(50)
+    whole, records = train.fit(loss_fn, optimizer, make_state(optimizer), data, epochs=2, batch_size=4)
+    steps = []
+    options = {"every": 5, "on_steps": lambda s: steps.append((int(s.step), int(s.position)))}
+    state, history = train.fit(loss_fn, optimizer, make_state(optimizer), data, epochs=2, batch_size=4, **options)
+    chex.assert_trees_all_close(state.params, whole.params, rtol=1e-6)
+    np.testing.assert_allclose(history[1]["loss"], records[1]["loss"], rtol=1e-6)
+    assert steps == [(5, 5), (10, 10), (13, 0), (18, 5), (23, 10), (26, 0)]
+    middle = state._replace(position=jnp.int32(5))
+    middle, _ = train.make_train_step(loss_fn, optimizer)(middle, jax.tree.map(lambda a: a[:4], data))
+    assert int(middle.position) == 0
+
+
+def test_what_does_not_fit_a_position_is_refused():
+    optimizer, data = optax.sgd(0.1), make_data(50)
+    state = make_state(optimizer)._replace(position=jnp.int32(13))
+    with pytest.raises(ValueError, match=r"the state is at step 13 of its epoch, and an epoch of this data has 13"):
+        train.fit(loss_fn, optimizer, state, data, epochs=1, batch_size=4)
+    with pytest.raises(ValueError, match=r"every and on_steps go together"):
+        train.fit(loss_fn, optimizer, make_state(optimizer), data, epochs=1, batch_size=4, every=2)
+
+
+def test_many_small_fits_compile_once_and_keep_no_array():
+    optimizer, data, seen = optax.sgd(0.1), make_data(10), []
+    run = lambda: train.fit(
+        loss_fn, optimizer, make_state(optimizer), data, epochs=2, batch_size=4, validation_data=data
+    )
+    run(), run()
+    listen = lambda event, *_, **__: seen.append(event) if "backend_compile" in event else None
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    arrays = len(jax.live_arrays())
+    for _ in range(20):
+        run()
+    jax.monitoring.unregister_event_duration_listener(listen)
+    assert not seen
+    assert len(jax.live_arrays()) == arrays
+
+
+def test_data_that_the_memory_does_not_hold_are_refused_with_their_size_before_anything_is_copied(monkeypatch):
+    monkeypatch.setattr(_memory, "_free", lambda: 700)
+    optimizer, data = optax.sgd(0.1), make_data(40)
+    with pytest.raises(MemoryError, match=r"fit: data of 0\.00 GB .*to copy, and 0\.00 GB are free on"):
+        train.fit(loss_fn, optimizer, make_state(optimizer), data, epochs=1, batch_size=4)
+    train.fit(loss_fn, optimizer, make_state(optimizer), jax.tree.map(jnp.asarray, data), epochs=1, batch_size=4)
+
+
+def test_the_free_memory_is_that_of_the_machine_or_of_its_container(monkeypatch, tmp_path):
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("1000\n")
+    monkeypatch.setattr(_memory, "CGROUP", tmp_path)
+    assert _memory._free() == 4000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert 2**20 < _memory._free() < 2**50
 
 
 def test_a_loss_per_example_is_refused_with_advice():
@@ -450,7 +577,8 @@ def test_the_bar_moves_within_an_epoch_and_the_numbers_are_those_without_it(on_a
     expected, _ = train.fit(loss_fn, optimizer, make_state(optimizer), data, **options)
     move = ProgressBar.move
     monkeypatch.setattr(ProgressBar, "move", lambda bar, step: (moves.append(int(step)), move(bar, step)))
-    monkeypatch.setattr(ProgressBar, "every", lambda bar: jnp.int32(5))
+    address = ProgressBar.address
+    monkeypatch.setattr(ProgressBar, "address", lambda bar: address(bar) | {"every": jnp.int32(5)})
     state, history = train.fit(loss_fn, optimizer, make_state(optimizer), data, progress=True, **options)
     assert sorted(moves) == list(range(5, 40, 5))  # 13 steps an epoch, the last a short one
     chex.assert_trees_all_equal(state.params, expected.params)
