@@ -1,13 +1,15 @@
 """Saving and restoring a run: the whole `TrainState`, and the plain configuration that made it.
 
-The files are written and read by orbax-checkpoint (the extra `checkpoint`), which puts a checkpoint in place whole or
-not at all. Added here is a manifest: the name, shape, dtype and SHA-256 of every array, verified when they are read.
+The arrays are written and read by orbax-checkpoint (the extra `checkpoint`). Added here is a manifest, put in place
+last: the name, shape, dtype and SHA-256 of every array, the size and SHA-256 of every file, and a SHA-256 of itself.
+All are verified when a checkpoint is restored; a folder without a manifest is no checkpoint.
 """
 
 import contextlib
 import hashlib
 import json
-import logging
+import os
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from fcfunc import _check, _compat
 
@@ -22,6 +25,9 @@ __all__ = ["Checkpoint", "restore", "save", "steps"]
 
 FORMAT = 1
 """Of the manifest; a number above it was written by a newer release."""
+
+ARRAYS, MANIFEST = "arrays", "manifest.json"
+"""What a checkpoint's folder holds: orbax's files, and last of all the manifest, which makes it a checkpoint."""
 
 
 class Checkpoint(NamedTuple):
@@ -58,7 +64,7 @@ def save(folder: Any, state: Any, *, config: Any = None, keep: int = 3, score: f
       TypeError: a config that is no such data, a state without a step, an array whose dtype JAX would narrow.
       ValueError: `keep` below 1, a score that is not finite, a step below 0, or not above those that the folder holds
         (the very same state again is no error).
-      OSError: the folder cannot be written; the checkpoints in it are as they were.
+      OSError: it cannot be written, naming the checkpoint; those that were in the folder before are as they were.
     """
     _check.positive("checkpoint.save", keep=keep)
     if score is not None and not np.isfinite(score):
@@ -77,25 +83,28 @@ def save(folder: Any, state: Any, *, config: Any = None, keep: int = 3, score: f
         "arrays": described,
         "config": _plain(config, "config"),
     }
-    manifest["sha256"] = _digest(manifest)
-    full = {name: a for name, a in arrays.items() if a.size}  # orbax refuses empty arrays
     folder = _local(folder)
-    with _manager(folder, create=True) as (ocp, manager):
-        last = max(_own(manager, folder), default=-1)
-        if (
-            step == last
-            and _manifest(manager, ocp, step, folder / str(step)) | {"sha256": manifest["sha256"]} == manifest
-        ):
-            return folder / str(step)
-        if step <= last:
-            raise ValueError(
-                f"checkpoint.save: {folder} holds step {last}, and this is step {step}; take another folder"
-            )
-        what = ocp.args.Composite(arrays=ocp.args.StandardSave(full), manifest=ocp.args.JsonSave(manifest))
-        manager.save(step, args=what, force=True)
-        manager.wait_until_finished()
-        _remove(manager, ocp, folder, keep)
-    return folder / str(step)
+    where = folder / str(step)
+    last = max(steps(folder), default=-1)
+    if step == last and _without_files(_manifest(where)) == manifest:
+        return where
+    if step <= last:
+        raise ValueError(f"checkpoint.save: {folder} holds step {last}, and this is step {step}; take another folder")
+    first = jax.process_index() == 0
+    with _error_names(where):
+        if first:
+            folder.mkdir(parents=True, exist_ok=True)
+            _remove_unfinished(folder)
+            where.mkdir()
+        _together(f"{where} begins")
+        with _orbax() as (ocp, checkpointer):
+            full = {name: a for name, a in arrays.items() if a.size}  # orbax refuses empty arrays
+            checkpointer.save(where / ARRAYS, args=ocp.args.StandardSave(full))
+        if first:
+            _write(where / MANIFEST, manifest | {"files": _files(where)})
+            _remove(folder, keep)
+        _together(f"{where} is whole")
+    return where
 
 
 def restore(folder: Any, like: Any, *, step: int | None = None) -> Checkpoint:
@@ -113,7 +122,7 @@ def restore(folder: Any, like: Any, *, step: int | None = None) -> Checkpoint:
     Raises:
       FileNotFoundError: no checkpoint there, or not of that step.
       ValueError: a checkpoint of another network, optimiser or dtype, of a newer format, or one whose bytes are not
-        those that were saved; naming the checkpoint and the array.
+        those that were saved, naming the file or the array, what is wrong, and the checkpoint before it.
     """
     folder = _local(folder)
     found = steps(folder)
@@ -123,21 +132,23 @@ def restore(folder: Any, like: Any, *, step: int | None = None) -> Checkpoint:
     step = found[-1] if step is None else step
     where = folder / str(step)
     arrays, keys = _named(like)
-    with _manager(folder) as (ocp, manager):
-        manifest = _manifest(manager, ocp, step, where)
+    earlier = [other for other in found if other < step]
+    with _error_adds(f"; the checkpoint before it is step={earlier[-1]}" if earlier else ""):
+        manifest = _manifest(where)
         _check_alike(where, manifest, arrays, keys)
+        _check_files(where, manifest["files"])
         full = {
             name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for name, a in arrays.items() if a.size
         }
+        restored = {name: jnp.zeros(a.shape, a.dtype) for name, a in arrays.items() if not a.size}
         try:
-            args = ocp.args.Composite(arrays=ocp.args.StandardRestore(full))
-            empty = {name: jnp.zeros(a.shape, a.dtype) for name, a in arrays.items() if not a.size}
-            restored = empty | dict(manager.restore(step, args=args)["arrays"])
+            with _orbax() as (ocp, checkpointer):
+                restored |= checkpointer.restore(where / ARRAYS, args=ocp.args.StandardRestore(full))
         except Exception as e:  # what the files' libraries raise on damaged files is not listed anywhere
             raise ValueError(f"{where}: damaged; its arrays cannot be read ({_first_line(e)})") from None
-    for name, a in restored.items():
-        if _sha256(a) != manifest["arrays"][name]["sha256"]:
-            raise ValueError(f"{where}: damaged; {name} is not as it was saved (its SHA-256 differs)")
+        for name, a in restored.items():
+            if _sha256(a) != manifest["arrays"][name]["sha256"]:
+                raise ValueError(f"{where}: damaged; {name} is not as it was saved (its SHA-256 differs)")
     return Checkpoint(_unnamed(like, restored), manifest["config"], step, manifest["devices"])
 
 
@@ -148,50 +159,103 @@ def steps(folder: Any) -> list[int]:
       folder: as for `save`.
 
     Returns:
-      In order; none where the folder is not there.
+      In order; none where the folder is not there. What a killed save left is no checkpoint, nor is what else is there.
     """
     folder = _local(folder)
     if not folder.is_dir():
         return []
-    with _manager(folder) as (_, manager):
-        return _own(manager, folder)
+    return sorted(int(d.name) for d in folder.iterdir() if _is_step(d) and (d / MANIFEST).is_file())
 
 
 @contextlib.contextmanager
-def _manager(folder: Path, *, create: bool = False):
+def _orbax():
     try:
         import orbax.checkpoint as ocp
     except ImportError:
         raise ImportError("checkpoint: needs orbax-checkpoint; pip install 'fcfunc[checkpoint]'") from None
-    log = logging.getLogger("absl")
-    level = log.level
-    log.setLevel(logging.ERROR)  # it warns of the very options that it is given
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # its own deprecations
-            options = ocp.CheckpointManagerOptions(
-                create=create, cleanup_tmp_directories=create, read_only=not create, enable_async_checkpointing=False
-            )
-            with ocp.CheckpointManager(folder, options=options) as manager:
-                yield ocp, manager
-    finally:
-        log.setLevel(level)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its own deprecations
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            yield ocp, checkpointer
 
 
-def _manifest(manager, ocp, step: int, where: Path) -> dict:
+@contextlib.contextmanager
+def _error_names(where: Path):
+    """Whatever fails while writing is an OSError that names the checkpoint."""
     try:
-        manifest = manager.restore(step, args=ocp.args.Composite(manifest=ocp.args.JsonRestore()))["manifest"]
-        given = manifest.pop("sha256")
-        newer, whole = manifest["format"] > FORMAT, given == _digest(manifest)
+        yield
     except Exception as e:
-        raise ValueError(f"{where}: damaged; its manifest cannot be read ({_first_line(e)})") from None
-    if newer:
-        raise ValueError(
-            f"{where}: of format {manifest['format']}, which a newer fcfunc reads; this one reads {FORMAT}"
-        )
+        raise OSError(f"{where}: cannot be written; it is no checkpoint ({_first_line(e)})") from e
+
+
+@contextlib.contextmanager
+def _error_adds(text: str):
+    try:
+        yield
+    except ValueError as e:
+        raise ValueError(f"{e}{text}") from None
+
+
+def _together(what: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def _files(where: Path) -> dict[str, dict]:
+    """The size and SHA-256 of every file of a checkpoint, by its path."""
+    found = {}
+    for path in sorted(p for p in (where / ARRAYS).rglob("*") if p.is_file()):
+        with open(path, "rb") as f:
+            digest = hashlib.file_digest(f, "sha256").hexdigest()
+        found[path.relative_to(where).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
+    return found
+
+
+def _check_files(where: Path, expected: dict[str, dict]) -> None:
+    """Before any of them is read by a library."""
+    for name, file in expected.items():
+        path = where / name
+        if not path.is_file():
+            raise ValueError(f"{path}: damaged; the file is missing")
+        if path.stat().st_size != file["bytes"]:
+            raise ValueError(f"{path}: damaged; {file['bytes']} bytes expected, found {path.stat().st_size}")
+        with open(path, "rb") as f:
+            if hashlib.file_digest(f, "sha256").hexdigest() != file["sha256"]:
+                raise ValueError(f"{path}: damaged; its bytes are not those that were saved (its SHA-256 differs)")
+
+
+def _write(path: Path, manifest: dict) -> None:
+    """In place whole or not at all: what makes a checkpoint of its folder."""
+    staged = path.with_name(path.name + ".new")
+    with open(staged, "wb") as f:
+        f.write(_bytes(manifest))
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(staged, path)
+
+
+def _bytes(manifest: dict) -> bytes:
+    text = json.dumps(manifest, sort_keys=True, indent=1)
+    return f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}\n".encode()
+
+
+def _manifest(where: Path) -> dict:
+    path = where / MANIFEST
+    raw = path.read_bytes()
+    try:
+        manifest = json.loads(raw.partition(b"\n")[2])
+        newer, whole = manifest["format"] > FORMAT, raw == _bytes(manifest)
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise ValueError(f"{path}: damaged; it cannot be read ({_first_line(e)})") from None
     if not whole:
-        raise ValueError(f"{where}: damaged; its manifest is not as it was saved (its SHA-256 differs)")
+        raise ValueError(f"{path}: damaged; its bytes are not those that were saved (its SHA-256 differs)")
+    if newer:
+        raise ValueError(f"{path}: of format {manifest['format']}, which a newer fcfunc reads; this one reads {FORMAT}")
     return manifest
+
+
+def _without_files(manifest: dict) -> dict:
+    return {name: value for name, value in manifest.items() if name != "files"}
 
 
 def _check_alike(where: Path, manifest: dict, arrays: dict, keys: dict) -> None:
@@ -210,21 +274,32 @@ def _check_alike(where: Path, manifest: dict, arrays: dict, keys: dict) -> None:
         raise ValueError(f"{where}: random keys {manifest['keys']}, and this run expects {keys}")
 
 
-def _remove(manager, ocp, folder: Path, keep: int) -> None:
+def _remove(folder: Path, keep: int) -> None:
     scores: dict[int, Any] = {}
-    for step in _own(manager, folder):
+    for step in steps(folder):
         with contextlib.suppress(ValueError):  # a damaged one is left for a person to look at
-            scores[step] = _manifest(manager, ocp, step, folder / str(step))["score"]
+            scores[step] = _manifest(folder / str(step))["score"]
     scored = [step for step in scores if scores[step] is not None]
     best = max(scored, key=lambda step: (scores[step], step), default=None)
     for step in sorted(scores)[:-keep]:
         if step != best:
-            manager.delete(step)
+            (folder / str(step) / MANIFEST).unlink()  # from here on it is no checkpoint, however the rest goes
+            shutil.rmtree(folder / str(step))
 
 
-def _own(manager, folder: Path) -> list[int]:
-    """The steps in a folder that were saved here; a folder of another kind may have a number for its name."""
-    return sorted(step for step in manager.all_steps() if (folder / str(step) / "manifest").is_dir())
+def _remove_unfinished(folder: Path) -> None:
+    """What killed saves and removals have left, and nothing else."""
+    for d in folder.iterdir():
+        if (
+            _is_step(d)
+            and not (d / MANIFEST).exists()
+            and all(p.name.startswith((ARRAYS, MANIFEST)) for p in d.iterdir())
+        ):
+            shutil.rmtree(d)
+
+
+def _is_step(d: Path) -> bool:
+    return d.name.isascii() and d.name.isdigit() and d.name == str(int(d.name)) and d.is_dir()
 
 
 def _local(folder) -> Path:
@@ -283,10 +358,6 @@ def _sha256(a: jax.Array) -> str:
     host = np.ascontiguousarray(_compat.whole(a))
     host = host if host.dtype.byteorder != ">" else host.astype(host.dtype.newbyteorder("<"))
     return hashlib.sha256(host.reshape(-1).view(np.uint8)).hexdigest()  # type: ignore[arg-type]
-
-
-def _digest(manifest: dict) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _plain(value, where: str):

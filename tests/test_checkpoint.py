@@ -1,5 +1,13 @@
 """What was saved comes back to the bit, on any number of devices, or an error says why not."""
 
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -106,21 +114,114 @@ def test_what_is_not_its_own_is_left_alone(tmp_path):
     assert checkpoint.steps(tmp_path) == [30, 40]
 
 
-@pytest.mark.parametrize("what", ["manifest", "arrays"])
-def test_damage_is_found_and_the_damaged_checkpoint_is_neither_loaded_nor_removed(tmp_path, what):
+def files_of(folder):
+    return sorted(f for f in folder.rglob("*") if f.is_file())
+
+
+def test_one_bit_of_any_file_turned_over_is_an_error_that_names_the_file_and_the_checkpoint_before(tmp_path):
     for step in (1, 2):
         checkpoint.save(tmp_path, moved(make_state(), step))
-    files = [f for f in (tmp_path / "2" / what).rglob("*") if f.is_file() and f.stat().st_size > 500]
-    largest = max(files, key=lambda f: f.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 1
-    largest.write_bytes(content)
-    with pytest.raises(ValueError, match=r"/2: damaged"):
-        checkpoint.restore(tmp_path, make_state())
+    rng, like, files = np.random.default_rng(0), make_state(), files_of(tmp_path / "2")
+    for i in range(1000):
+        path = files[i % len(files)]
+        content = path.read_bytes()
+        damaged = bytearray(content)
+        damaged[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        with pytest.raises(
+            ValueError, match=re.escape(f"{path}: damaged; ") + ".*; the checkpoint before it is step=1"
+        ):
+            checkpoint.restore(tmp_path, like)
+        path.write_bytes(content)
+    assert bits(checkpoint.restore(tmp_path, like).state) == bits(moved(make_state(), 2))
+
+
+def test_a_file_that_is_cut_off_or_missing_is_named_and_the_damaged_checkpoint_stays(tmp_path):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, moved(make_state(), step))
+    for path in files_of(tmp_path / "2"):
+        content = path.read_bytes()
+        path.write_bytes(content[:-1])
+        with pytest.raises(ValueError, match=re.escape(f"{path}: damaged")):
+            checkpoint.restore(tmp_path, make_state())
+        path.unlink()
+        if path.name == checkpoint.MANIFEST:
+            assert checkpoint.steps(tmp_path) == [1]
+        else:
+            with pytest.raises(ValueError, match=re.escape(f"{path}: damaged; the file is missing")):
+                checkpoint.restore(tmp_path, make_state())
+        path.write_bytes(content)
     assert checkpoint.restore(tmp_path, make_state(), step=1).step == 1
+    manifest = tmp_path / "2" / checkpoint.MANIFEST
+    manifest.write_bytes(manifest.read_bytes() + b" ")
     for step in (3, 4):
         checkpoint.save(tmp_path, moved(make_state(), step), keep=1)
-    assert checkpoint.steps(tmp_path) == ([2, 4] if what == "manifest" else [4])
+    assert checkpoint.steps(tmp_path) == [2, 4]  # the damaged one is for a person to look at
+
+
+def test_what_killed_saves_left_is_ignored_and_removed_by_the_next(tmp_path):
+    checkpoint.save(tmp_path, moved(make_state(), 1))
+    for name in ("2", "3", "4"):
+        shutil.copytree(tmp_path / "1", tmp_path / name)
+        (tmp_path / name / checkpoint.MANIFEST).unlink()
+    (tmp_path / "3" / (checkpoint.MANIFEST + ".new")).write_text("half of it")
+    (tmp_path / "4" / checkpoint.ARRAYS).rename(tmp_path / "4" / "arrays.orbax-checkpoint-tmp")
+    assert checkpoint.steps(tmp_path) == [1]
+    assert checkpoint.restore(tmp_path, make_state()).step == 1
+    checkpoint.save(tmp_path, moved(make_state(), 5))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "5"]
+
+
+def test_a_newer_format_is_an_error_that_says_so(tmp_path):
+    checkpoint.save(tmp_path, moved(make_state(), 1))
+    path = tmp_path / "1" / checkpoint.MANIFEST
+    manifest = json.loads(path.read_bytes().partition(b"\n")[2]) | {"format": 2}
+    path.write_bytes(checkpoint._bytes(manifest))
+    with pytest.raises(ValueError, match=r"manifest.json: of format 2, which a newer fcfunc reads; this one reads 1"):
+        checkpoint.restore(tmp_path, make_state())
+
+
+@pytest.mark.parametrize("how", ["full", "forbidden"])
+def test_a_save_that_cannot_be_written_is_an_error_that_names_it_and_leaves_the_one_before(tmp_path, how):
+    """In a process of its own, which may write small files only, or none in this folder."""
+    folder = tmp_path / "run"
+    state = moved(make_state(), 1)
+    checkpoint.save(folder, state)
+    program = """
+import os, resource, signal, sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+from fcfunc import checkpoint
+from tests.test_checkpoint import bits, make_state, moved
+import orbax.checkpoint
+how, folder = sys.argv[1:]
+state = moved(make_state(), 2)
+before = bits(state)
+if how == "full":
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+else:
+    os.seteuid(65534)
+try:
+    checkpoint.save(folder, state)
+except OSError as e:
+    assert bits(state) == before
+    sys.exit(f"refused: {e}")
+"""
+    if how == "forbidden":
+        if os.geteuid() != 0:
+            pytest.skip("only root can become somebody else")
+        for path in [tmp_path, *list(tmp_path.parents)[:3]]:
+            path.chmod(0o755)
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, "-c", program, how, str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=Path(__file__).parents[1])
+    assert result.returncode == 1, result.stderr
+    assert f"refused: {folder}/2: cannot be written; it is no checkpoint (" in result.stderr
+    assert checkpoint.steps(folder) == [1]
+    assert bits(checkpoint.restore(folder, make_state()).state) == bits(state)
+    checkpoint.save(folder, moved(make_state(), 3))
+    assert sorted(p.name for p in folder.iterdir()) == ["1", "3"]
 
 
 def test_leaves_with_names_alike_stay_apart_and_no_number_is_narrowed(tmp_path):
