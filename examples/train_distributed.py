@@ -3,8 +3,8 @@
     python -m examples.train_distributed --processes 2 --mode fsdp
     srun python -m examples.train_distributed --cluster      # or mpirun; in Kubernetes the command of each pod of a Job
 
-Writes a checkpoint to --out after each epoch; `--resume` goes on from the last one, on as many devices as there are
-then. docs/many-devices.md says more.
+Writes a checkpoint to --out after each epoch, and within it where --save-every says so; `--resume` goes on from the
+last one, on as many devices as there are then. SIGTERM saves and ends with status 4. docs/many-devices.md says more.
 """
 
 import argparse
@@ -18,16 +18,26 @@ import time
 LOST = 3
 """Exit status where another process was lost: the run can go on with --resume."""
 
+TERMINATED = 4
+"""Exit status after SIGTERM: the run was saved and can go on with --resume."""
+
 GRACE = 5
 """Seconds that the others have to end by themselves when one has ended in an error."""
 
 
+class Terminated(Exception):
+    """The run was saved and is to end."""
+
+
 def main(args: argparse.Namespace) -> dict[str, float]:
     """Trains as one of the processes; returns the figures of the test set."""
+    asked = []
+    signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     import jax
     import jax.numpy as jnp
     import numpy as np
     import optax
+    from jax.experimental import multihost_utils
     from jax.sharding import PartitionSpec
 
     import fcfunc
@@ -44,6 +54,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             initialization_timeout=120,
             heartbeat_timeout_seconds=args.lost_after,
         )
+    signal.signal(signal.SIGTERM, lambda *_: asked.append(True))  # JAX has put its own in its place
     first = jax.process_index() == 0
 
     def say(text):
@@ -96,15 +107,23 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     elif checkpoint.steps(args.out):
         raise ValueError(f"--out {args.out}: holds checkpoints; go on with --resume, or choose another folder")
 
-    def on_epoch(state, record):
+    def on_steps(state):
         checkpoint.save(args.out, state, config=config)
+        terminate = bool(asked)
+        if jax.process_count() > 1:  # all of them end, or none
+            terminate = bool(multihost_utils.process_allgather(np.array(terminate)).any())
+        if terminate:
+            raise Terminated(f"terminated; saved at step {int(state.step)}, go on with --resume")
+
+    def on_epoch(state, record):
         epoch = record["step"] // steps
         say(f"epoch {epoch}/{args.epochs}  loss {record['loss']:.4f}  accuracy {record['accuracy']:.4f}")
 
     done = int(state.step) // steps
     if done < args.epochs:
         options = {"epochs": args.epochs - done, "batch_size": args.batch_size, "accumulate": args.accumulate}
-        state, _ = train.fit(loss_fn, optimizer, state, training, num_classes=10, on_epoch=on_epoch, **options)
+        options |= {"every": args.save_every or steps, "on_steps": on_steps, "on_epoch": on_epoch}
+        state, _ = train.fit(loss_fn, optimizer, state, training, num_classes=10, **options)
     figures = {name: float(np.asarray(m)) for name, m in train.evaluate(loss_fn, state.params, test).items()}
     say(f"test accuracy {figures['accuracy']:.4f}")
     return figures
@@ -117,6 +136,7 @@ def launch(args: argparse.Namespace, argv: list[str]) -> int:
         coordinator = f"127.0.0.1:{s.getsockname()[1]}"
     command = [sys.executable, "-m", "examples.train_distributed", *argv, "--coordinator", coordinator]
     children = [subprocess.Popen([*command, "--process-id", str(i)]) for i in range(args.processes)]
+    signal.signal(signal.SIGTERM, lambda *_: [child.terminate() for child in children])
     try:
         while all(child.poll() in (None, 0) for child in children) and any(child.poll() is None for child in children):
             time.sleep(0.05)
@@ -156,6 +176,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--learning-rate", type=float, default=0.1)
     add("--seed", type=int, default=0)
     add("--out", default="runs/distributed", help="folder of the checkpoints, the same for all processes")
+    add(
+        "--save-every",
+        type=int,
+        metavar="STEPS",
+        help="save within an epoch too, after so many steps (default: at its end)",
+    )
     add("--resume", action="store_true", help="go on from the last checkpoint")
     add("--processes", type=int, default=1, help="processes; they are started here unless --process-id is given")
     add("--process-id", type=int, help="which of the processes this is, 0 to N - 1, where you start them yourself")
@@ -169,6 +195,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     by_hand = args.process_id is not None
     if by_hand != (args.coordinator is not None) or (by_hand and args.processes < 2):
         usage_error("--process-id, --coordinator HOST:PORT and --processes N of at least 2 go together")
+    if args.save_every is not None and args.save_every < 1:
+        usage_error(f"--save-every is at least 1, got {args.save_every}")
     if by_hand and not 0 <= args.process_id < args.processes:
         usage_error(f"--process-id is one of 0 to {args.processes - 1}, got {args.process_id}")
     return args
@@ -180,7 +208,7 @@ def usage_error(message: str):
 
 
 def run(argv: list[str]) -> int:
-    """`main` for a shell: an error is one line; status 2, or 3 where another process was lost."""
+    """`main` for a shell: an error is one line; status 2, 3 where another process was lost, 4 after SIGTERM."""
     where, status = "", 2
     try:
         args = parse(argv)
@@ -189,6 +217,10 @@ def run(argv: list[str]) -> int:
         where = f" (process {args.process_id})" if args.process_id is not None else ""
         main(args)
         return 0
+    except Terminated as e:
+        if args.process_id in (None, 0):
+            print(e, file=sys.stderr, flush=True)
+        return TERMINATED
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as e:
         message = " ".join(str(e).split()) or type(e).__name__
     except RuntimeError as e:  # what a collective raises when a connection breaks

@@ -8,6 +8,7 @@ All are verified when a checkpoint is restored; a folder without a manifest is n
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import warnings
@@ -173,18 +174,26 @@ def _orbax():
         import orbax.checkpoint as ocp
     except ImportError:
         raise ImportError("checkpoint: needs orbax-checkpoint; pip install 'fcfunc[checkpoint]'") from None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its own deprecations
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            yield ocp, checkpointer
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # each of its threads logs the error that is raised here
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its own deprecations
+            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+                yield ocp, checkpointer
+    finally:
+        log.setLevel(level)
 
 
 @contextlib.contextmanager
 def _error_names(where: Path):
-    """Whatever fails while writing is an OSError that names the checkpoint."""
+    """Whatever fails while writing is an OSError that names the checkpoint, and what was written of it is removed."""
     try:
         yield
     except Exception as e:
+        if jax.process_index() == 0 and _is_unfinished(where):
+            shutil.rmtree(where, ignore_errors=True)
         raise OSError(f"{where}: cannot be written; it is no checkpoint ({_first_line(e)})") from e
 
 
@@ -290,12 +299,14 @@ def _remove(folder: Path, keep: int) -> None:
 def _remove_unfinished(folder: Path) -> None:
     """What killed saves and removals have left, and nothing else."""
     for d in folder.iterdir():
-        if (
-            _is_step(d)
-            and not (d / MANIFEST).exists()
-            and all(p.name.startswith((ARRAYS, MANIFEST)) for p in d.iterdir())
-        ):
+        if _is_unfinished(d):
             shutil.rmtree(d)
+
+
+def _is_unfinished(d: Path) -> bool:
+    if not _is_step(d) or (d / MANIFEST).exists():
+        return False
+    return all(path.name.startswith((ARRAYS, MANIFEST)) for path in d.iterdir())
 
 
 def _is_step(d: Path) -> bool:
@@ -372,4 +383,4 @@ def _plain(value, where: str):
 
 
 def _first_line(e: Exception) -> str:
-    return f"{type(e).__name__}: {str(e).strip().splitlines()[0][:160] if str(e).strip() else ''}"
+    return f"{type(e).__name__}: {str(e).strip().splitlines()[0][:400] if str(e).strip() else ''}"

@@ -218,7 +218,7 @@ except OSError as e:
     result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=Path(__file__).parents[1])
     assert result.returncode == 1, result.stderr
     assert f"refused: {folder}/2: cannot be written; it is no checkpoint (" in result.stderr
-    assert checkpoint.steps(folder) == [1]
+    assert sorted(p.name for p in folder.iterdir()) == ["1"]
     assert bits(checkpoint.restore(folder, make_state()).state) == bits(state)
     checkpoint.save(folder, moved(make_state(), 3))
     assert sorted(p.name for p in folder.iterdir()) == ["1", "3"]
