@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import kill_and_resume
+from fcfunc import checkpoint
+
 EXAMPLE = [sys.executable, "-m", "examples.train_distributed", "--data", "digits", "--batch-size", "64"]
 
 
@@ -76,3 +79,28 @@ def test_when_a_process_is_killed_the_rest_ends_with_one_line_and_the_run_resume
     again = subprocess.run(run, capture_output=True, text=True, env=env, timeout=240)
     assert again.returncode == 2
     assert re.fullmatch(r"error: --out .*: holds checkpoints; go on with --resume, or choose .*\n", again.stderr)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_saves_within_the_epoch_and_ends_with_a_status_of_its_own(tmp_path, processes):
+    run = [*EXAMPLE, "--epochs", "2000", "--save-every", "3", "--out", str(tmp_path)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*run, "--processes", str(processes)], **pipes)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    try:
+        while not (line := process.stdout.readline()).startswith("epoch 1/"):
+            assert line, process.stderr.read()
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 4, errors
+    said = re.search(r"^terminated; saved at step (\d+), go on with --resume$", errors, re.MULTILINE)
+    assert said, errors
+    assert int(said[1]) == checkpoint.steps(tmp_path)[-1]
+
+
+def test_runs_that_are_killed_at_random_moments_resume_to_the_bits_of_one_that_is_not(capfd):
+    assert kill_and_resume.main(["--kills", "2", "--at-once", "2"]) == 0
+    assert "2 of 2 runs end with the bits of the uninterrupted one" in capfd.readouterr().out
