@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 import fcfunc
-from fcfunc import data, losses, mlp, ops, reference, testing, train
+from fcfunc import data, losses, mlp, ops, params_file, reference, testing, train
 
 OPTIMIZERS = {
     "sgd": (optax.sgd, 0.2),
@@ -37,7 +37,7 @@ class Task(NamedTuple):
 
     parts: tuple[data.Dataset, ...]
     classes: int | None
-    scaling: dict[str, np.ndarray]
+    scaling: dict[str, dict[str, np.ndarray]]
     names: list[str] | None = None
 
 
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if task.classes:
         print(f"test accuracy {figures['accuracy']:.4f}, {dims} {args.activation}, {len(history)} epochs")
     else:
-        figures["rmse"] = figures["loss"] ** 0.5 * float(task.scaling["target.scale"])
+        figures["rmse"] = figures["loss"] ** 0.5 * float(task.scaling["target"]["scale"])
         print(f"test RMSE {figures['rmse']:.4g} in the target's unit, {dims} {args.activation}, {len(history)} epochs")
     config = {"dims": dims, **network, "class_names": task.names}
     write(out, state.params, history, score, config, task.scaling)
@@ -165,7 +165,7 @@ def load(source: str, task: str, target: str | None, seed: int) -> Task:
     parts = tuple(data.Dataset(p.x.reshape(len(p.x), -1).astype(np.float32), p.y) for p in parts)
     inputs = data.standardizer(parts[0].x)
     parts = tuple(p._replace(x=inputs(p.x)) for p in parts)
-    scaling = {"input.mean": inputs.mean, "input.scale": inputs.scale}
+    scaling = {"input": as_float32(inputs)}
     whole = np.issubdtype(parts[0].y.dtype, np.integer)
     if task == "classification" and not whole:
         raise ValueError(f"{source}: --task classification needs integer labels, got {parts[0].y.dtype}")
@@ -175,12 +175,17 @@ def load(source: str, task: str, target: str | None, seed: int) -> Task:
         )
     if task == "regression" or not whole:
         targets = data.standardizer(parts[0].y)
-        scaling |= {"target.mean": targets.mean, "target.scale": targets.scale}
+        scaling |= {"target": as_float32(targets)}
         return Task(tuple(p._replace(y=targets(p.y)) for p in parts), None, scaling)
     classes = int(max(p.y.max() for p in parts[:2])) + 1  # of the training file; a test label beyond is refused
     if classes > 10_000:
         raise ValueError(f"{source}: labels up to {classes - 1}; if y is a quantity, say --task regression")
     return Task(parts, max(classes, 2), scaling, names)
+
+
+def as_float32(standardizer: data.Standardizer) -> dict[str, np.ndarray]:
+    """Its constants, as they are saved beside the params."""
+    return {name: np.asarray(a, np.float32) for name, a in standardizer._asdict().items()}
 
 
 def read_parts(path: Path, target: str | None, seed: int) -> tuple[tuple[data.Dataset, ...], list[str] | None]:
@@ -238,12 +243,8 @@ def write(out: Path, params, history, score: str, config: dict, scaling: dict) -
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
-    from safetensors.numpy import save
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {f"layers.{i}.{name}": np.asarray(a) for i, p in enumerate(params) for name, a in p.items()}
-    tensors |= {name: np.asarray(a, np.float32) for name, a in scaling.items()}
-    metadata = {name: json.dumps(value) for name, value in config.items()}
     epochs = [record["epoch"] for record in history]
     figure, panels = plt.subplots(1, 2 if score != "loss" else 1, figsize=(9, 3.4), squeeze=False, layout="constrained")
     for panel, metric in zip(panels[0], dict.fromkeys(["loss", score]), strict=True):
@@ -255,7 +256,7 @@ def write(out: Path, params, history, score: str, config: dict, scaling: dict) -
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as staging:
         figure.savefig(Path(staging) / "learning_curve.png", dpi=120)
         plt.close(figure)
-        (Path(staging) / "params.safetensors").write_bytes(save(tensors, metadata=metadata))
+        params_file.save(Path(staging) / "params.safetensors", {"layers": params, **scaling}, config=config)
         (Path(staging) / "history.jsonl").write_text("".join(json.dumps(record) + "\n" for record in history))
         for name in os.listdir(staging):
             if (out / name).is_dir():

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fcfunc import _check, _compat
+from fcfunc import _check, _compat, _config
 
 __all__ = ["Checkpoint", "restore", "save", "steps"]
 
@@ -82,7 +83,7 @@ def save(folder: Any, state: Any, *, config: Any = None, keep: int = 3, score: f
         "devices": len(set().union(*(a.sharding.device_set for a in arrays.values()))),
         "keys": keys,
         "arrays": described,
-        "config": _plain(config, "config"),
+        "config": _config.plain(config, "checkpoint.save: config"),
     }
     folder = _local(folder)
     where = folder / str(step)
@@ -108,7 +109,7 @@ def save(folder: Any, state: Any, *, config: Any = None, keep: int = 3, score: f
     return where
 
 
-def restore(folder: Any, like: Any, *, step: int | None = None) -> Checkpoint:
+def restore(folder: Any, like: Any, *, step: int | None = None, allowed: Mapping[str, Any] | None = None) -> Checkpoint:
     """Restores a state, by default the last one. Every process calls it.
 
     Args:
@@ -116,6 +117,8 @@ def restore(folder: Any, like: Any, *, step: int | None = None) -> Checkpoint:
       like: a state of the same network and optimiser, as `init_state` makes it: the arrays are put where its arrays
         lie, on as many devices as there are now. Arrays, but not random keys, may be `jax.ShapeDtypeStruct`.
       step: which checkpoint; None: the last.
+      allowed: which entries the configuration may have, and of each the values: a type, or a tuple of types and values;
+        `fcfunc.mlp.CONFIG` for a network of this library. None: any plain data.
 
     Returns:
       A `Checkpoint`, every array of it verified by its SHA-256.
@@ -123,7 +126,8 @@ def restore(folder: Any, like: Any, *, step: int | None = None) -> Checkpoint:
     Raises:
       FileNotFoundError: no checkpoint there, or not of that step.
       ValueError: a checkpoint of another network, optimiser or dtype, of a newer format, or one whose bytes are not
-        those that were saved, naming the file or the array, what is wrong, and the checkpoint before it.
+        those that were saved, naming the file or the array, what is wrong, and the checkpoint before it; a
+        configuration that is not allowed.
     """
     folder = _local(folder)
     found = steps(folder)
@@ -136,6 +140,7 @@ def restore(folder: Any, like: Any, *, step: int | None = None) -> Checkpoint:
     earlier = [other for other in found if other < step]
     with _error_adds(f"; the checkpoint before it is step={earlier[-1]}" if earlier else ""):
         manifest = _manifest(where)
+        _config.check_allowed(str(where), manifest["config"], allowed)
         _check_alike(where, manifest, arrays, keys)
         _check_files(where, manifest["files"])
         full = {
@@ -369,17 +374,6 @@ def _sha256(a: jax.Array) -> str:
     host = np.ascontiguousarray(_compat.whole(a))
     host = host if host.dtype.byteorder != ">" else host.astype(host.dtype.newbyteorder("<"))
     return hashlib.sha256(host.reshape(-1).view(np.uint8)).hexdigest()  # type: ignore[arg-type]
-
-
-def _plain(value, where: str):
-    """`value` as JSON gives it back."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, list | tuple):
-        return [_plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
-    if isinstance(value, dict) and all(isinstance(k, str) for k in value):
-        return {k: _plain(v, f"{where}[{k!r}]") for k, v in value.items()}
-    raise TypeError(f"checkpoint.save: plain data expected in {where}, got {value!r:.80}")
 
 
 def _first_line(e: Exception) -> str:

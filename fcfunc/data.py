@@ -37,6 +37,7 @@ __all__ = [
 MAX_BYTES = 2**31
 FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"  # where Debian's dataset-fashion-mnist puts it
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+MAX_AXES = 32
 IDX_DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
 
@@ -121,7 +122,7 @@ def read_idx(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> np.ndarr
 
     Source: Y. LeCun, The MNIST database, for the format.
     """
-    path = _regular_file(path)
+    path = regular_file(path)
     with open(path, "rb") as raw:
         zipped = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
@@ -148,7 +149,7 @@ def read_npz(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> dict[str
       FileNotFoundError: there is no such file.
       ValueError: it is no NPZ file, holds anything but arrays of numbers, is damaged or too large.
     """
-    path = _regular_file(path)
+    path = regular_file(path)
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -183,7 +184,7 @@ def read_csv(path: str | os.PathLike, *, target: str | None = None, max_bytes: i
       ValueError: the file is empty or too large, a row has another number of cells than the first, a cell is no finite
         number, or the target is not in the header; each with the line.
     """
-    path = _regular_file(path)
+    path = regular_file(path)
     size = path.stat().st_size
     if size > max_bytes:
         raise ValueError(f"{path}: {size} bytes, more than the {max_bytes} allowed")
@@ -312,7 +313,8 @@ def _here(leaf) -> list[tuple[tuple[int, ...], np.ndarray]]:
     return [(start, np.asarray(part)) for start, part in parts.items()]
 
 
-def _regular_file(path) -> Path:
+def regular_file(path: str | os.PathLike) -> Path:
+    """The path of a file that can be read, without waiting for anyone to write it."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
@@ -337,13 +339,18 @@ def _parse_idx(path: Path, f: BinaryIO, max_bytes: int) -> np.ndarray:
         raise ValueError(f"{path}: cut off in the header")
     shape = [int(d) for d in np.frombuffer(header, ">u4")]
     size = math.prod(shape) * dtype.itemsize
-    if size > max_bytes:
+    if _counted(shape) * dtype.itemsize > max_bytes or len(shape) > MAX_AXES:
         raise ValueError(f"{path}: the header claims {shape}, {size} bytes, more than the {max_bytes} allowed")
     body = f.read(size + 1)
     if len(body) != size:
         came = f"only {len(body)} follow: it is cut off" if len(body) < size else "more follow"
         raise ValueError(f"{path}: the header claims {shape}, {size} bytes, and {came}")
     return np.frombuffer(body, dtype).reshape(shape).astype(dtype.newbyteorder("="))
+
+
+def _counted(shape) -> int:
+    """The elements of an array, where one without any counts by its other axes, as NumPy does."""
+    return math.prod(max(d, 1) for d in shape)
 
 
 def _read_npy(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
@@ -362,7 +369,7 @@ def _read_npy(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> 
         raise ValueError(f"{where}: not an array in NPY format ({type(e).__name__})") from None
     if dtype.kind not in "biufc":
         raise ValueError(f"{where}: an array of numbers expected, got dtype {dtype}")
-    if min(shape, default=0) < 0 or size != there:
+    if min(shape, default=0) < 0 or size != there or _counted(shape) * dtype.itemsize > 2**62:
         raise ValueError(f"{where}: the header claims {list(shape)} of {dtype}, {size} bytes, and {there} follow")
     with archive.open(member) as f:
         return np.lib.format.read_array(f, allow_pickle=False)

@@ -22,6 +22,7 @@ from fcfunc._precision import accumulator
 
 __all__ = [
     "ACTIVATIONS",
+    "CONFIG",
     "NORMS",
     "Activation",
     "Params",
@@ -53,6 +54,23 @@ ACTIVATIONS = (
 
 NORMS = {"batch_norm": ("scale", "offset"), "layer_norm": ("scale", "offset"), "rms_norm": ("scale",)}
 """The names of the norms, and the leaves that a hidden layer's params have for each."""
+
+CONFIG = {
+    "dims": list[int],
+    "activation": ACTIVATIONS,
+    "final_activation": (None, *ACTIVATIONS),
+    "norm": (None, *NORMS),
+    "residual": bool,
+    "dropout_rate": (float, int),
+    "compute_dtype": (None, "bfloat16", "float32"),
+    "round_cotangent": bool,
+    "flatten": bool,
+}
+"""What a saved configuration of a network may say: the options of `init` and `apply` that are plain data.
+
+It is what `fcfunc.params_file.load` and `fcfunc.checkpoint.restore` take as `allowed`; `CONFIG | {"epochs": int}`
+allows more. Names stand for functions of this package, and nothing is imported by them.
+"""
 
 
 class _Missing:

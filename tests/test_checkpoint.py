@@ -89,7 +89,7 @@ def test_what_is_not_the_same_run_is_an_error_that_names_the_array(tmp_path):
         checkpoint.restore(tmp_path, make_state(), step=5)
     with pytest.raises(FileNotFoundError, match=r"a checkpoint expected, found none"):
         checkpoint.restore(tmp_path / "nowhere", make_state())
-    with pytest.raises(TypeError, match=r"plain data expected in config\['f'\]"):
+    with pytest.raises(TypeError, match=r"config\['f'\]: plain data expected"):
         checkpoint.save(tmp_path, moved(make_state(), 2), config={"f": print})
     assert checkpoint.steps(tmp_path) == [1]
 

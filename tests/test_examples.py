@@ -7,15 +7,12 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors import safe_open
-from safetensors.numpy import load_file
 
 import fcfunc
 from examples import layer_list, layers_by_hand, one_neuron, sigmoid_network, sweep, train_classifier
-from fcfunc import data
+from fcfunc import data, mlp, params_file
 
 
 @pytest.fixture
@@ -129,12 +126,11 @@ def test_the_digits_are_learned_and_three_files_written(run, tmp_path):
     assert sorted(p.name for p in folder.iterdir()) == ["history.jsonl", "learning_curve.png", "params.safetensors"]
     history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     assert history[-1]["epoch"] == len(history) == 60
-    with safe_open(folder / "params.safetensors", "numpy") as f:
-        assert json.loads(f.metadata()["dims"]) == [64, 256, 10]
-    tensors = load_file(folder / "params.safetensors")
-    params = [{name: jnp.asarray(tensors[f"layers.{i}.{name}"]) for name in ("w", "b")} for i in range(2)]
+    allowed = mlp.CONFIG | {"class_names": None}
+    params, config = params_file.load(folder / "params.safetensors", allowed=allowed)
+    assert config["dims"] == [64, 256, 10]
     digits = data.digits()
-    assert np.mean(np.argmax(fcfunc.apply(params, digits.x), axis=-1) == digits.y) > 0.97
+    assert np.mean(np.argmax(fcfunc.apply(params["layers"], digits.x), axis=-1) == digits.y) > 0.97
 
 
 def test_the_users_csv_is_classified_by_the_names_of_its_classes(run, tmp_path):
@@ -157,7 +153,8 @@ def test_the_users_npz_is_learned_as_a_regression_in_its_own_unit(run, tmp_path)
     status, out, _ = run("--data", "my.npz", "--dims", "3,16,1", "--activation", "tanh", "--epochs", "100")
     assert status == 0
     assert 0.5 < float(out.split("test RMSE ")[1].split()[0]) < 4  # the noise is 1, the spread of y 37
-    assert {"input.mean", "target.scale"} <= load_file(tmp_path / "runs" / "my" / "params.safetensors").keys()
+    params, _ = params_file.load(tmp_path / "runs" / "my" / "params.safetensors")
+    assert {"mean", "scale"} == params["input"].keys() == params["target"].keys()
 
 
 @pytest.mark.parametrize(

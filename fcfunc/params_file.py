@@ -1,0 +1,175 @@
+"""Parameters alone in one file, to be used elsewhere: safetensors, with the configuration that they belong to.
+
+The file is written and read by the safetensors library, which takes no memory before it has checked the header against
+the file, and runs nothing. Added are the SHA-256 of every array and of the configuration, verified when it is read.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fcfunc import _compat, _config
+from fcfunc.data import MAX_BYTES, regular_file
+
+__all__ = ["load", "save"]
+
+HEADER_BYTES = 10**7
+"""The longest header that is read: the library would parse ten times as much."""
+
+
+def save(path: str | os.PathLike, params: Any, *, config: Any = None) -> None:
+    """Writes parameters and their configuration; the file is there whole or not at all.
+
+    Args:
+      path: the file, `*.safetensors` by custom.
+      params: lists and dicts of arrays, as `fcfunc.init` makes them. The names in the file are the way to each array,
+        `0.w`; on a mesh every array is gathered.
+      config: what the parameters belong to, of dicts with text keys, lists, text, numbers, booleans and None.
+
+    Raises:
+      ImportError: safetensors is not installed (the extra `checkpoint`).
+      TypeError: params of anything else, or a config that is no such data.
+      OSError: the file cannot be written; what was there before is as it was.
+
+    Example:
+      >>> import tempfile
+      >>> path = Path(tempfile.mkdtemp()) / "params.safetensors"
+      >>> save(path, [{"w": jnp.ones((2, 3)), "b": jnp.zeros(3)}], config={"activation": "relu"})
+      >>> params, config = load(path, allowed={"activation": ("relu", "tanh")})
+      >>> jax.tree.map(jnp.shape, params), config
+      ([{'b': (3,), 'w': (2, 3)}], {'activation': 'relu'})
+    """
+    tensors = {name: np.ascontiguousarray(_compat.whole(a)) for name, a in _named(params, "").items()}
+    text = json.dumps(_config.plain(config, "params_file.save: config"), sort_keys=True)
+    metadata = {"config": text, "sha256": _digest(tensors, text)}
+    content = _library().save(tensors, metadata=metadata)
+    path = Path(path)
+    staged = path.with_name(path.name + ".new")
+    try:
+        with open(staged, "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(staged, path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def load(
+    path: str | os.PathLike, *, allowed: Mapping[str, Any] | None = None, max_bytes: int = MAX_BYTES
+) -> tuple[Any, Any]:
+    """Reads what `save` wrote, or any safetensors file.
+
+    Args:
+      path: the file.
+      allowed: which entries the configuration may have, and of each the values: a type, or a tuple of types and values;
+        `fcfunc.mlp.CONFIG` for a network of this library. None: any plain data.
+      max_bytes: the largest file that is accepted. No more memory than twice that is taken.
+
+    Returns:
+      `(params, config)`: lists and dicts of arrays as they were saved, and the configuration, None where the file has
+      none. A name in the file is taken as a way through them, `layers.0.w`.
+
+    Raises:
+      ImportError: safetensors is not installed (the extra `checkpoint`).
+      FileNotFoundError: there is no such file.
+      ValueError: it is no whole safetensors file, is too large, is not as it was saved, holds an array that JAX would
+        narrow, or a configuration that is not allowed; naming the file and the entry.
+    """
+    path = regular_file(path)
+    size = path.stat().st_size
+    if size > max_bytes:
+        raise ValueError(f"{path}: {size} bytes, more than the {max_bytes} allowed")
+    with open(path, "rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+    if size < 8 or length > min(size - 8, HEADER_BYTES):
+        raise ValueError(f"{path}: not a whole safetensors file ({size} bytes, with a header of {length})")
+    library = _library()
+    try:
+        with library.safe_open(path, "numpy") as f:
+            metadata = f.metadata() or {}
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    except Exception as e:  # the library's own, and what NumPy says to a dtype that it does not know
+        raise ValueError(f"{path}: not a whole safetensors file ({type(e).__name__}: {e!s:.200})") from None
+    text = metadata.get("config", "null")
+    if "sha256" in metadata and metadata["sha256"] != _digest(tensors, text):
+        raise ValueError(f"{path}: damaged; its arrays are not those that were saved (the SHA-256 differs)")
+    for name, a in tensors.items():
+        if jax.dtypes.canonicalize_dtype(a.dtype) != a.dtype:
+            raise ValueError(f"{path}: {name} is {a.dtype}, which JAX narrows; set jax_enable_x64")
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path}: its config is not JSON ({e!s:.80})") from None
+    _config.check_allowed(str(path), config, allowed)
+    return _tree(path, {name: jax.device_put(a) for name, a in tensors.items()}), config
+
+
+def _library():
+    try:
+        import safetensors.numpy
+    except ImportError:
+        raise ImportError("params_file: needs safetensors; pip install 'fcfunc[checkpoint]'") from None
+    return safetensors.numpy
+
+
+def _digest(tensors: dict[str, np.ndarray], config: str) -> str:
+    digest = hashlib.sha256(config.encode())
+    for name in sorted(tensors):
+        a = tensors[name]
+        digest.update(f"{name} {a.dtype} {a.shape}".encode())
+        digest.update(np.ascontiguousarray(a).reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+    return digest.hexdigest()
+
+
+def _named(tree: Any, prefix: str) -> dict[str, Any]:
+    """The arrays of lists and dicts by the way to each."""
+    if isinstance(tree, list | tuple) and type(tree) in (list, tuple):
+        nodes = {str(i): node for i, node in enumerate(tree)}
+    elif type(tree) is dict:
+        nodes = tree
+        for name in nodes:
+            if not isinstance(name, str) or not name or "." in name or name.isdigit():
+                raise TypeError(
+                    f"params_file.save: names without dots, and not of digits alone, expected, got {name!r}"
+                )
+    elif isinstance(tree, jax.Array | np.ndarray) and not jnp.issubdtype(tree.dtype, jax.dtypes.prng_key):
+        return {prefix: tree}
+    else:
+        raise TypeError(
+            f"params_file.save: lists and dicts of arrays expected, got {type(tree).__name__} at {prefix!r}"
+        )
+    if not nodes:
+        raise TypeError(f"params_file.save: an empty {type(tree).__name__} at {prefix!r} would be lost")
+    return {k: a for name, node in nodes.items() for k, a in _named(node, f"{prefix}.{name}".lstrip(".")).items()}
+
+
+def _tree(path: Path, arrays: dict[str, jax.Array]) -> Any:
+    """Lists and dicts from the ways to their arrays."""
+    root: dict = {}
+    for name, a in arrays.items():
+        node, parts = root, name.split(".")
+        for part in parts[:-1]:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"{path}: {name} is inside of an array")
+        if parts[-1] in node:
+            raise ValueError(f"{path}: {name} is an array and holds others")
+        node[parts[-1]] = a
+
+    def lists(node):
+        if not isinstance(node, dict):
+            return node
+        nodes = {name: lists(child) for name, child in node.items()}
+        if nodes and all(nodes.get(str(i)) is not None for i in range(len(nodes))):
+            return [nodes[str(i)] for i in range(len(nodes))]
+        return nodes
+
+    return lists(root)

@@ -1,0 +1,138 @@
+"""Parameters alone in a file come back to the bit with their configuration, or an error says why not."""
+
+import json
+import os
+import struct
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import fcfunc
+from fcfunc import mlp, params_file, sharding
+
+PARAMS = fcfunc.init(jax.random.key(0), [4, 8, 8, 3], norm="layer_norm")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_params_come_back_to_the_bit_with_their_configuration(tmp_path, dtype):
+    params = jax.tree.map(lambda a: a.astype(dtype), PARAMS)
+    config = {"dims": [4, 8, 8, 3], "activation": "tanh", "norm": "layer_norm", "residual": False}
+    params_file.save(tmp_path / "p.safetensors", params, config=config)
+    got, configured = params_file.load(tmp_path / "p.safetensors", allowed=mlp.CONFIG)
+    chex.assert_trees_all_equal(got, params)
+    chex.assert_trees_all_equal_dtypes(got, params)
+    assert configured == config
+    assert os.listdir(tmp_path) == ["p.safetensors"]
+
+
+def test_params_on_a_mesh_are_gathered_and_other_trees_keep_their_shape(tmp_path):
+    mesh = sharding.make_mesh(data=4, model=2)
+    params = [{"w": jnp.ones((8, 8)), "b": jnp.arange(8.0)}]
+    laid = sharding.shard(params, sharding.param_specs(params, mesh, "fsdp+tensor"), mesh)
+    tree = {"layers": laid, "input": {"mean": np.zeros(3, np.float32)}, "twelve": [jnp.full((), i) for i in range(12)]}
+    params_file.save(tmp_path / "p", tree)
+    got, config = params_file.load(tmp_path / "p")
+    assert config is None
+    chex.assert_trees_all_equal(got, jax.tree.map(np.asarray, tree))
+
+
+def test_one_bit_turned_over_is_an_error_or_changes_nothing_that_is_read(tmp_path):
+    path = tmp_path / "p"
+    params_file.save(path, PARAMS, config={"activation": "relu"})
+    content, rng, refused = path.read_bytes(), np.random.default_rng(0), 0
+    for _ in range(500):
+        damaged = bytearray(content)
+        damaged[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        try:
+            params, config = params_file.load(path)
+        except ValueError as e:
+            refused += str(path) in str(e)
+        else:
+            chex.assert_trees_all_equal(params, PARAMS)
+            assert config == {"activation": "relu"}
+    assert refused > 490  # the rest are in the padding of the header
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"activation": "os.system"}, r"config\['activation'\] is 'os.system', and 'elu', .* is allowed"),
+        ({"ops": "os"}, r"config has 'ops', which is none of dims, activation"),
+        ({"residual": 1}, r"config\['residual'\] is 1, and bool is allowed"),
+        ({"dims": [4, True]}, r"config\['dims'\] is \[4, True\], and list\[int\] is allowed"),
+        ([1], r"a config with entries expected, got \[1\]"),
+        (None, r"a config with entries expected, got None"),
+    ],
+)
+def test_a_configuration_that_is_not_allowed_is_refused(tmp_path, config, message):
+    params_file.save(tmp_path / "p", PARAMS, config=config)
+    with pytest.raises(ValueError, match=message):
+        params_file.load(tmp_path / "p", allowed=mlp.CONFIG)
+
+
+def test_what_cannot_be_saved_as_it_is_is_refused_and_leaves_the_file_of_before(tmp_path):
+    params_file.save(tmp_path / "p", PARAMS)
+    for wrong, message in (
+        ([{"a.b": jnp.ones(1)}], "names without dots"),
+        ([{"3": jnp.ones(1)}], "names without dots"),
+        ([], "an empty list at ''"),
+        ([{"w": 1.0}], "got float at '0.w'"),
+        ([{"w": jax.random.key(0)}], "lists and dicts of arrays expected"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            params_file.save(tmp_path / "p", wrong)
+    with pytest.raises(TypeError, match=r"config\['f'\]: plain data expected"):
+        params_file.save(tmp_path / "p", PARAMS, config={"f": print})
+    with pytest.raises(OSError, match="nowhere"):
+        params_file.save(tmp_path / "nowhere" / "p", PARAMS)
+    chex.assert_trees_all_equal(params_file.load(tmp_path / "p")[0], PARAMS)
+    assert os.listdir(tmp_path) == ["p"]
+
+
+def header(entries, body=b""):
+    text = json.dumps(entries).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff" * 7,
+        struct.pack("<Q", 2**63) + b"{}",
+        struct.pack("<Q", 2**42),
+        header({"w": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}),
+        header({"w": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, bytes(4)),
+        header({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, bytes(4)),
+        header({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, bytes(5)),
+        header({"w": {"dtype": "PICKLE", "shape": [1], "data_offsets": [0, 4]}}, bytes(4)),
+        header(
+            {"__metadata__": {"config": "{"}, "w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, bytes(4)
+        ),
+        header({f"{a}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for a in ("0", "0.w")}),
+    ],
+)
+def test_malformed_files_are_refused_with_the_name_of_the_file(tmp_path, content):
+    (tmp_path / "p").write_bytes(content)
+    with pytest.raises(ValueError, match=str(tmp_path / "p")):
+        params_file.load(tmp_path / "p")
+
+
+def test_files_that_are_none_or_too_large_or_hold_wider_numbers_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        params_file.load(tmp_path / "p")
+    with pytest.raises(ValueError, match="not a regular file"):
+        params_file.load(tmp_path)
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(ValueError, match="not a regular file"):
+        params_file.load(tmp_path / "fifo")
+    save_file({"w": np.ones(100)}, tmp_path / "wide")
+    with pytest.raises(ValueError, match=r"\d+ bytes, more than the 100 allowed"):
+        params_file.load(tmp_path / "wide", max_bytes=100)
+    with pytest.raises(ValueError, match=r"w is float64, which JAX narrows; set jax_enable_x64"):
+        params_file.load(tmp_path / "wide")
