@@ -1,0 +1,419 @@
+"""What hostile inputs give, here, in optax and in torch: writes docs/hostile-inputs.md.
+
+python -m benchmarks.hostile_inputs
+
+The rule: right, or NaN in loss and gradient, or an error before anything runs; never finite and wrong. What is right is
+computed in float64 by NumPy from the inputs as they are in their own dtype, element by element and from the definition.
+"""
+
+import itertools
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+
+import fcfunc
+from fcfunc import losses, ops
+
+PAGE = Path(__file__).parents[1] / "docs" / "hostile-inputs.md"
+UNDEFINED = "undefined"
+INF, NAN = float("inf"), float("nan")
+
+
+class Row(NamedTuple):
+    """One hostile input: an operation by name, its arguments, and its options where a library has them.
+
+    `truth` is what is right, where the definition does not say it: UNDEFINED, or `(loss, gradient)`.
+    """
+
+    title: str
+    operation: str
+    args: tuple
+    options: dict = {}  # noqa: RUF012
+    truth: Any = None
+
+
+def cross_entropy_truth(logits, labels, where=None, weights=None, class_weights=None, label_smoothing=0.0, **_):
+    """By the definition, row by row: the loss of each row, and the gradient of their sum."""
+    z = np.asarray(logits, np.float64)
+    n, classes = z.shape
+    loss, grad = np.zeros(n), np.zeros_like(z)
+    for i in range(n):
+        if where is not None and not where[i]:
+            continue
+        y = int(labels[i])
+        if not 0 <= y < classes or np.isnan(z[i]).any() or z[i].max() in (INF, -INF):
+            return UNDEFINED
+        t = (np.arange(classes) == y) * (1 - label_smoothing) + label_smoothing / classes
+        u = t if class_weights is None else t * np.asarray(class_weights, np.float64)
+        shifted = z[i] - z[i].max()
+        lse = np.log(np.exp(shifted).sum())
+        p = np.exp(shifted - lse)
+        r = 1.0 if weights is None else float(weights[i])
+        counted = u > 0
+        loss[i] = r * (u[counted] * (lse - shifted[counted])).sum() if r else 0.0
+        grad[i] = r * (u.sum() * p - u)
+    return loss, grad
+
+
+def binary_truth(logits, targets):
+    """log(1 + e^z) − t z for each logit, and σ(z) − t."""
+    z, t = np.float64(logits), np.float64(targets)
+    if not np.isfinite(t).all() or np.isnan(z).any():
+        return UNDEFINED
+    # e^−|z| cannot overflow: log(1 + e^z) = max(z, 0) + log(1 + e^−|z|); an infinite logit counts by its limit.
+    tail = np.log1p(np.exp(-np.abs(z)))
+    towards = np.where(z > 0, (1 - t), t)
+    with np.errstate(invalid="ignore"):
+        far = np.where(towards == 0, 0.0, towards * np.abs(z))
+    sigmoid = np.where(z > 0, 1 / (1 + np.exp(-np.abs(z))), np.exp(-np.abs(z)) / (1 + np.exp(-np.abs(z))))
+    return far + tail, sigmoid - t
+
+
+def squared_truth(predictions, targets):
+    """(p − t)² for each example."""
+    p, t = np.float64(predictions), np.float64(targets)
+    if np.isnan(p).any() or np.isnan(t).any() or p.shape != t.shape:
+        return UNDEFINED
+    return (p - t) ** 2, 2 * (p - t)
+
+
+def log_softmax_truth(x):
+    """By the definition, with the gradient of the first column's sum."""
+    x = np.asarray(x, np.float64)
+    if np.isnan(x).any() or (x.max(-1) == INF).any() or (x.max(-1) == -INF).any():
+        return UNDEFINED
+    shifted = x - x.max(-1, keepdims=True)
+    lse = np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return (shifted - lse)[:, 0], np.eye(x.shape[1])[[0] * len(x)] - np.exp(shifted - lse)
+
+
+def _torch(function: Callable) -> Callable:
+    def call(first, *rest, **options):
+        import torch
+
+        def tensor(a):
+            if isinstance(a, np.ndarray) and a.dtype == ml_dtypes.bfloat16:
+                return torch.tensor(a.astype(np.float32)).bfloat16()
+            tensor = torch.tensor(a)
+            return tensor.long() if a.dtype.kind in "iu" and a is not first else tensor
+
+        first = tensor(first)
+        if first.is_floating_point() or first.is_complex():
+            first.requires_grad_()
+        loss = function(torch, first, *map(tensor, rest), **options)
+        loss.sum().backward()
+
+        def array(tensor):
+            dtype = ml_dtypes.bfloat16 if tensor.dtype == torch.bfloat16 else None
+            return tensor.float().numpy().astype(dtype) if dtype else tensor.numpy()
+
+        return array(loss.detach()), array(first.grad)
+
+    return call
+
+
+def _jax(function: Callable) -> Callable:
+    def call(first, *rest, **options):
+        first, rest = jnp.asarray(first), [a if isinstance(a, np.ndarray) else jnp.asarray(a) for a in rest]
+        fun = lambda first: function(first, *rest, **options)  # noqa: E731
+        loss, pull = jax.vjp(jax.jit(fun), first)
+        (grad,) = pull(jnp.ones_like(loss))
+        return np.asarray(loss), np.asarray(grad)
+
+    return call
+
+
+def _torch_cross_entropy(torch, logits, labels, class_weights=None, label_smoothing=0.0, **options):
+    if {"where", "weights", "ignore_index"} - {"ignore_index"} & options.keys():
+        raise NotImplementedError
+    weight = None if class_weights is None else torch.tensor(class_weights)
+    ignore = options.get("ignore_index", -100)
+    function = torch.nn.functional.cross_entropy
+    return function(logits, labels, weight, reduction="none", ignore_index=ignore, label_smoothing=label_smoothing)
+
+
+def _optax_cross_entropy(logits, labels, **options):
+    if options.keys() - {"where"}:
+        raise NotImplementedError
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels, **options)
+
+
+def _fcfunc_network(x, dims):
+    return fcfunc.apply(fcfunc.init(jax.random.key(0), dims), x)[:, 0]
+
+
+def _plain_network(x, dims):
+    layers = zip(jax.random.split(jax.random.key(0), len(dims)), dims[:-1], dims[1:], strict=False)
+    params = [(jax.nn.initializers.he_normal()(k, (m, n)), jnp.zeros(n)) for k, m, n in layers]
+    for w, b in params[:-1]:
+        x = jax.nn.relu(x @ w + b)
+    return (x @ params[-1][0] + params[-1][1])[:, 0]
+
+
+def _torch_network(torch, x, dims):
+    layers = [torch.nn.Linear(m, n) for m, n in itertools.pairwise(dims)]
+    for layer in layers[:-1]:
+        x = torch.relu(layer(x))
+    return layers[-1](x)[:, 0]
+
+
+def _large(logits, labels, **options):
+    """The logits as those of a linear layer with an identity for its weights, in chunks of 2 classes."""
+    w, b = jnp.eye(logits.shape[-1], dtype=logits.dtype), jnp.zeros(logits.shape[-1], logits.dtype)
+    return losses.linear_softmax_cross_entropy(logits, w, b, labels, chunk_size=2, **options)
+
+
+OPERATIONS: dict[str, tuple[Callable | None, Callable, Callable | None, Callable | None]] = {
+    "cross-entropy": (
+        cross_entropy_truth,
+        losses.softmax_cross_entropy_with_integer_labels,
+        _optax_cross_entropy,
+        _torch_cross_entropy,
+    ),
+    "large output layer": (cross_entropy_truth, _large, None, None),
+    "sigmoid cross-entropy": (
+        binary_truth,
+        losses.sigmoid_binary_cross_entropy,
+        optax.sigmoid_binary_cross_entropy,
+        lambda torch, z, t: torch.nn.functional.binary_cross_entropy_with_logits(z, t, reduction="none"),
+    ),
+    "squared error": (
+        squared_truth,
+        losses.squared_error,
+        optax.squared_error,
+        lambda torch, p, t: torch.nn.functional.mse_loss(p, t, reduction="none"),
+    ),
+    "negative log-likelihood": (
+        None,
+        losses.negative_log_likelihood,
+        None,
+        lambda torch, p, y: torch.nn.functional.nll_loss(torch.log(p), y, reduction="none"),
+    ),
+    "multiclass SVM": (
+        None,
+        losses.multiclass_svm,
+        None,
+        lambda torch, s, y: s.shape[1] * torch.nn.functional.multi_margin_loss(s, y, reduction="none"),
+    ),
+    "log-softmax": (
+        log_softmax_truth,
+        lambda x: ops.log_softmax(x)[:, 0],
+        lambda x: jax.nn.log_softmax(x)[:, 0],
+        lambda torch, x: torch.nn.functional.log_softmax(x, -1)[:, 0],
+    ),
+    "network": (None, _fcfunc_network, _plain_network, _torch_network),
+}
+"""By name: the definition, and the function of fcfunc, of optax (or plain JAX) and of torch."""
+
+LOGITS = np.linspace(-1.5, 1.5, 15, dtype=np.float32).reshape(3, 5)
+LABELS = np.array([0, 4, 2], np.int32)
+
+
+def changed(a: np.ndarray, at, value) -> np.ndarray:
+    """A copy with one place changed."""
+    a = a.copy()
+    a[at] = value
+    return a
+
+
+def _labels(value, dtype: Any = np.int32) -> np.ndarray:
+    return changed(LABELS.astype(dtype), 1, value)
+
+
+ROWS = [
+    *(
+        Row(f"label {name}", operation, (LOGITS, _labels(value, dtype)), truth=UNDEFINED)
+        for operation in ("cross-entropy", "large output layer")
+        for name, value, dtype in (
+            ("−1", -1, np.int32),
+            ("C", 5, np.int32),
+            ("2³¹ − 1", 2**31 - 1, np.int32),
+            ("−100", -100, np.int32),
+        )
+    ),
+    Row(
+        "label −100, which is to be ignored",
+        "cross-entropy",
+        (LOGITS, _labels(-100)),
+        {"ignore_index": -100},
+        tuple(np.delete(a, 1, 0) for a in cross_entropy_truth(LOGITS, LABELS)),
+    ),
+    Row("label 255 in uint8", "cross-entropy", (LOGITS, _labels(255, np.uint8)), truth=UNDEFINED),
+    Row("label −1 in int8", "cross-entropy", (LOGITS, _labels(-1, np.int8)), truth=UNDEFINED),
+    Row("label 2⁴⁰ in int64, from NumPy", "cross-entropy", (LOGITS, _labels(2**40, np.int64)), truth=UNDEFINED),
+    Row("float labels", "cross-entropy", (LOGITS, LABELS.astype(np.float32)), truth=UNDEFINED),
+    Row("boolean labels", "cross-entropy", (LOGITS, LABELS > 0), truth=UNDEFINED),
+    Row("labels [N, 1]", "cross-entropy", (LOGITS, LABELS[:, None]), truth=UNDEFINED),
+    Row("labels of another number of rows", "cross-entropy", (LOGITS, LABELS[:2]), truth=UNDEFINED),
+    *(
+        Row(name, operation, (logits, LABELS) if operation != "log-softmax" else (logits,))
+        for operation in ("cross-entropy", "large output layer", "log-softmax")
+        for name, logits in (
+            ("a row of −inf alone", changed(LOGITS, 1, -INF)),
+            ("one +inf", changed(LOGITS, (1, 0), INF)),
+            ("a NaN", changed(LOGITS, (1, 0), NAN)),
+            ("logits of ±3e38", changed(changed(LOGITS, (1, 0), 3e38), (1, 1), -3e38)),
+        )
+    ),
+    Row("+inf at the label", "cross-entropy", (changed(LOGITS, (1, 4), INF), LABELS)),
+    Row("−inf beside the label", "cross-entropy", (changed(LOGITS, (1, 0), -INF), LABELS)),
+    Row("−inf at the label", "cross-entropy", (changed(LOGITS, (1, 4), -INF), LABELS)),
+    Row("logits shifted by 1e8", "cross-entropy", (LOGITS * 0 + np.float32(1e8), LABELS)),
+    Row("logits shifted by −1e8, in chunks", "large output layer", (LOGITS * 0 - np.float32(1e8), LABELS)),
+    *(
+        Row(f"100,000 equal logits in {dtype}", "cross-entropy", (np.zeros((2, 100_000), dtype), LABELS[:2]))
+        for dtype in (np.dtype("float16"), np.dtype(ml_dtypes.bfloat16), np.dtype("float32"))
+    ),
+    Row("logits of 6e4 in float16", "cross-entropy", ((LOGITS * 4e4).astype(np.float16), LABELS)),
+    Row("empty batch", "cross-entropy", (LOGITS[:0], LABELS[:0])),
+    Row("one class", "cross-entropy", (LOGITS[:, :1], LABELS * 0)),
+    Row("one row", "cross-entropy", (LOGITS[:1], LABELS[:1])),
+    Row("no classes", "cross-entropy", (LOGITS[:, :0], LABELS * 0), truth=UNDEFINED),
+    Row("float64 logits, from NumPy", "cross-entropy", (LOGITS.astype(np.float64), LABELS)),
+    Row(
+        "float64 logits of 1e300",
+        "cross-entropy",
+        (changed(LOGITS.astype(np.float64), (1, 0), 1e300), LABELS),
+    ),
+    Row("integer logits", "cross-entropy", (LOGITS.astype(np.int32), LABELS), truth=UNDEFINED),
+    Row("complex logits", "cross-entropy", (LOGITS.astype(np.complex64), LABELS), truth=UNDEFINED),
+    Row("no row counts", "cross-entropy", (LOGITS, LABELS), {"where": np.zeros(3, bool)}),
+    Row(
+        "a NaN in a row that does not count",
+        "cross-entropy",
+        (changed(LOGITS, (1, 0), NAN), LABELS),
+        {"where": np.array([True, False, True])},
+    ),
+    Row(
+        "label C in a row that does not count",
+        "cross-entropy",
+        (LOGITS, _labels(5)),
+        {"where": np.array([True, False, True])},
+    ),
+    Row("weights of 0", "cross-entropy", (LOGITS, LABELS), {"weights": np.zeros(3, np.float32)}),
+    Row(
+        "a weight of 0 on an infinite loss",
+        "cross-entropy",
+        (changed(LOGITS, (1, 4), -INF), LABELS),
+        {"weights": np.array([1, 0, 1], np.float32)},
+    ),
+    Row("class weights of 0", "cross-entropy", (LOGITS, LABELS), {"class_weights": np.zeros(5, np.float32)}),
+    Row("label smoothing of 1", "cross-entropy", (LOGITS, LABELS), {"label_smoothing": 1.0}),
+    Row("label smoothing of 1.5", "cross-entropy", (LOGITS, LABELS), {"label_smoothing": 1.5}, UNDEFINED),
+    *(
+        Row(f"logit {z:g}, target {t:g}", "sigmoid cross-entropy", (np.float32([z, 0.5]), np.float32([t, 1])))
+        for z, t in ((INF, 1), (INF, 0), (-INF, 0), (3e38, 0), (-3e38, 1), (1e8, 1), (NAN, 0), (1, NAN), (88.9, 0.5))
+    ),
+    Row("[N] against [N, 1]", "squared error", (np.float32([1, 2, 3]), np.float32([[1], [2], [3]]))),
+    Row("a NaN target", "squared error", (np.float32([1, 2]), np.float32([1, NAN]))),
+    Row("a difference of 1e30", "squared error", (np.float32([1e30, 2]), np.float32([0, 1]))),
+    *(
+        Row(f"label {name}", operation, (np.abs(LOGITS) / 2, _labels(value)), truth=UNDEFINED)
+        for operation in ("negative log-likelihood", "multiclass SVM")
+        for name, value in (("−1", -1), ("C", 5))
+    ),
+    Row("a layer of no width", "network", (LOGITS, (5, 0, 3)), truth=(np.zeros(3), np.zeros((3, 5)))),
+    Row("inputs of another width", "network", (LOGITS, (4, 3)), truth=UNDEFINED),
+]
+"""The table."""
+
+
+@np.errstate(all="ignore")
+def outcome(call: Callable, row: Row) -> str:
+    """Says "right", "NaN and NaN", the class of an error, or what is wrong."""
+    definition = OPERATIONS[row.operation][0]
+    truth = definition(*row.args, **row.options) if row.truth is None and definition else row.truth
+    try:
+        loss, grad = call(*row.args, **row.options)
+    except NotImplementedError:
+        return "not offered"
+    except Exception as e:
+        return type(e).__name__
+    if row.title.endswith("to be ignored"):
+        loss, grad = (np.delete(a, 1, 0) if not np.any(a[1]) else a for a in (loss, grad))
+    loss, grad, eps = np.float64(loss), np.float64(grad), [float(jnp.finfo(a.dtype).eps) for a in (loss, grad)]
+    row_of = np.zeros(loss.shape, bool)
+    if isinstance(truth, tuple) and np.shape(truth[0]) == loss.shape and np.shape(truth[1]) == grad.shape:
+        row_of = ~_close(loss, truth[0], 32 * eps[0])
+        if not row_of.any() and _close(grad, truth[1], 32 * eps[1]).all():
+            return "right"
+    # NaN must be in the loss and in the gradient of the very rows that are not finite.
+    bad_loss, bad_grad = ~np.isfinite(loss), bool(np.any(~np.isfinite(grad)))
+    by_rows = bad_loss.any() and np.isnan(loss[bad_loss]).all() and grad.shape[: loss.ndim] == loss.shape
+    if by_rows and (not grad.size or np.array_equal(bad_loss, np.isnan(grad).reshape(*loss.shape, -1).any(-1))):
+        return "NaN and NaN"
+    worst = np.argmax((bad_loss | row_of).reshape(-1)) if (bad_loss | row_of).any() else min(1, loss.size - 1)
+    return f"wrong: loss {loss.reshape(-1)[worst]:.4g}, gradient {'not finite' if bad_grad else 'finite'}"
+
+
+def _close(got, expected, tolerance) -> np.ndarray:
+    """Equal up to rounding; what float32 cannot hold is infinite."""
+    with np.errstate(over="ignore"):
+        expected = np.where(np.abs(expected) > np.finfo(np.float32).max, np.sign(expected) * INF, expected)
+    scale = np.maximum(np.abs(expected), 1e-3)
+    with np.errstate(invalid="ignore"):
+        return (got == expected) | (np.abs(got - expected) <= tolerance * scale)
+
+
+def libraries(row: Row) -> dict[str, str]:
+    """What each library makes of a row."""
+    _, ours, of_optax, of_torch = OPERATIONS[row.operation]
+    found = {"fcfunc": outcome(_called(_jax(ours), row), row)}
+    found["optax"] = outcome(_called(_jax(of_optax), row), row) if of_optax else "-"
+    found["torch"] = outcome(_called(_torch(of_torch), row), row) if of_torch else "-"
+    return found
+
+
+def _called(call: Callable, row: Row) -> Callable:
+    """A network's widths are no array."""
+    if row.operation != "network":
+        return call
+    return lambda x, dims: call(x, **{"dims": dims})
+
+
+def ours(row: Row) -> str:
+    """What fcfunc makes of a row."""
+    return outcome(_called(_jax(OPERATIONS[row.operation][1]), row), row)
+
+
+def main() -> None:
+    """Writes the page."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("fcfunc", "jax", "optax", "torch"))
+    lines = [
+        "# Hostile inputs",
+        "",
+        f"Written by `python -m benchmarks.hostile_inputs` with {versions}.",
+        "",
+        "The rule: right, or NaN in loss and gradient of the rows",
+        "that it concerns, or an error before anything runs; never finite and wrong. What is right is computed in",
+        'float64 by NumPy from the definition. The column "optax" is plain JAX where optax has no such function; "not',
+        'offered" has no such option. In bold is what goes against the rule, with the loss of the row concerned.',
+        "",
+        "| input | of | fcfunc | optax | torch |",
+        "|---|---|---|---|---|",
+    ]
+    counts = dict.fromkeys(("fcfunc", "optax", "torch"), 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for row in ROWS:
+            found = libraries(row)
+            for name, text in found.items():
+                counts[name] += text.startswith("wrong")
+            cells = (f"**{text}**" if text.startswith("wrong") else text for text in found.values())
+            lines.append(f"| {row.title} | {row.operation} | {' | '.join(cells)} |")
+            print(lines[-1], flush=True)
+    shown = ", ".join(f"{name} {count}" for name, count in counts.items())
+    lines += ["", f"Against the rule, of {len(ROWS)}: {shown}.", ""]
+    PAGE.write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""Hostile inputs give what is right, or NaN in loss and gradient, or an error: the table of docs/hostile-inputs.md."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import hostile_inputs as hostile
+
+PAGE = (Path(__file__).parents[1] / "docs" / "hostile-inputs.md").read_text()
+
+
+@pytest.mark.parametrize("row", hostile.ROWS, ids=lambda row: f"{row.operation}: {row.title}")
+def test_a_hostile_input_gives_what_the_page_says(row):
+    found = hostile.ours(row)
+    assert found in ("right", "NaN and NaN", "TypeError", "ValueError")
+    assert f"| {row.title} | {row.operation} | {found} |" in PAGE
+
+
+def test_the_judge_sees_a_finite_wrong_gradient_and_a_nan_that_stands_in_another_row():
+    row = hostile.Row("", "cross-entropy", (hostile.LOGITS, hostile.LABELS))
+    loss, grad = hostile.cross_entropy_truth(*row.args)
+    judge = lambda loss, grad, row=row: hostile.outcome(lambda *_: (np.float32(loss), np.float32(grad)), row)
+    assert judge(loss, grad) == "right"
+    assert judge(loss, grad * 1.001) == "wrong: loss 1.226, gradient finite"
+    assert judge(loss * 1.001, grad).startswith("wrong: loss 2.086")
+    nan_loss, nan_grad = loss.copy(), grad.copy()
+    nan_loss[1], nan_grad[1] = np.nan, np.nan
+    assert judge(nan_loss, nan_grad) == "NaN and NaN"
+    assert judge(nan_loss, grad) == "wrong: loss nan, gradient finite"
+    assert judge(nan_loss, nan_grad[::-1][[1, 0, 2]]).startswith("wrong: loss nan")
+    undefined = row._replace(truth=hostile.UNDEFINED)
+    assert judge(loss, grad, undefined).startswith("wrong: loss")
