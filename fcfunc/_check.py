@@ -1,5 +1,7 @@
 """Checks of arguments, made while tracing: the message says what was expected, what came, and where."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,7 +100,7 @@ def counting(where: str, shape: tuple, mask, weights, smoothing) -> None:
             raise ValueError(
                 f"{where}: {name} must have the shape of the loss, {list(shape)}, got {list(jnp.shape(a))}"
             )
-    if not 0 <= smoothing <= 1:
+    if not 0 <= number(where, label_smoothing=smoothing) <= 1:
         raise ValueError(f"{where}: label_smoothing must be in [0, 1], got {smoothing}")
 
 
@@ -112,7 +114,8 @@ def class_weights(where: str, weights, classes: int, *, name: str = "class_weigh
 
 
 def axis(where: str, axis, **arrays) -> None:
-    """ValueError where an array has no axis of that number."""
+    """TypeError where `axis` is no integer, ValueError where an array has no axis of that number."""
+    integer(where, axis=axis)
     for name, x in arrays.items():
         if not -jnp.ndim(x) <= axis < jnp.ndim(x):
             raise ValueError(f"{where}: {name} has no axis {axis}, its shape is {list(jnp.shape(x))}")
@@ -149,14 +152,42 @@ def ignored_label(where: str, ignore_index) -> None:
         raise ValueError(f"{where}: ignore_index must fit into 32 bits, got {ignore_index}")
 
 
-def output(where: str, out_dtype) -> None:
-    """TypeError where `out_dtype` is neither None nor one of the floating-point dtypes."""
-    try:
-        known = out_dtype is None or jnp.dtype(out_dtype).name in FLOATS
-    except TypeError:
-        known = False
-    if not known:
-        raise TypeError(f"{where}: out_dtype must be of {', '.join(FLOATS)}, got {out_dtype!r:.80}")
+def dtype(where: str, /, **dtypes) -> None:
+    """TypeError where a dtype is neither None nor one of the floating-point dtypes."""
+    for name, value in dtypes.items():
+        try:
+            known = value is None or jnp.dtype(value).name in FLOATS
+        except TypeError:
+            known = False
+        if not known:
+            raise TypeError(f"{where}: {name} must be of {', '.join(FLOATS)}, got {value!r:.80}")
+
+
+def integer(where: str, /, **numbers) -> None:
+    """TypeError where a number is no Python or NumPy integer."""
+    for name, n in numbers.items():
+        if not isinstance(n, int | np.integer) or isinstance(n, bool):
+            raise TypeError(f"{where}: {name} must be an integer, got {n!r:.80}")
+
+
+def function(where: str, /, **functions) -> None:
+    """TypeError where a function is none."""
+    for name, f in functions.items():
+        if not callable(f):
+            raise TypeError(f"{where}: {name} must be a function, got {type(f).__name__}")
+
+
+def optimizer(where: str, optimizer) -> None:
+    """TypeError where `optimizer` has no `init` and `update`, as those of optax have."""
+    if not all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
+        raise TypeError(f"{where}: optimizer must be an optax optimizer, got {type(optimizer).__name__}")
+
+
+def path(where: str, /, **paths) -> None:
+    """TypeError where a path is none."""
+    for name, p in paths.items():
+        if not isinstance(p, str | os.PathLike):
+            raise TypeError(f"{where}: {name} must be a path, got {type(p).__name__}")
 
 
 def positive(where: str, **numbers) -> None:

@@ -221,7 +221,7 @@ def count(where: str, data, batch_size: int) -> int:
     sizes = {jax.tree_util.keystr(path): jnp.shape(leaf)[:1] for path, leaf in leaves}
     if len(set(sizes.values())) != 1 or () in sizes.values():
         came = ", ".join(f"{path or 'data'} {list(size)}" for path, size in sizes.items()) or "no array"
-        raise ValueError(f"{where}: arrays with one first axis, the examples, expected, got {came}")
+        raise ValueError(f"{where}: data of arrays with one first axis, the examples, expected, got {came}")
     (n,) = next(iter(sizes.values()))
     if n < max(batch_size, 1):
         raise ValueError(f"{where}: at least {max(batch_size, 1)} examples (one batch) expected, got {n}")

@@ -69,7 +69,7 @@ def save(folder: Any, state: Any, *, config: Any = None, keep: int = 3, score: f
       OSError: it cannot be written, naming the checkpoint; those that were in the folder before are as they were.
     """
     _check.positive("checkpoint.save", keep=keep)
-    if score is not None and not np.isfinite(score):
+    if score is not None and not np.isfinite(_check.number("checkpoint.save", score=score)):
         raise ValueError(f"checkpoint.save: a finite score expected, got {score}")
     step = _step_of(state)
     arrays, keys = _named(state)
@@ -130,6 +130,8 @@ def restore(folder: Any, like: Any, *, step: int | None = None, allowed: Mapping
         configuration that is not allowed.
     """
     folder = _local(folder)
+    if step is not None:
+        _check.integer("checkpoint.restore", step=step)
     found = steps(folder)
     if not found or (step is not None and step not in found):
         wanted = "a checkpoint" if step is None else f"the checkpoint {step}"
@@ -319,6 +321,7 @@ def _is_step(d: Path) -> bool:
 
 
 def _local(folder) -> Path:
+    _check.path("checkpoint", folder=folder)
     if "://" in str(folder):
         raise ValueError(f"checkpoint: a folder of a file system expected, got {folder}")
     folder = Path(folder).absolute()

@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fcfunc import _check
+
 __all__ = [
     "Dataset",
     "Standardizer",
@@ -95,6 +97,7 @@ def fashion_mnist(folder: str | os.PathLike = FASHION_MNIST_FOLDER) -> tuple[Dat
 
     Source: H. Xiao, K. Rasul and R. Vollgraf 2017, Fashion-MNIST. MIT licence.
     """
+    _check.path("fashion_mnist", folder=folder)
     folder = Path(folder)
     parts = []
     for part in ("train", "t10k"):
@@ -241,12 +244,16 @@ def split(data: Any, fractions: Sequence[float], *, seed: int) -> tuple[Any, ...
       >>> [part.shape for part in split(np.zeros((10, 3)), [0.8, 0.2], seed=0)]
       [(8, 3), (2, 3)]
     """
-    fractions = [float(f) for f in fractions]
+    try:
+        fractions = [float(f) for f in fractions]
+    except (TypeError, ValueError):
+        raise TypeError(f"split: fractions must be numbers, got {fractions!r:.80}") from None
+    _check.integer("split", seed=seed)
     if not fractions or min(fractions) <= 0 or not math.isclose(sum(fractions), 1.0):
         raise ValueError(f"split: positive fractions with a sum of 1 expected, got {fractions}")
     counts = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(data)}
     if len(counts) != 1 or () in counts:
-        raise ValueError(f"split: arrays with one first axis, the examples, expected, got {sorted(counts)}")
+        raise ValueError(f"split: data of arrays with one first axis, the examples, expected, got {sorted(counts)}")
     (n,) = counts.pop()
     ends = np.round(np.cumsum(fractions) * n).astype(int)
     parts = np.split(np.random.default_rng(seed).permutation(n), ends[:-1])
@@ -275,6 +282,8 @@ def standardizer(x: np.ndarray) -> Standardizer:
     Returns:
       A function of `[m, ...]`. A constant column is shifted to 0 and not scaled.
     """
+    if not isinstance(x, np.ndarray):
+        raise TypeError(f"standardizer: x must be a NumPy array, got {type(x).__name__}")
     mean, scale = x.mean(axis=0, dtype=np.float64), x.std(axis=0, dtype=np.float64)
     return Standardizer(mean, np.where(scale > 0, scale, 1.0))
 
@@ -290,6 +299,8 @@ def check_values(data: Any, *, num_classes: int | None = None, name: str = "data
     Raises:
       ValueError: a NaN, an infinity or a label out of range, with the array's path and the index of the first.
     """
+    if num_classes is not None:
+        _check.positive("check_values", num_classes=num_classes)
     parts = [(path, start, part) for path, leaf in jax.tree.leaves_with_path(data) for start, part in _here(leaf)]
     for path, start, array in parts:
         where = f"{name}{jax.tree_util.keystr(path)}"
@@ -315,6 +326,7 @@ def _here(leaf) -> list[tuple[tuple[int, ...], np.ndarray]]:
 
 def regular_file(path: str | os.PathLike) -> Path:
     """The path of a file that can be read, without waiting for anyone to write it."""
+    _check.path("reading a file", path=path)
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")

@@ -86,6 +86,7 @@ def squared_error(predictions: jax.Array, targets: jax.Array) -> jax.Array:
       >>> squared_error(jnp.array([1., 3.]), jnp.array([1., 1.]))
       Array([0., 4.], dtype=float32)
     """
+    _check.array("squared_error", predictions=predictions, targets=targets)
     predictions = as_array(predictions)
     targets = _compat.laid_along(as_array(targets), predictions, tuple(range(predictions.ndim)))
     return _squared_error(predictions, targets)
@@ -134,6 +135,7 @@ def negative_log_likelihood(probs: jax.Array, labels: jax.Array, *, ignore_index
       Array([0.2876821], dtype=float32)
     """
     _check.ignored_label("negative_log_likelihood", ignore_index)
+    _check.array("negative_log_likelihood", probs=probs, labels=labels)
     probs, labels = _beside(probs, labels)
     return _negative_log_likelihood(probs, labels, ignore_index=ignore_index)
 
@@ -181,6 +183,7 @@ def multiclass_svm(scores: jax.Array, labels: jax.Array, *, margin: float = 1.0)
       >>> multiclass_svm(jnp.array([[3., 2.5, 0.]]), jnp.array([0]))
       Array([0.5], dtype=float32)
     """
+    _check.array("multiclass_svm", scores=scores, labels=labels)
     scores, labels = _beside(scores, labels)
     return _multiclass_svm(scores, labels, margin=_check.number("multiclass_svm", margin=margin))
 

@@ -122,6 +122,9 @@ def init(
     """
     dims = _checked_dims(dims)
     _check.key("init", key)
+    if param_dtype is None:
+        raise TypeError("init: param_dtype must be a dtype, got None")
+    _check.dtype("init", param_dtype=param_dtype)
     options = tuple(dims), _norm_leaves("init", norm), w_init, b_init, jnp.dtype(param_dtype)
     # One compiled program starts in a third of the time of one operation at a time; a caller's own program contains it.
     # Hash: an initialiser of the caller's may have none.
@@ -207,8 +210,9 @@ def apply(
     """
     if norm == "batch_norm":
         raise ValueError("apply: batch_norm has a state; use apply_batch_norm(params, state, x, training=...)")
+    _check_list("apply", params)
     net = _Network("apply", norm, residual, dropout_rate, key, compute_dtype, round_cotangent, ops)
-    state = [None] * (len(params or [None]) - 1)
+    state = [None] * (len(params) - 1)
     return _apply(net, params, state, x, activation, final_activation, flatten, head)[0]
 
 
@@ -263,10 +267,12 @@ def apply_batch_norm(
       >>> outputs.shape
       (5, 2)
     """
-    if not isinstance(state, list | tuple) or len(state) != len(params) - 1:
-        came = len(state) if isinstance(state, list | tuple) else repr(state)
+    _check_list("apply_batch_norm", params)
+    if not isinstance(state, list | tuple):
+        raise TypeError(f"apply_batch_norm: state must be a list, as from init_batch_norm_state, got {state!r:.80}")
+    if len(state) != len(params) - 1:
         raise ValueError(
-            f"apply_batch_norm: {len(params) - 1} states expected, one per hidden entry of params, got {came}"
+            f"apply_batch_norm: {len(params) - 1} states expected, one per hidden entry of params, got {len(state)}"
         )
     net = _Network(
         "apply_batch_norm",
@@ -297,6 +303,7 @@ def init_batch_norm_state(params: Params) -> list[dict[str, jax.Array]]:
       >>> jax.tree.map(jnp.shape, init_batch_norm_state(params))
       [{'mean': (4,), 'var': (4,)}]
     """
+    _check_list("init_batch_norm_state", params)
     return [
         {name: fill(p["b"].shape, accumulator(p["b"].dtype)) for name, fill in (("mean", jnp.zeros), ("var", jnp.ones))}
         for p in params[:-1]
@@ -381,7 +388,7 @@ class _Resolved(NamedTuple):
 
 def _apply(net: _Network, params, state, x, activation, final_activation, flatten, head):
     _check_layers(net, params, state, x, flatten)
-    if not 0 <= net.rate <= 1:
+    if not 0 <= _check.number(net.where, dropout_rate=net.rate) <= 1:
         raise ValueError(f"{net.where}: dropout_rate must be in [0, 1], got {net.rate}")
     if net.key is not _MISSING and net.key is not None:
         _check.key(net.where, net.key)
@@ -474,13 +481,21 @@ def _likeness(p):
 
 
 def _check_stackable(where: str, params) -> None:
-    if not isinstance(params, list | tuple) or not params or not all(isinstance(p, dict) and "w" in p for p in params):
-        raise ValueError(f"{where}: params as from init expected, a list of dicts with w and b, got {params!r:.80}")
+    _check_list(where, params)
+    if not all(isinstance(p, dict) and "w" in p for p in params):
+        raise TypeError(f"{where}: params as from init expected, a list of dicts with w and b, got {params!r:.80}")
     if jnp.ndim(params[-1]["w"]) != 2:
         raise ValueError(
             f"{where}: the last layer's w must be [fan_in, fan_out], got {list(jnp.shape(params[-1]['w']))}; "
             f"for an ensemble of networks take jax.vmap({where})"
         )
+
+
+def _check_list(where: str, params) -> None:
+    if not isinstance(params, list | tuple):
+        raise TypeError(f"{where}: params must be a list of layers, as from init, got {type(params).__name__}")
+    if not params:
+        raise ValueError(f"{where}: params must be a list of at least one layer, got {params!r}")
 
 
 def _norm_leaves(where: str, norm: str | None) -> tuple[str, ...]:
@@ -532,8 +547,7 @@ def _identity(x):
 def _check_layers(net: _Network, params, state, x, flatten: bool) -> None:
     where = net.where
     _check.floating(where, x=x)
-    if not isinstance(params, list | tuple) or not params:
-        raise ValueError(f"{where}: params must be a list of at least one layer, got {params!r:.80}")
+    _check_list(where, params)
     if jnp.ndim(x) < 1:
         raise ValueError(f"{where}: x must be [..., fan_in], got a scalar")
     leaves = _norm_leaves(where, net.norm)

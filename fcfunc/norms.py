@@ -51,6 +51,7 @@ def layer_norm(x: jax.Array, scale: jax.Array, offset: jax.Array, *, eps: float 
       >>> layer_norm(jnp.array([[1., 3.]]), jnp.ones(2), jnp.zeros(2)).round(3)
       Array([[-1.,  1.]], dtype=float32)
     """
+    _check.array("layer_norm", x=x, scale=scale, offset=offset)
     scale, offset = (_compat.laid_along(as_array(a), as_array(x), (-1,)) for a in (scale, offset))
     return _layer_norm(x, scale, offset, eps=_check.number("layer_norm", eps=eps))
 
@@ -104,6 +105,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float = 1e-5) -> jax.Array:
       >>> rms_norm(jnp.array([[5., -5.]]), jnp.ones(2)).round(3)
       Array([[ 1., -1.]], dtype=float32)
     """
+    _check.array("rms_norm", x=x, scale=scale)
     scale = _compat.laid_along(as_array(scale), as_array(x), (-1,))
     return _rms_norm(x, scale, eps=_check.number("rms_norm", eps=eps))
 

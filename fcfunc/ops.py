@@ -88,7 +88,7 @@ def affine(
       >>> affine(jnp.array([[1., 2.]]), jnp.array([[1., 0.], [0., 3.]]), jnp.array([0.5, 0.5]))
       Array([[1.5, 6.5]], dtype=float32)
     """
-    _check.output("affine", out_dtype)
+    _check.dtype("affine", out_dtype=out_dtype)
     b = _bias_along(x, w, b, flatten)
     return _affine(
         x, w, b, flatten=flatten, compute_dtype=compute_dtype, out_dtype=out_dtype, round_cotangent=round_cotangent
@@ -187,7 +187,7 @@ def layer(
         raise ValueError(f"layer: unknown activation {activation!r}; known are {', '.join(_LAYERS)}")
     for name in options.keys() - inspect.signature(_LAYERS[activation][0]).parameters.keys():
         raise ValueError(f"layer: {activation} has no option {name!r}")
-    _check.output("layer", out_dtype)
+    _check.dtype("layer", out_dtype=out_dtype)
     b = _bias_along(x, w, b, flatten)
     return _layer(
         x,

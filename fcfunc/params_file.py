@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcfunc import _compat, _config
+from fcfunc import _check, _compat, _config
 from fcfunc.data import MAX_BYTES, regular_file
 
 __all__ = ["load", "save"]
@@ -46,6 +46,7 @@ def save(path: str | os.PathLike, params: Any, *, config: Any = None) -> None:
       >>> jax.tree.map(jnp.shape, params), config
       ([{'b': (3,), 'w': (2, 3)}], {'activation': 'relu'})
     """
+    _check.path("params_file.save", path=path)
     tensors = {name: np.ascontiguousarray(_compat.whole(a)) for name, a in _named(params, "").items()}
     text = json.dumps(_config.plain(config, "params_file.save: config"), sort_keys=True)
     metadata = {"config": text, "sha256": _digest(tensors, text)}
@@ -144,7 +145,7 @@ def _named(tree: Any, prefix: str) -> dict[str, Any]:
         return {prefix: tree}
     else:
         raise TypeError(
-            f"params_file.save: lists and dicts of arrays expected, got {type(tree).__name__} at {prefix!r}"
+            f"params_file.save: params of lists, dicts and arrays expected, got {type(tree).__name__} at {prefix!r}"
         )
     if not nodes:
         raise TypeError(f"params_file.save: an empty {type(tree).__name__} at {prefix!r} would be lost")

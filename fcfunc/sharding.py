@@ -111,15 +111,17 @@ def param_specs(params: Any, mesh: Mesh, mode: str | Rules, *, whole: str | Sequ
       >>> specs[0]["w"], specs[1]["w"]
       (P(None, 'model'), P('model', None))
     """
-    rules = MODES.get(mode) if isinstance(mode, str) else mode
-    if rules is None:
+    _check_mesh("param_specs", mesh)
+    if isinstance(mode, str) and mode not in MODES:
         raise ValueError(f"param_specs: unknown mode {mode!r}; known are {', '.join(MODES)}, or a list of rules")
+    rules = _checked_rules("param_specs: mode", MODES[mode] if isinstance(mode, str) else mode)
+    if isinstance(whole, str) or not isinstance(whole, Sequence):
+        whole = (whole,)
     if not isinstance(params, list | tuple) or not all(isinstance(p, dict) and "w" in p for p in params):
-        raise ValueError("param_specs: params as from init expected; for another tree take logical_specs")
-    whole = (whole,) if isinstance(whole, str) else whole
+        raise TypeError("param_specs: params as from init expected; for another tree take logical_specs")
     names = ("features", "mlp", "embed", "classes")
     for name in {*whole, *(name for name, _ in rules)} - set(names):
-        raise ValueError(f"param_specs: unknown logical axis {name!r}; the network has {', '.join(names)}")
+        raise ValueError(f"param_specs: unknown logical axis {name!r} in mode or whole; there are {', '.join(names)}")
     rules = [rule for rule in rules if rule[0] not in whole]
     specs, here, other = [], "features", "mlp"
     for layer, p in enumerate(params):
@@ -157,15 +159,22 @@ def logical_specs(axes: Any, tree: Any, mesh: Mesh, rules: Rules) -> Any:
       >>> logical_specs({"a": PartitionSpec("embed")}, {"a": np.zeros(4)}, mesh, [("embed", "data")])
       {'a': P('data',)}
     """
+    _check_mesh("logical_specs", mesh)
+    rules = _checked_rules("logical_specs: rules", rules)
 
     def assign(path, names, leaf):
+        if not isinstance(names, tuple | PartitionSpec):
+            raise TypeError(f"logical_specs: axes must be a PartitionSpec for each array, got {names!r:.80}")
         where = f"logical_specs: {jax.tree_util.keystr(path) or 'array'}"
         for name in set(names) - {None, *(name for name, _ in rules)}:
             raise ValueError(f"{where}: no rule for the logical axis {name!r}; ({name!r}, None) leaves it whole")
         advice = "choose a width that can, or leave it whole: ({name!r}, None)"
         return _assigned(where, names, np.shape(leaf), mesh, rules, advice)
 
-    return jax.tree.map_with_path(assign, axes, tree, is_leaf=lambda a: isinstance(a, PartitionSpec))
+    is_axes = lambda a: isinstance(a, PartitionSpec)  # noqa: E731
+    if jax.tree.structure(axes, is_leaf=is_axes) != jax.tree.structure(tree):
+        raise ValueError(f"logical_specs: axes must have the shape of tree, got {axes!r:.80} for {tree!r:.80}")
+    return jax.tree.map_with_path(assign, axes, tree, is_leaf=is_axes)
 
 
 def shard(tree: Any, specs: Any, mesh: Mesh) -> Any:
@@ -189,6 +198,12 @@ def shard(tree: Any, specs: Any, mesh: Mesh) -> Any:
       (4, 2)
     """
     _check_mesh("shard", mesh)
+    is_spec = lambda a: isinstance(a, PartitionSpec)  # noqa: E731
+    wrong = [spec for spec in jax.tree.leaves(specs, is_leaf=is_spec) if not is_spec(spec)]
+    if specs is None or wrong:
+        raise TypeError(
+            f"shard: specs must be a PartitionSpec, or a tree of them, got {wrong[0] if wrong else None!r:.80}"
+        )
     is_spec = lambda a: isinstance(a, PartitionSpec)  # noqa: E731
     specs = jax.tree.map(lambda spec, part: jax.tree.map(lambda _: spec, part), specs, tree, is_leaf=is_spec)
 
@@ -233,13 +248,15 @@ def global_batch(local: Any, mesh: Mesh, *, axis: str | tuple[str, ...] = "data"
         )
     here = sum(jax.process_index() in processes for processes in owners.values())
     counts = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(local)}
-    if len(counts) != 1:
-        raise ValueError(f"global_batch: arrays with one first axis, the examples, expected, got {sorted(counts)}")
+    if len(counts) != 1 or () in counts:
+        raise ValueError(
+            f"global_batch: local of arrays with one first axis, the examples, expected, got {sorted(counts)}"
+        )
     _check_equal_counts(counts.pop())
 
     def place(path, leaf):
         leaf, where = np.asarray(leaf), f"global_batch: {jax.tree_util.keystr(path) or 'array'}"
-        if leaf.ndim < 1 or leaf.shape[0] % here:
+        if leaf.shape[0] % here:
             raise ValueError(
                 f"{where}: a number of examples that {here} devices divide expected (of {devices} along {axis!r}), "
                 f"got {list(leaf.shape)}; leave out the last few"
@@ -305,6 +322,14 @@ def _size(where: str, mesh: Mesh, axis) -> int:
     return math.prod(mesh.shape[name] for name in names)
 
 
+def _checked_rules(where: str, rules) -> Rules:
+    if isinstance(rules, list | tuple) and all(isinstance(rule, tuple | list) and len(rule) == 2 for rule in rules):
+        return rules
+    raise TypeError(f"{where} must be pairs of a logical axis and a mesh axis, got {rules!r:.80}")
+
+
 def _check_mesh(where: str, mesh: Mesh) -> None:
+    if not isinstance(mesh, Mesh):
+        raise TypeError(f"{where}: mesh must be a mesh, as from make_mesh, got {type(mesh).__name__}")
     if len(set(mesh.axis_types)) > 1:
         raise ValueError(f"{where}: a mesh whose axes are all Explicit or all Auto expected, got {mesh.axis_types}")

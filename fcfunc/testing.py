@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcfunc import _vjp_checks, _vjp_oracle, _vjp_transforms
+from fcfunc import _check, _vjp_checks, _vjp_oracle, _vjp_transforms
 from fcfunc._check import FLOATS
 from fcfunc._vjp_case import Case, Drawn, NotApplicable, Shapes, base_sizes, bound, first_line, precision, swept_sizes
 from fcfunc._vjp_findings import CHECKS, FULL_ONLY, NONE, Finding, agrees, check
@@ -211,6 +211,8 @@ def worst_relative_error(fun: Callable, reference: Callable, args: tuple, *, key
       The largest difference between elements of two gradients, over the largest element of the reference's, the
       worst of all arguments; 0 where both gradients are 0.
     """
+    _check.function("worst_relative_error", fun=fun, reference=reference)
+    _check.key("worst_relative_error", key)
     out, pull = jax.vjp(fun, *args)
     g = jax.random.normal(key, out.shape, out.dtype)
     got, expected = jax.tree.leaves(pull(g)), jax.tree.leaves(jax.vjp(reference, *args)[1](g))

@@ -77,7 +77,12 @@ def init_state(
     Raises:
       TypeError: no key.
     """
+    _check.optimizer("init_state", optimizer)
     _check.key("init_state", key)
+    if not jax.tree.leaves(params):
+        raise ValueError(f"init_state: params hold no array, got {params!r:.80}")
+    for path, leaf in jax.tree.leaves_with_path(params):
+        _check.array("init_state", **{f"params{jax.tree_util.keystr(path)}": leaf})
     with _compat.on_mesh_of(params):
         opt_state = optimizer.init(params)
     state = TrainState(params, opt_state, jnp.zeros((), jnp.int32), key, model_state, jnp.zeros((), jnp.int32))
@@ -105,6 +110,8 @@ def make_train_step(loss_fn: Callable, optimizer: optax.GradientTransformation, 
     Raises:
       ValueError: `accumulate` below 1; while tracing: a loss that is no scalar, a batch that cannot be taken in parts.
     """
+    _check.function("make_train_step", loss_fn=loss_fn)
+    _check.optimizer("make_train_step", optimizer)
     _check.positive("make_train_step", accumulate=accumulate)
 
     def train_step(state, batch, layouts=None):
@@ -138,6 +145,8 @@ def make_train_epoch(
         whose arrays disagree about the number of examples; a loss that is no scalar; a `batch_size` that the devices
         over which the examples lie do not divide, or that cannot be taken in `accumulate` parts.
     """
+    _check.function("make_train_epoch", loss_fn=loss_fn)
+    _check.optimizer("make_train_epoch", optimizer)
     _check.positive("make_train_epoch", batch_size=batch_size, accumulate=accumulate)
 
     def train_epoch(state, data, layouts=None):
@@ -186,6 +195,8 @@ def make_fit(
     Raises:
       ValueError: an option out of range; while tracing: as for `make_train_epoch` and `fit`.
     """
+    _check.function("make_fit", loss_fn=loss_fn)
+    _check.optimizer("make_fit", optimizer)
     _check.positive("make_fit", epochs=epochs, batch_size=batch_size, accumulate=accumulate)
     _check_stopping("make_fit", mode, patience)
     sign = 1 if mode == "min" else -1
@@ -290,6 +301,7 @@ def evaluate(
     Raises:
       ValueError: `batch_size` below 1, data that is empty or disagrees about the number of examples.
     """
+    _check.function("evaluate", loss_fn=loss_fn)
     _check.positive("evaluate", batch_size=batch_size)
     return _evaluation(loss_fn, batch_size)(params, model_state, data, layouts=Layouts((), _compat.layouts(data)))
 
@@ -362,6 +374,10 @@ def fit(
         the indices of its examples and the path of the first array that is not finite.
       MemoryError: the data are larger than what is free on the device; before anything is copied.
     """
+    _check.function("fit", loss_fn=loss_fn)
+    _check.optimizer("fit", optimizer)
+    if not isinstance(state, TrainState):
+        raise TypeError(f"fit: state must be a TrainState, as from init_state, got {type(state).__name__}")
     _check.positive("fit", epochs=epochs, batch_size=batch_size, accumulate=accumulate)
     _check_stopping("fit", mode, patience)
     if patience is not None and validation_data is None:

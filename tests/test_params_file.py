@@ -82,7 +82,7 @@ def test_what_cannot_be_saved_as_it_is_is_refused_and_leaves_the_file_of_before(
         ([{"3": jnp.ones(1)}], "names without dots"),
         ([], "an empty list at ''"),
         ([{"w": 1.0}], "got float at '0.w'"),
-        ([{"w": jax.random.key(0)}], "lists and dicts of arrays expected"),
+        ([{"w": jax.random.key(0)}], "params of lists, dicts and arrays expected"),
     ):
         with pytest.raises(TypeError, match=message):
             params_file.save(tmp_path / "p", wrong)

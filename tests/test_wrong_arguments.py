@@ -1,0 +1,420 @@
+"""Every public function is given wrong arguments of each kind: the error is of one class, and its text names them."""
+
+import inspect
+import re
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fcfunc
+from fcfunc import checkpoint, data, losses, mlp, norms, ops, params_file, sharding, testing, train
+
+FAST = {f"testing.{name}": {"only": ("oracle",)} for name in ("check_vjp", "assert_vjp")}
+UNCHECKED = {
+    "_fwd": "the halves of a rule are given what the whole has checked",
+    "_bwd": "the halves of a rule are given what the whole has checked",
+    "digits": "takes nothing",
+}
+"""Public functions that take no wrong argument, or say that they check none."""
+
+X, W, B = np.ones((4, 3), np.float32), np.ones((3, 5), np.float32), np.ones(5, np.float32)
+LABELS, MASK, ROWS = np.array([0, 1, 2, 0]), np.ones(4, bool), np.ones(4, np.float32)
+KEY = jax.random.key(0)
+PARAMS = fcfunc.init(KEY, [3, 8, 8, 5])
+NORMED = fcfunc.init(KEY, [3, 8, 5], norm="batch_norm")
+STATE = fcfunc.init_batch_norm_state(NORMED)
+OPTIMIZER = optax.sgd(0.1)
+TRAIN_STATE = train.init_state(PARAMS, OPTIMIZER, KEY)
+DATA = (X, LABELS.astype(np.int32))
+MESH = sharding.make_mesh(model=2)
+
+
+def loss_fn(params, batch, key):
+    return jnp.mean(losses.softmax_cross_entropy_with_integer_labels(fcfunc.apply(params, batch[0]), batch[1]))
+
+
+def text(_):
+    return "abc", TypeError
+
+
+def nothing(_):
+    return None, TypeError
+
+
+def empty(_):
+    return None, ValueError
+
+
+def integers(a):
+    return a.astype(np.int32), TypeError
+
+
+def complex_numbers(a):
+    return a.astype(np.complex64), TypeError
+
+
+def other_dtype(a):
+    return a.astype(np.float16), TypeError
+
+
+def wider(a):
+    return np.concatenate([a, a[..., :1]], -1), ValueError
+
+
+def floats(a):
+    return a.astype(np.float32), TypeError
+
+
+def column(a):
+    return a[:, None], ValueError
+
+
+def nought(_):
+    return 0, ValueError
+
+
+def fraction(_):
+    return 1.5, ValueError
+
+
+def unknown(_):
+    return "no such name", ValueError
+
+
+def above(_):
+    return 1.5, ValueError
+
+
+def below(_):
+    return -0.5, ValueError
+
+
+def word(_):
+    return "abc", (TypeError, ValueError)
+
+
+def seven(_):
+    return 7, (TypeError, ValueError)
+
+
+ALONE = [text, nothing, integers, complex_numbers]
+TOGETHER = [*ALONE, other_dtype, wider]
+LABELLED = [text, floats, column]
+MASKED = [text, integers, wider]
+WEIGHED = [text, integers, wider]
+COUNT = [nought, fraction, word]
+NUMBER = [word]
+KEYED = [text, nothing, seven]
+
+CALLS = {
+    **{f"activations.{name}": ({"x": X}, {"x": ALONE}) for name in ("relu", "silu", "sigmoid", "softplus", "tanh")},
+    "activations.elu": ({"x": X, "alpha": 1.0}, {"x": ALONE, "alpha": NUMBER}),
+    "activations.gelu": ({"x": X, "approximate": True}, {"x": ALONE}),
+    "activations.leaky_relu": ({"x": X, "negative_slope": 0.1}, {"x": ALONE, "negative_slope": NUMBER}),
+    "ops.affine": (
+        {"x": X, "w": W, "b": B, "compute_dtype": None, "out_dtype": None},
+        {"x": TOGETHER, "w": TOGETHER, "b": TOGETHER, "compute_dtype": [word, seven], "out_dtype": [word, seven]},
+    ),
+    "ops.layer": (
+        {"x": X, "w": W, "b": B, "activation": "relu"},
+        {"x": TOGETHER, "w": TOGETHER, "b": TOGETHER, "activation": [unknown, seven]},
+    ),
+    "ops.softmax": ({"x": X, "axis": -1}, {"x": ALONE, "axis": [word, seven]}),
+    "ops.log_softmax": ({"x": X, "axis": -1}, {"x": ALONE, "axis": [word, seven]}),
+    "ops.dropout": ({"x": X, "rate": 0.5, "key": KEY}, {"x": ALONE, "rate": [above, below, word], "key": KEYED}),
+    "norms.layer_norm": (
+        {"x": X, "scale": X[0], "offset": X[0], "eps": 1e-5},
+        {"x": [*ALONE, wider], "scale": TOGETHER, "offset": TOGETHER, "eps": [below, word]},
+    ),
+    "norms.rms_norm": (
+        {"x": X, "scale": X[0], "eps": 1e-5},
+        {"x": [*ALONE, wider], "scale": [*ALONE, wider], "eps": [below, word]},
+    ),
+    "norms.batch_norm": (
+        {"x": X, "scale": X[0], "offset": X[0], "state": {"mean": X[0], "var": X[0]}, "training": True, "decay": 0.9},
+        {
+            "x": [*ALONE, wider],
+            "scale": TOGETHER,
+            "offset": TOGETHER,
+            "state": [text, nothing],
+            "decay": [above, below, word],
+        },
+    ),
+    **{
+        f"losses.{name}": (
+            {arg: X, "labels": LABELS},
+            {arg: [*ALONE], "labels": LABELLED},
+        )
+        for name, arg in (("negative_log_likelihood", "probs"), ("multiclass_svm", "scores"))
+    },
+    "losses.softmax_cross_entropy_with_integer_labels": (
+        {
+            "logits": X,
+            "labels": LABELS,
+            "where": MASK,
+            "weights": ROWS,
+            "class_weights": X[0],
+            "label_smoothing": 0.1,
+            "ignore_index": -1,
+        },
+        {
+            "logits": ALONE,
+            "labels": LABELLED,
+            "where": MASKED,
+            "weights": WEIGHED,
+            "class_weights": WEIGHED,
+            "label_smoothing": [above, below, word],
+            "ignore_index": [word, lambda _: (1.5, TypeError)],
+        },
+    ),
+    "losses.softmax_cross_entropy": (
+        {"logits": X, "targets": X, "where": MASK, "weights": ROWS, "class_weights": X[0], "label_smoothing": 0.1},
+        {
+            "logits": [*ALONE, wider],
+            "targets": [*ALONE, wider],
+            "where": MASKED,
+            "weights": WEIGHED,
+            "class_weights": WEIGHED,
+            "label_smoothing": [above, below, word],
+        },
+    ),
+    "losses.sigmoid_binary_cross_entropy": (
+        {"logits": X, "targets": X, "label_smoothing": 0.1},
+        {
+            "logits": [*ALONE, wider],
+            "targets": [*ALONE, wider],
+            "label_smoothing": [above, below, word],
+        },
+    ),
+    "losses.linear_softmax_cross_entropy": (
+        {"x": X, "w": W, "b": B, "labels": LABELS, "chunk_size": 2, "where": MASK, "weights": ROWS},
+        {
+            "x": TOGETHER,
+            "w": TOGETHER,
+            "b": TOGETHER,
+            "labels": LABELLED,
+            "chunk_size": COUNT,
+            "where": MASKED,
+            "weights": WEIGHED,
+        },
+    ),
+    "losses.squared_error": (
+        {"predictions": X, "targets": X},
+        {"predictions": [*ALONE, wider], "targets": [*ALONE, wider]},
+    ),
+    "losses.l2_penalty": ({"params": PARAMS}, {"params": [word, empty, seven]}),
+    "losses.mean": ({"loss": ROWS, "over": MASK}, {"loss": [text, nothing, wider], "over": [text, nothing, wider]}),
+    "mlp.init": (
+        {"key": KEY, "dims": [3, 4], "norm": None, "param_dtype": "float32"},
+        {"key": KEYED, "dims": [text, nothing, seven], "norm": [unknown], "param_dtype": [word, seven]},
+    ),
+    "mlp.apply": (
+        {"params": PARAMS, "x": X, "activation": "relu", "norm": None, "dropout_rate": 0.0, "compute_dtype": None},
+        {
+            "params": [text, nothing, seven],
+            "x": TOGETHER,
+            "activation": [unknown, seven],
+            "norm": [unknown, seven],
+            "dropout_rate": [above, below, word],
+            "compute_dtype": [word, seven],
+        },
+    ),
+    "mlp.apply_batch_norm": (
+        {"params": NORMED, "state": STATE, "x": X, "training": True},
+        {"params": [text, nothing, seven], "state": [text, nothing, seven], "x": TOGETHER},
+    ),
+    "mlp.init_batch_norm_state": ({"params": NORMED}, {"params": [text, nothing, seven]}),
+    "mlp.stack": ({"params": PARAMS}, {"params": [text, nothing, seven]}),
+    "mlp.unstack": ({"params": PARAMS}, {"params": [text, nothing, seven]}),
+    "train.init_state": (
+        {"params": PARAMS, "optimizer": OPTIMIZER, "key": KEY},
+        {"params": [text, empty], "optimizer": [text, nothing], "key": KEYED},
+    ),
+    "train.make_train_step": (
+        {"loss_fn": loss_fn, "optimizer": OPTIMIZER, "accumulate": 1},
+        {"loss_fn": [text, nothing], "optimizer": [text, nothing], "accumulate": COUNT},
+    ),
+    "train.make_train_epoch": (
+        {"loss_fn": loss_fn, "optimizer": OPTIMIZER, "batch_size": 2, "accumulate": 1},
+        {"loss_fn": [text, nothing], "optimizer": [text, nothing], "batch_size": COUNT, "accumulate": COUNT},
+    ),
+    "train.make_fit": (
+        {
+            "loss_fn": loss_fn,
+            "optimizer": OPTIMIZER,
+            "epochs": 1,
+            "batch_size": 2,
+            "accumulate": 1,
+            "mode": "min",
+            "patience": 1,
+        },
+        {
+            "loss_fn": [text, nothing],
+            "optimizer": [text, nothing],
+            "epochs": COUNT,
+            "batch_size": COUNT,
+            "accumulate": COUNT,
+            "mode": [unknown],
+            "patience": COUNT,
+        },
+    ),
+    "train.fit": (
+        {
+            "loss_fn": loss_fn,
+            "optimizer": OPTIMIZER,
+            "state": TRAIN_STATE,
+            "data": DATA,
+            "epochs": 1,
+            "batch_size": 2,
+            "validation_data": DATA,
+            "monitor": "loss",
+            "mode": "min",
+            "patience": 1,
+            "num_classes": 5,
+            "every": 1,
+            "on_steps": lambda state: None,
+        },
+        {
+            "loss_fn": [text, nothing],
+            "optimizer": [text, nothing],
+            "state": [text, nothing, seven],
+            "data": [word, empty, seven],
+            "epochs": COUNT,
+            "batch_size": COUNT,
+            "validation_data": [word, seven],
+            "monitor": [unknown],
+            "mode": [unknown],
+            "patience": COUNT,
+            "num_classes": COUNT,
+            "every": COUNT,
+        },
+    ),
+    "train.evaluate": (
+        {"loss_fn": loss_fn, "params": PARAMS, "data": DATA, "batch_size": 2},
+        {"loss_fn": [text, nothing], "data": [word, empty, seven], "batch_size": COUNT},
+    ),
+    "data.check_values": (
+        {"data": DATA, "num_classes": 3},
+        {"data": [lambda _: ((X * np.nan, LABELS), ValueError)], "num_classes": COUNT},
+    ),
+    "data.fashion_mnist": ({"folder": None}, {"folder": [lambda _: ("/nowhere", FileNotFoundError), seven]}),
+    **{
+        f"data.{name}": ({"path": None}, {"path": [lambda _: ("/nowhere", FileNotFoundError), nothing, seven]})
+        for name in ("read_idx", "read_npz", "read_csv")
+    },
+    "params_file.load": ({"path": None}, {"path": [lambda _: ("/nowhere", FileNotFoundError), nothing, seven]}),
+    "params_file.save": (
+        {"path": None, "params": PARAMS, "config": None},
+        {"path": [nothing, seven], "params": [text, nothing, seven], "config": [lambda _: (print, TypeError)]},
+    ),
+    "data.split": (
+        {"data": X, "fractions": [0.5, 0.5], "seed": 0},
+        {"data": [word, empty, seven], "fractions": [word, seven, nothing], "seed": [word, lambda _: (1.5, TypeError)]},
+    ),
+    "data.standardizer": ({"x": X}, {"x": [text, nothing]}),
+    "checkpoint.save": (
+        {"folder": None, "state": TRAIN_STATE, "keep": 3, "score": 0.5},
+        {"folder": [nothing, seven], "state": [text, nothing, seven], "keep": COUNT, "score": [word]},
+    ),
+    "checkpoint.restore": (
+        {"folder": None, "like": TRAIN_STATE, "step": None},
+        {"folder": [lambda _: ("/nowhere", FileNotFoundError), nothing, seven], "step": [word]},
+    ),
+    "checkpoint.steps": ({"folder": None}, {"folder": [nothing, seven]}),
+    "sharding.make_mesh": (
+        {"data": 2, "model": 2, "devices": jax.devices()[:4]},
+        {"data": [*COUNT], "model": [*COUNT]},
+    ),
+    "sharding.param_specs": (
+        {"params": PARAMS, "mesh": MESH, "mode": "fsdp", "whole": ("classes",)},
+        {"params": [text, nothing], "mesh": [text, nothing], "mode": [unknown, nothing, seven], "whole": [seven]},
+    ),
+    "sharding.logical_specs": (
+        {"axes": [jax.P("embed", "mlp")], "tree": [np.ones((8, 8))], "mesh": MESH, "rules": [("embed", "data")]},
+        {"axes": [empty, seven], "tree": [empty], "mesh": [text, nothing], "rules": [seven, word]},
+    ),
+    "sharding.shard": (
+        {"tree": PARAMS, "specs": sharding.param_specs(PARAMS, MESH, "data"), "mesh": MESH},
+        {"specs": [text, nothing, seven], "mesh": [text, nothing]},
+    ),
+    "sharding.global_batch": (
+        {"local": X, "mesh": MESH, "axis": "data"},
+        {"local": [word, empty, seven], "mesh": [text, nothing], "axis": [unknown, seven]},
+    ),
+    "testing.check_vjp": (
+        {"fun": ops.relu, "args": (X,), "fast": True, "seed": 0, "dtype": "float32"},
+        {"fun": [text, nothing], "args": [seven, nothing], "dtype": [word, seven], "seed": [word]},
+    ),
+    "testing.assert_vjp": ({"fun": ops.relu, "args": (X,), "fast": True}, {"fun": [text, nothing], "args": [seven]}),
+    "testing.worst_relative_error": (
+        {"fun": ops.relu, "reference": fcfunc.reference.relu, "args": (X,), "key": KEY},
+        {"fun": [text, nothing], "reference": [text, nothing], "key": KEYED},
+    ),
+}
+"""Of each public function: right arguments by name, and which of them are made wrong in which ways."""
+
+MODULES = {
+    m.__name__.rpartition(".")[2]: m for m in (
+        fcfunc.activations, checkpoint, data, losses, mlp, norms, ops, params_file, sharding, testing, train
+    )
+}  # fmt: skip
+
+
+def public_functions():
+    """Each public function once, by the first module that has it."""
+    found = {}
+    for name, module in MODULES.items():
+        for attribute in module.__all__:
+            function = getattr(module, attribute)
+            if inspect.isfunction(function) and not attribute.endswith(("_fwd", "_bwd")):
+                found.setdefault(function, f"{name}.{attribute}")
+    return found
+
+
+def test_every_public_function_is_in_the_table():
+    called = {getattr(MODULES[name.split(".")[0]], name.split(".")[1]) for name in CALLS}
+    missing = [name for function, name in public_functions().items() if function not in called]
+    assert [name for name in missing if name.split(".")[1] not in UNCHECKED] == []
+    modules = {name for name in fcfunc.__all__ if isinstance(getattr(fcfunc, name), types.ModuleType)}
+    assert modules - MODULES.keys() == {"cross_entropy", "large_output", "reference"}  # in losses; checks nothing
+
+
+def cases():
+    for name, (right, wrong) in CALLS.items():
+        for argument, ways in wrong.items():
+            for way in ways:
+                value, error = way(right[argument])
+                kind = way.__name__.strip("<>")
+                yield pytest.param(name, right, argument, value, error, id=f"{name}-{argument}-{kind}")
+
+
+def call(name, arguments, tmp_path):
+    module, function = name.split(".")
+    given = {k: tmp_path / "file" if k in ("path", "folder") and v is None else v for k, v in arguments.items()}
+    function = getattr(MODULES[module], function)
+    positional = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    keywords = {k: v for k, v in given.items() if k not in positional}
+    return function(*[given[p] for p in positional if p in given], **keywords)
+
+
+@pytest.mark.parametrize(("name", "right", "argument", "value", "error"), list(cases()))
+def test_a_wrong_argument_is_an_error_that_names_it(name, right, argument, value, error, tmp_path):
+    arguments = {**right, argument: value}
+    if argument in ("path", "folder") and value is None:
+        arguments[argument] = 3.5  # None stands for a file of the test
+    with pytest.raises(error) as caught:
+        call(name, arguments, tmp_path)
+    assert type(caught.value) in (TypeError, ValueError, FileNotFoundError)
+    said = str(caught.value)
+    assert re.search(rf"\b{argument}\b", said) or (isinstance(value, str) and value in said), said
+
+
+@pytest.mark.parametrize("name", [n for n, (right, _) in CALLS.items() if not {"path", "folder"} & right.keys()])
+def test_the_right_arguments_are_none(name, tmp_path):
+    call(
+        name, CALLS[name][0] if name.split(".")[0] != "testing" else {**CALLS[name][0], **FAST.get(name, {})}, tmp_path
+    )
