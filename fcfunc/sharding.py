@@ -103,6 +103,7 @@ def param_specs(params: Any, mesh: Mesh, mode: str | Rules, *, whole: str | Sequ
     Raises:
       ValueError: an unknown mode; a rule with an axis that the mesh or the network has not; a width that the mesh axis
         does not divide and no other rule for that mesh axis makes good: nothing is left whole that a mode divides.
+      TypeError: params, a mesh or rules of another kind.
 
     Example:
       >>> from fcfunc import init

@@ -329,7 +329,7 @@ def test_what_cannot_be_divided_is_an_error_that_names_layer_width_and_axis():
     mixed = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Explicit))
     with pytest.raises(ValueError, match=r"all Explicit or all Auto"):
         sharding.shard(params, P(), mixed)
-    with pytest.raises(ValueError, match=r"logical_specs"):
+    with pytest.raises(TypeError, match=r"for another tree take logical_specs"):
         sharding.param_specs({"w": np.zeros((2, 2))}, mesh, "data")
     with pytest.raises(ValueError, match=r"\['x'\]: the width 5 of \[5, 2\].*'data' of 2"):
         sharding.shard({"x": np.zeros((5, 2))}, P("data"), mesh)
