@@ -2,13 +2,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: train test bench lint clean
+.PHONY: train test test-lowest bench lint dist clean
 
 train: $(STAMP)
 	@$(BIN)/python -m examples.train_classifier $(ARGS)
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest $(ARGS)
+
+# With the oldest release of each dependency that pyproject.toml allows.
+test-lowest: $(STAMP)
+	@$(BIN)/python -m tests.lowest > .venv/lowest.txt
+	@$(PYTHON) -m venv .venv-lowest
+	@.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv/lowest.txt --editable ".[dev]"
+	@.venv-lowest/bin/python -m pytest $(ARGS)
 
 bench: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --editable ".[bench]"
@@ -19,8 +26,14 @@ lint: $(STAMP)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
 
+# The same bytes from the same commit: nothing of the time or of the machine is in them.
+dist: $(STAMP)
+	@rm -rf dist
+	@SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m build --outdir dist . > /dev/null
+	@cd dist && sha256sum *
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-lowest dist runs
 
 # Installed once: the stamp is newer than pyproject.toml until the requirements change.
 $(STAMP): pyproject.toml

@@ -218,7 +218,7 @@ def run(argv: list[str]) -> int:
         main(args)
         return 0
     except Terminated as e:
-        if args.process_id in (None, 0):
+        if not where or where.endswith(" 0)"):
             print(e, file=sys.stderr, flush=True)
         return TERMINATED
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as e:

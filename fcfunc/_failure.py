@@ -58,8 +58,8 @@ def failed(before: int, state: TrainState, losses) -> bool:
     return not finite or bad > skips(state) - before
 
 
-def _probe_update(grads, state, params=None):
-    return jax.tree.map(jnp.zeros_like, grads), _finite(grads)
+def _probe_update(updates, state, params=None):
+    return jax.tree.map(jnp.zeros_like, updates), _finite(updates)
 
 
 PROBE = optax.GradientTransformation(lambda params: jax.tree.map(lambda _: jnp.bool_(True), params), _probe_update)

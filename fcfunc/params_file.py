@@ -50,7 +50,7 @@ def save(path: str | os.PathLike, params: Any, *, config: Any = None) -> None:
     tensors = {name: np.ascontiguousarray(_compat.whole(a)) for name, a in _named(params, "").items()}
     text = json.dumps(_config.plain(config, "params_file.save: config"), sort_keys=True)
     metadata = {"config": text, "sha256": _digest(tensors, text)}
-    content = _library().save(tensors, metadata=metadata)
+    content = _library().numpy.save(tensors, metadata=metadata)
     path = Path(path)
     staged = path.with_name(path.name + ".new")
     try:
@@ -118,7 +118,7 @@ def _library():
         import safetensors.numpy
     except ImportError:
         raise ImportError("params_file: needs safetensors; pip install 'fcfunc[checkpoint]'") from None
-    return safetensors.numpy
+    return safetensors
 
 
 def _digest(tensors: dict[str, np.ndarray], config: str) -> str:

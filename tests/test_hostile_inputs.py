@@ -19,7 +19,7 @@ def test_a_hostile_input_gives_what_the_page_says(row):
 
 def test_the_judge_sees_a_finite_wrong_gradient_and_a_nan_that_stands_in_another_row():
     row = hostile.Row("", "cross-entropy", (hostile.LOGITS, hostile.LABELS))
-    loss, grad = hostile.cross_entropy_truth(*row.args)
+    loss, grad = map(np.asarray, hostile.cross_entropy_truth(*row.args))
     judge = lambda loss, grad, row=row: hostile.outcome(lambda *_: (np.float32(loss), np.float32(grad)), row)
     assert judge(loss, grad) == "right"
     assert judge(loss, grad * 1.001) == "wrong: loss 1.226, gradient finite"

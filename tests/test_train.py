@@ -398,6 +398,20 @@ def test_an_epoch_in_parts_is_the_epoch_and_a_step_of_its_own_leaves_it():
     assert int(middle.position) == 0
 
 
+def test_a_run_repeats_to_the_bit():
+    optimizer, data = optax.adam(1e-2), make_data(50)
+
+    def run():
+        def dropped(params, batch, key):
+            logits = fcfunc.apply(params, batch.x, dropout_rate=0.3, key=key)
+            return jnp.mean(losses.softmax_cross_entropy_with_integer_labels(logits, batch.y))
+
+        state, _ = train.fit(dropped, optimizer, make_state(optimizer), data, epochs=2, batch_size=4)
+        return state.params, train.evaluate(dropped, state.params, data)
+
+    chex.assert_trees_all_equal(run(), run())  # traced and compiled anew: the function is another one
+
+
 def test_what_does_not_fit_a_position_is_refused():
     optimizer, data = optax.sgd(0.1), make_data(50)
     state = make_state(optimizer)._replace(position=jnp.int32(13))
@@ -412,7 +426,8 @@ def test_many_small_fits_compile_once_and_keep_no_array():
     run = lambda: train.fit(
         loss_fn, optimizer, make_state(optimizer), data, epochs=2, batch_size=4, validation_data=data
     )
-    run(), run()
+    for _ in range(2):
+        run()
     listen = lambda event, *_, **__: seen.append(event) if "backend_compile" in event else None
     jax.monitoring.register_event_duration_secs_listener(listen)
     arrays = len(jax.live_arrays())
@@ -437,7 +452,8 @@ def test_the_free_memory_is_that_of_the_machine_or_of_its_container(monkeypatch,
     monkeypatch.setattr(_memory, "CGROUP", tmp_path)
     assert _memory._free() == 4000
     (tmp_path / "memory.max").write_text("max\n")
-    assert 2**20 < _memory._free() < 2**50
+    free = _memory._free()
+    assert free is None or 2**20 < free < 2**50
 
 
 def test_a_loss_per_example_is_refused_with_advice():

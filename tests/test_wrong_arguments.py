@@ -334,7 +334,12 @@ CALLS = {
         {"params": [text, nothing], "mesh": [text, nothing], "mode": [unknown, nothing, seven], "whole": [seven]},
     ),
     "sharding.logical_specs": (
-        {"axes": [jax.P("embed", "mlp")], "tree": [np.ones((8, 8))], "mesh": MESH, "rules": [("embed", "data"), ("mlp", "model")]},
+        {
+            "axes": [jax.P("embed", "mlp")],
+            "tree": [np.ones((8, 8))],
+            "mesh": MESH,
+            "rules": [("embed", "data"), ("mlp", "model")],
+        },
         {"axes": [empty, seven], "tree": [empty], "mesh": [text, nothing], "rules": [seven, word]},
     ),
     "sharding.shard": (

@@ -1,0 +1,48 @@
+"""What importing the package does, and what a release is made of."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+IMPORTS = """
+import sys
+import jax, optax, jax.experimental.multihost_utils
+seen = []
+sys.addaudithook(lambda event, args: seen.append((event, args)) if WATCHED(event, args) else None)
+import fcfunc
+assert not seen, seen
+extras = {"matplotlib", "orbax", "safetensors", "sklearn", "torch", "tqdm", "pytest"}
+assert not extras & sys.modules.keys(), extras & sys.modules.keys()
+from jax._src import xla_bridge
+assert not xla_bridge._backends, "a device was started"
+"""
+
+WATCHED = """
+import os
+def WATCHED(event, args):
+    if event == "open":
+        written = isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+        return bool(written) and "__pycache__" not in str(args[0])
+    return event.startswith(("socket.", "subprocess.", "os.system", "os.exec", "os.fork", "os.remove", "urllib."))
+"""
+
+
+def test_importing_the_package_imports_no_extra_starts_no_device_and_touches_nothing():
+    result = subprocess.run([sys.executable, "-c", WATCHED + IMPORTS], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_watch_over_the_import_sees_a_file_that_is_written(tmp_path):
+    program = WATCHED + IMPORTS.replace("import fcfunc\n", f"import fcfunc\nopen({str(tmp_path / 'f')!r}, 'w')\n")
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 1
+    assert "AssertionError" in result.stderr
+
+
+def test_the_oldest_releases_are_those_of_pyproject():
+    result = subprocess.run([sys.executable, "-m", "tests.lowest"], capture_output=True, text=True, cwd=ROOT)
+    lines = result.stdout.split()
+    assert {"jax==0.10", "jaxlib==0.10", "optax==0.2.8", "chex==0.1.92"} <= set(lines)
+    assert all("==" in line for line in lines)
