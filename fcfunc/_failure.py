@@ -1,5 +1,6 @@
 """What `fcfunc.train.fit` does about a number that is not finite: finds the step, its examples and the first array."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -7,17 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fcfunc._loop import TrainState
+from fcfunc._loop import TrainState, guards, skips
 
 
 class NonFiniteError(FloatingPointError):
-    """A step of `fit` whose loss or whose new parameters are not finite.
+    """A step of `fit` whose loss, or whose new state, is not finite.
 
     Attributes:
       state: the last good one, of before that step; `fit` can go on from it.
       step: how many steps were good: the number of the bad one, counted from 0.
       indices: the examples of its batch, as indices of `data`.
-      leaf: the path of the first array that is not finite, of `grads`, `params`, `model_state` and `loss`.
+      leaf: the path of the first array that is not finite, of `grads`, `params`, `opt_state`, `model_state` and `loss`.
       history: the records of the epochs before.
     """
 
@@ -31,31 +32,38 @@ def copied(state: TrainState) -> TrainState:
     return jax.tree.map(jnp.copy, state)
 
 
+def stands(before: TrainState, state: TrainState, metrics) -> jax.Array:
+    """In a compiled step: whether its loss is finite, or a guard has skipped it."""
+    finite = jnp.isfinite(metrics["loss"])
+    return finite | (skips(state.opt_state) > skips(before.opt_state)) if guards(state.opt_state) else finite
+
+
+def _carried(state: TrainState) -> dict:
+    return {"params": state.params, "opt_state": state.opt_state, "model_state": state.model_state}
+
+
 @jax.jit
 def _finite(tree):
     """Of each array of a tree, whether it is finite."""
     return jax.tree.map(lambda a: jnp.all(jnp.isfinite(a)) if jnp.issubdtype(a.dtype, jnp.inexact) else True, tree)
 
 
-def _is_guard(node) -> bool:
-    return isinstance(node, optax.ApplyIfFiniteState)
+def watched(state: TrainState) -> tuple[bool, ...]:
+    """Which arrays of a state are to stay finite: some optimisers begin with an infinity, as the best loss so far."""
+    return tuple(map(bool, jax.tree.leaves(_finite(_carried(state)))))
 
 
-def skips(state: TrainState) -> int:
-    """How many steps `optax.apply_if_finite` has skipped so far, where it guards the optimiser."""
-    nodes = jax.tree.leaves(state.opt_state, is_leaf=_is_guard)
-    return sum(int(node.total_notfinite) for node in nodes if _is_guard(node))
+@functools.partial(jax.jit, static_argnames="watch")
+def _all_finite(tree, watch):
+    return jnp.all(jnp.array([fine for fine, w in zip(jax.tree.leaves(_finite(tree)), watch, strict=True) if w]))
 
 
-def failed(before: int, state: TrainState, losses) -> bool:
-    """Whether the steps that gave some losses, and before which there were some skips, include one that must not stand.
+def good(state: TrainState, stood, watch: tuple[bool, ...]) -> bool:
+    """Whether some steps may stand: each by itself, and the state after them.
 
-    A loss may be not finite only where a guard skipped the step; parameters never: a guard lets the first step through
-    that exceeds the number it was told to skip.
+    A guard lets the first step through that exceeds the number it was told to skip; that one is no good.
     """
-    bad = int(np.sum(~np.isfinite(np.asarray(losses, np.float64))))
-    finite = all(map(bool, jax.tree.leaves(_finite((state.params, state.model_state)))))
-    return not finite or bad > skips(state) - before
+    return bool(np.all(stood)) and bool(_all_finite(_carried(state), watch))
 
 
 def _probe_update(updates, state, params=None):
@@ -66,21 +74,21 @@ PROBE = optax.GradientTransformation(lambda params: jax.tree.map(lambda _: jnp.b
 """An optimiser that moves nothing, and whose state tells of each gradient whether it is finite."""
 
 
-def replay(take: Callable, state: TrainState, sizes) -> tuple[TrainState, str, float] | None:
+def replay(take: Callable, state: TrainState, sizes, watch) -> tuple[TrainState, str, float] | None:
     """Takes steps again, one at a time: `(the last good state, the first bad leaf, the loss)`, None if all are good.
 
-    `take(optimizer, size, state) -> (state, metrics)` takes one of them, of so many examples; optimizer None is the
-    run's own.
+    `take(optimizer, size, state) -> (state, (metrics, stood))` takes one of them, of so many examples; optimizer None
+    is the run's own.
     """
     for size in sizes:
-        before, skipped = copied(state), skips(state)
-        state, metrics = take(None, size, state)
-        (loss,) = np.asarray(metrics["loss"], np.float64)
-        if failed(skipped, state, loss):
+        before = copied(state)
+        state, (metrics, stood) = take(None, size, state)
+        if not good(state, stood, watch):
             probed = copied(before)._replace(opt_state=PROBE.init(before.params))
-            of = {"grads": take(PROBE, size, probed)[0].opt_state, "params": _finite(state.params)}
-            of |= {"model_state": _finite(state.model_state), "loss": False}
-            paths = (path for path, fine in jax.tree.leaves_with_path(of) if not fine)
+            of = {"grads": take(PROBE, size, probed)[0].opt_state, **_finite(_carried(state)), "loss": False}
+            leaves = jax.tree.leaves_with_path(_carried(state))
+            calm = {path for (path, _), w in zip(leaves, watch, strict=True) if not w}
+            paths = (path for path, fine in jax.tree.leaves_with_path(of) if not fine and path not in calm)
             first = min(paths, key=lambda path: list(of).index(path[0].key))
-            return before, first[0].key + jax.tree_util.keystr(first[1:]), float(loss)
+            return before, first[0].key + jax.tree_util.keystr(first[1:]), float(metrics["loss"][0])
     return None

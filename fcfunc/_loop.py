@@ -24,8 +24,9 @@ class TrainState(NamedTuple):
       key: the run's random key. It never changes: each step and each epoch derives its own by `fold_in(key, step)`, so
         that a run resumed from a saved state goes on exactly as it would have.
       model_state: what the loss carries from step to step besides the parameters; without leaves where it is nothing.
-      position: how many steps of the current epoch were taken, an int32 scalar; 0 between epochs. A step that belongs
-        to no epoch, of `make_train_step`, leaves the one it meets: the next begins anew.
+      position: how many examples of the current epoch were taken, an int32 scalar; 0 between epochs. A step that
+        belongs to no epoch, of `make_train_step`, leaves the one it meets: the next begins anew.
+      began: the step at which the current epoch began, an int32 scalar; its order is drawn by it.
     """
 
     params: Any
@@ -34,6 +35,7 @@ class TrainState(NamedTuple):
     key: jax.Array
     model_state: Any = ()
     position: Any = np.zeros((), np.int32)
+    began: Any = np.zeros((), np.int32)
 
 
 class Layouts(NamedTuple):
@@ -43,22 +45,31 @@ class Layouts(NamedTuple):
     data: tuple
 
 
+class _Same:
+    """A key that is equal to that of the very same object, and keeps it alive."""
+
+    def __init__(self, it):
+        self.it = it
+
+    def __hash__(self):
+        return id(self.it)
+
+    def __eq__(self, other):
+        return isinstance(other, _Same) and self.it is other.it
+
+
 def remembered(make: Callable) -> Callable:
-    """`make`, which gives the program of before where it is called alike; some are kept, and freed with what they hold.
+    """`make`, which gives the program of before where it is called with the same objects; the last 32 are kept.
 
     The compiler's own memory of a function lasts as long as the function: a program made anew would be compiled anew.
     """
-    cached = functools.lru_cache(maxsize=32)(make)
 
-    @functools.wraps(make)
-    def call(*args):
-        try:
-            hash(args)
-        except TypeError:  # a loss function may be an object that cannot be a key
-            return make(*args)
-        return cached(*args)
+    @functools.lru_cache(maxsize=32)
+    def cached(*args):
+        return make(*(a.it if isinstance(a, _Same) else a for a in args))
 
-    return call
+    # By identity: a callable object, or a method, may be equal to one that computes another loss, or have no hash.
+    return functools.wraps(make)(lambda *args: cached(*(a if isinstance(a, int) else _Same(a) for a in args)))
 
 
 def compiled(fun: Callable) -> Callable:
@@ -116,10 +127,25 @@ def take_step(loss_fn, optimizer, state, batch, accumulate, layouts):
             grads, state.opt_state, state.params, value=loss, grad=grads, value_fn=value_fn
         )
         params = optax.apply_updates(state.params, updates)
-    new = TrainState(params, opt_state, state.step + 1, state.key, model_state, state.position)
+    new = state._replace(params=params, opt_state=opt_state, step=state.step + 1, model_state=model_state)
+    if guards(opt_state):  # what belongs to a step that was skipped is left as it was, the parameters and this
+        skipped = skips(opt_state) > skips(state.opt_state)
+        kept = jax.tree.map(lambda a, b: jnp.where(skipped, a, b), state.model_state, model_state)
+        new = new._replace(model_state=kept)
     if layouts is not None:
         new = _compat.each(_compat.constrained, new, layouts.state)
     return new, {"loss": loss, **metrics}
+
+
+def guards(opt_state) -> list[optax.ApplyIfFiniteState]:
+    """The states of `optax.apply_if_finite`, where it guards an optimiser."""
+    is_guard = lambda node: isinstance(node, optax.ApplyIfFiniteState)  # noqa: E731
+    return [node for node in jax.tree.leaves(opt_state, is_leaf=is_guard) if is_guard(node)]
+
+
+def skips(opt_state):
+    """How many steps the guards have skipped so far."""
+    return sum(guard.total_notfinite for guard in guards(opt_state))
 
 
 def loss_and_metrics(loss_fn, params, batch, key, model_state):
@@ -153,35 +179,35 @@ def _check_same_kind(before, after) -> None:
         raise ValueError(f"loss_fn must return a model_state like the one it was given, {kinds[0]}, got {kinds[1]}")
 
 
-def take_epoch(where, loss_fn, optimizer, state, data, batch_size, accumulate, layouts, some=None, report=None):
-    """Every example once, in an order drawn from the state's key and step; `report(step)` is called after each step.
+def take_epoch(where, loss_fn, optimizer, state, data, batch_size, accumulate, layouts, some=None, after=None):
+    """Every example once, in an order drawn from the state's key and step.
 
     `some`: only so many examples, of whole batches or to the epoch's end, from the state's position in its epoch on.
+    `after(before, state, metrics)` gives what is returned of each step besides its metrics.
     """
     n = count(where, data, batch_size)
     check_shares(f"{where}: batches", batch_size, layouts, accumulate)
     if some is None:
         state = state._replace(position=jnp.zeros((), jnp.int32))
-    order = order_from(state, n, batch_size, n if some is None else some)
+    state = state._replace(began=jnp.where(state.position == 0, state.step, state.began))
+    order = order_from(state, n, n if some is None else some)
 
-    def step(state, indices):
+    def step(before, indices):
         parts = accumulate if len(indices) == batch_size else 1
-        state, metrics = take_step(loss_fn, optimizer, state, take(data, indices, layouts), parts, layouts)
-        if report is not None:
-            report(state.step)
-        return state, metrics
+        state, metrics = take_step(loss_fn, optimizer, before, take(data, indices, layouts), parts, layouts)
+        return state, metrics if after is None else (metrics, after(before, state, metrics))
 
-    taken = state.position + len(batch_sizes(len(order), batch_size))
+    position = (state.position + len(order)) % n
     state, metrics = over_batches(step, state, order, batch_size)
-    return state._replace(position=taken % len(batch_sizes(n, batch_size))), metrics
+    return state._replace(position=position), metrics
 
 
-def order_from(state: TrainState, n: int, batch_size: int, some: int) -> jax.Array:
+def order_from(state: TrainState, n: int, some: int) -> jax.Array:
     """The next examples of the state's epoch of n, as indices."""
     _, order_key = jax.random.split(state.key)
-    key = jax.random.fold_in(order_key, state.step - state.position)
     with jax.named_scope("order"):
-        return permutation(key, n, state.position * batch_size + jnp.arange(some, dtype=jnp.int32))
+        places = state.position + jnp.arange(some, dtype=jnp.int32)
+        return permutation(jax.random.fold_in(order_key, state.began), n, places)
 
 
 def over_batches(step, carry, indices, batch_size):

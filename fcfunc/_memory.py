@@ -15,18 +15,25 @@ def check_fits(where: str, **trees: Any) -> None:
     What lies on a device already is not copied. Where the system does not tell what is free, nothing is checked.
     """
     sizes = {
-        name: sum(np.asarray(a).nbytes for a in jax.tree.leaves(tree) if not isinstance(a, jax.Array))
+        name: sum(np.size(a) * jax.dtypes.canonicalize_dtype(np.asarray(a).dtype).itemsize for a in _of_host(tree))
         for name, tree in trees.items()
     }
-    free = _free()
+    if not any(sizes.values()):
+        return
+    device = jax.config.jax_default_device or jax.local_devices()[0]
+    device = device if isinstance(device, jax.Device) else jax.local_devices(backend=device)[0]
+    free = _free(device)
     if free is not None and sum(sizes.values()) > free:
         parts = " and ".join(f"{name} of {size / 1e9:.2f} GB" for name, size in sizes.items() if size)
-        raise MemoryError(f"{where}: {parts} to copy, and {free / 1e9:.2f} GB are free on {jax.devices()[0]}")
+        raise MemoryError(f"{where}: {parts} to copy, and {free / 1e9:.2f} GB are free on {device}")
 
 
-def _free() -> int | None:
-    """The bytes that are free on the default device."""
-    device = jax.devices()[0]
+def _of_host(tree) -> list:
+    return [a for a in jax.tree.leaves(tree) if not isinstance(a, jax.Array)]
+
+
+def _free(device: jax.Device) -> int | None:
+    """The bytes that are free on a device of this process."""
     if device.platform != "cpu":
         stats = device.memory_stats() or {}
         return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None
@@ -35,8 +42,9 @@ def _free() -> int | None:
         free = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None  # not Linux
-    try:  # a container may be allowed less than the machine has
-        limit, used = ((CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
-        return min(free, int(limit) - int(used))
-    except (OSError, ValueError):
+    try:  # a container may be allowed less than the machine has; what it has cached of files is given back
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        return min(free, limit - used + int(stat["inactive_file"]))
+    except (OSError, KeyError, ValueError):
         return free

@@ -25,7 +25,7 @@ import numpy as np
 import optax
 
 from fcfunc import _check, _compat
-from fcfunc._failure import NonFiniteError, copied, failed, replay, skips
+from fcfunc._failure import NonFiniteError, copied, good, replay, stands, watched
 from fcfunc._loop import (
     Layouts,
     TrainState,
@@ -85,7 +85,7 @@ def init_state(
         _check.array("init_state", **{f"params{jax.tree_util.keystr(path)}": leaf})
     with _compat.on_mesh_of(params):
         opt_state = optimizer.init(params)
-    state = TrainState(params, opt_state, jnp.zeros((), jnp.int32), key, model_state, jnp.zeros((), jnp.int32))
+    state = TrainState(params, opt_state, jnp.int32(0), key, model_state, jnp.int32(0), jnp.int32(0))
     return beside(jax.tree.map(jnp.copy, state), state.params)
 
 
@@ -275,8 +275,12 @@ def _part(loss_fn, optimizer, batch_size, accumulate, some):
     """Some of an epoch's examples, as `fit` takes them."""
 
     def train_part(state, data, address=None, layouts=None):
-        tell = None if address is None else functools.partial(report, address)
-        return take_epoch("fit", loss_fn, optimizer, state, data, batch_size, accumulate, layouts, some, tell)
+        def after(before, state, metrics):
+            if address is not None:
+                report(address, state.step)
+            return stands(before, state, metrics)
+
+        return take_epoch("fit", loss_fn, optimizer, state, data, batch_size, accumulate, layouts, some, after)
 
     return compiled(train_part)
 
@@ -329,12 +333,13 @@ def fit(
     """Trains for a number of epochs: the loop a person would otherwise write.
 
     Before anything runs, the values of the data are checked on the host: every real number finite, and with
-    `num_classes` every integer array of one axis within `[0, num_classes)`. A step whose loss, or whose new parameters,
-    are not finite ends the run with the last good state; for that a copy of the state is kept of where the epoch, or
+    `num_classes` every integer array of one axis within `[0, num_classes)`. A step whose loss, or whose new state,
+    is not finite ends the run with the last good state; for that a copy of the state is kept of where the epoch, or
     the last `every` steps, began. To skip such steps instead, up to k in a row, guard the optimiser:
     `optax.apply_if_finite(optimizer, k)`. The step that optax would let through after them ends the run.
 
-    Called again with the same function, optimiser and shapes, it compiles nothing.
+    Called again with the same function, optimiser and shapes, it compiles nothing: what `loss_fn` captures is as it was
+    at the first call. The programs of the last functions are kept, with what they capture.
 
     Args:
       loss_fn: `(params, batch, key) -> loss` or `-> (loss, metrics)`.
@@ -351,13 +356,15 @@ def fit(
       mode: "min" where less of it is better, "max" where more is.
       patience: stop after this many epochs in a row without a better one, and return the best epoch's parameters and
         model state (the rest of the state is the last epoch's). None: run to the end and return the last epoch's.
+        It counts from the first epoch of this call: a run that goes on knows nothing of the epochs before.
       num_classes: the number of classes, where the labels are to be checked.
       on_epoch: called with the state and the epoch's record, to log or to save. The next epoch donates that state's
         buffers: copy what is to be kept.
       every: call `on_steps` after so many steps of an epoch, and at its end; the epoch is then a program for so many
         steps, called several times.
       on_steps: called with the state, to save a run whose epochs take long; as for `on_epoch`. A run that was
-        interrupted and goes on from such a state takes the very steps that it would have taken.
+        interrupted and goes on from such a state, with the same `batch_size`, `accumulate` and `every`, takes the very
+        steps that it would have taken.
       progress: show a progress bar (needs tqdm, the extra `progress`). It moves some five times a second within an
         epoch, by reports that the compiled epoch sends every so many steps; where several processes share a mesh,
         after each epoch.
@@ -370,8 +377,8 @@ def fit(
       ValueError: an option out of range, data that is empty, smaller than a batch, not finite or wrongly labelled;
         `patience` without `validation_data`; a `monitor` that is not among the metrics.
       TypeError: `loss_fn` returns something else than a loss or `(loss, metrics)`.
-      NonFiniteError: a loss or a parameter became not finite: a FloatingPointError with the last good state, the step,
-        the indices of its examples and the path of the first array that is not finite.
+      NonFiniteError: a loss or an array of the state became not finite: a FloatingPointError with the last good state,
+        the step, the indices of its examples and the path of the first array that is not finite.
       MemoryError: the data are larger than what is free on the device; before anything is copied.
     """
     _check.function("fit", loss_fn=loss_fn)
@@ -385,13 +392,11 @@ def fit(
     if (every is None) != (on_steps is None):
         raise ValueError("fit: every and on_steps go together: after how many steps, and what is called then")
     n = count("fit", data, batch_size)
-    sizes = batch_sizes(n, batch_size)
     if every is not None:
         _check.positive("fit", every=every)
-    every = every or len(sizes)
-    at = int(state.position)
-    if at >= len(sizes):
-        raise ValueError(f"fit: the state is at step {at} of its epoch, and an epoch of this data has {len(sizes)}")
+    position = int(state.position)
+    if not 0 <= position < n:
+        raise ValueError(f"fit: the state is at example {position} of its epoch, and data has {n} of them")
     check_fits("fit", data=data, validation_data=validation_data)
     check_values(data, num_classes=num_classes, name="data")
     data = jax.tree.map(jnp.asarray, data)
@@ -402,51 +407,36 @@ def fit(
         _check_metrics("fit", eval_fn or loss_fn, state, validation_data, None, monitor)
     _check_metrics("fit", loss_fn, state, data, state.key, None)
 
-    bar: Any = ProgressBar(epochs, len(sizes), int(state.step) - at) if progress else contextlib.nullcontext()
-    # The processes that share a program would not agree on how often to report.
-    reports = progress and jax.process_count() == 1
+    def take_some(optimizer_, count, state, **address):
+        return _part(loss_fn, optimizer_ or optimizer, batch_size, accumulate, int(count))(state, data, **address)
 
-    def take_sizes(optimizer_, sizes_, state, **address):
-        part = _part(loss_fn, optimizer_ or optimizer, batch_size, accumulate, int(np.sum(sizes_)))
-        return part(state, data, **address)
-
-    state = copied(state)
+    steps = len(batch_sizes(n, batch_size))
+    state, watch = copied(state), watched(state)
     history, best_model, waited = [], {}, 0
     sign = 1 if mode == "min" else -1
     best = math.inf
-    with bar:
+    with ProgressBar(epochs, steps, int(state.step)) if progress else contextlib.nullcontext() as bar:
         for epoch in range(1, epochs + 1):
-            start, first, parts = time.perf_counter(), at, []
-            while at < len(sizes):
-                end = min(at - at % every + every, len(sizes))
-                good, skipped = copied(state), skips(state)
-                state, metrics = take_sizes(
-                    None, sizes[at:end], state, **({"address": bar.address()} if reports else {})
-                )
-                if failed(skipped, state, metrics["loss"]):
-                    raise _non_finite(
-                        epoch, replay(take_sizes, copied(good), sizes[at:end]), good, n, batch_size, history
-                    )
-                parts.append(jax.tree.map(lambda m: np.asarray(m, np.float64), metrics))
-                at = end
+            start, parts = time.perf_counter(), []
+            for sizes in _parts(n, position, batch_size, every):
+                before = copied(state)
+                # The processes that share a program would not agree on how often to report.
+                address = {"address": bar.address()} if bar and jax.process_count() == 1 else {}
+                state, (metrics, stood) = take_some(None, sizes.sum(), state, **address)
+                if not good(state, stood, watch):
+                    found = replay(take_some, copied(before), sizes, watch)
+                    raise _non_finite(epoch, found, before, n, batch_size, history)
+                parts.append((jax.tree.map(np.asarray, metrics), sizes))
                 if on_steps is not None:
                     on_steps(state)
-            record: dict[str, float] = {"epoch": epoch, "step": int(state.step)}
-            for name in parts[0]:
-                values, weights = np.concatenate([part[name] for part in parts]), sizes[first:]
-                counted = (
-                    np.isfinite(values) if skips(state) else np.full(len(values), True)
-                )  # a guard has skipped some
-                record[name] = (
-                    float(np.average(values[counted], weights=weights[counted])) if any(counted) else math.nan
-                )
-            at = 0
+            position = 0
+            record: dict[str, float] = {"epoch": epoch, "step": int(state.step), **_means_of_parts(parts)}
             if validation_data is not None:
                 scores = evaluate(eval_fn or loss_fn, state.params, validation_data, model_state=state.model_state)
                 record |= {f"validation_{name}": float(m) for name, m in scores.items()}
             record["seconds"] = time.perf_counter() - start
             history.append(record)
-            if progress:
+            if bar:
                 bar.show(record)
             if on_epoch is not None:
                 on_epoch(state, record)
@@ -462,6 +452,24 @@ def fit(
     return state._replace(**best_model), history
 
 
+def _parts(n: int, position: int, batch_size: int, every: int | None):
+    """The sizes of the batches of an epoch from a position on, cut after each `every` steps from its beginning."""
+    sizes = batch_sizes(n - position, batch_size)
+    first = -(-position // batch_size)
+    cuts = [i for i in range(1, len(sizes)) if every and (first + i) % every == 0]
+    return np.split(sizes, cuts)
+
+
+def _means_of_parts(parts) -> dict[str, float]:
+    """The means of metrics over the examples of an epoch, but for steps that a guard has skipped."""
+    metrics = jax.tree.map(lambda *m: np.concatenate([np.asarray(a, np.float64) for a in m]), *[m for m, _ in parts])
+    sizes = np.concatenate([sizes for _, sizes in parts])
+    taken = np.isfinite(metrics["loss"])  # the others were skipped, or the run would have ended
+    if not taken.any():
+        return dict.fromkeys(metrics, math.nan)
+    return {name: float(np.average(m[taken], weights=sizes[taken])) for name, m in metrics.items()}
+
+
 def _non_finite(epoch, found, good, n, batch_size, history):
     """The error of a run that is to end."""
     if found is None:  # taken one by one the steps are another program, whose last bits may differ
@@ -471,10 +479,11 @@ def _non_finite(epoch, found, good, n, batch_size, history):
         return NonFiniteError(message, good, int(good.step), np.arange(0), "loss", history)
     state, leaf, loss = found
     step, position = int(state.step), int(state.position)
-    indices = np.asarray(order_from(state, n, batch_size, min(batch_size, n - position * batch_size)))
+    began = jnp.where(state.position == 0, state.step, state.began)
+    indices = np.asarray(order_from(state._replace(began=began), n, min(batch_size, n - position)))
     shown = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
     message = (
-        f"fit: {leaf} was not finite at step {step} (step {position} of epoch {epoch}), with a loss of {loss:.6g} on "
+        f"fit: {leaf} was not finite at step {step} (epoch {epoch}), with a loss of {loss:.6g} on "
         f"the examples {shown}; the exception's state is of before this step; try a lower learning rate"
     )
     return NonFiniteError(message, state, step, indices, leaf, history)

@@ -175,7 +175,10 @@ def test_the_users_npz_is_learned_as_a_regression_in_its_own_unit(run, tmp_path)
         (["--batch-size", "5000"], r"at least 5000 examples \(one batch\) expected, got 1258"),
         (["--learning-rate", "-1"], "argument --learning-rate: above 0 .* expected, got -1"),
         (["--learning-rate", "nan"], "argument --learning-rate: above 0"),
-        (["--learning-rate", "1e30"], r"grads\[0\]\['b'\] was not finite at step \d+ .* epoch 1\).*; try a lower learning rate"),
+        (
+            ["--learning-rate", "1e30"],
+            r"grads\[0\]\['b'\] was not finite at step \d+ .* epoch 1\).*; try a lower learning rate",
+        ),
         (["--out", "blocked"], "--out blocked: a file is in the way"),
         (["--epochs", "1", "--out", "half"], "half/history.jsonl: a folder is in the way"),
     ],
