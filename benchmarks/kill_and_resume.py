@@ -56,7 +56,7 @@ def killed_and_resumed(folder: Path, moment: float) -> tuple[int, bool, dict[str
     process.kill()
     process.communicate()
     steps = checkpoint.steps(folder)
-    saving = any(d.name.isdigit() and int(d.name) not in steps for d in folder.iterdir()) if folder.is_dir() else False
+    saving = any(folder.glob(".*.unfinished"))
     finished(start(folder, *(["--resume"] if steps else [])))
     return steps[-1] if steps else 0, saving, digest(folder)
 

@@ -93,7 +93,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     steps = -(-len(training[1]) // args.batch_size)
     optimizer = optax.sgd(optax.cosine_decay_schedule(args.learning_rate, args.epochs * steps), momentum=0.9)
     state = train.init_state(params, optimizer, jax.random.fold_in(key, 1))
-    config = {name: getattr(args, name) for name in ("data", "epochs", "batch_size", "learning_rate", "seed")}
+    config = {
+        name: getattr(args, name) for name in ("data", "epochs", "batch_size", "accumulate", "learning_rate", "seed")
+    }
     config["dims"] = dims
     if args.resume:
         saved = checkpoint.restore(args.out, state)
@@ -135,8 +137,9 @@ def launch(args: argparse.Namespace, argv: list[str]) -> int:
         s.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{s.getsockname()[1]}"
     command = [sys.executable, "-m", "examples.train_distributed", *argv, "--coordinator", coordinator]
-    children = [subprocess.Popen([*command, "--process-id", str(i)]) for i in range(args.processes)]
+    children: list[subprocess.Popen] = []
     signal.signal(signal.SIGTERM, lambda *_: [child.terminate() for child in children])
+    children += [subprocess.Popen([*command, "--process-id", str(i)]) for i in range(args.processes)]
     try:
         while all(child.poll() in (None, 0) for child in children) and any(child.poll() is None for child in children):
             time.sleep(0.05)
@@ -180,7 +183,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--save-every",
         type=int,
         metavar="STEPS",
-        help="save within an epoch too, after so many steps (default: at its end)",
+        help="save within an epoch too, and look for SIGTERM, after so many steps (default: at its end)",
     )
     add("--resume", action="store_true", help="go on from the last checkpoint")
     add("--processes", type=int, default=1, help="processes; they are started here unless --process-id is given")
@@ -221,7 +224,7 @@ def run(argv: list[str]) -> int:
         if not where or where.endswith(" 0)"):
             print(e, file=sys.stderr, flush=True)
         return TERMINATED
-    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as e:
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError, MemoryError) as e:
         message = " ".join(str(e).split()) or type(e).__name__
     except RuntimeError as e:  # what a collective raises when a connection breaks
         message, status = f"another process was lost, or a device failed: {' '.join(str(e).split())[:160]}", LOST

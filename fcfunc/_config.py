@@ -1,18 +1,24 @@
 """The configuration that is saved beside arrays: plain data, held against an allow-list when it is read."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 
-def plain(value: Any, where: str) -> Any:
-    """`value` as JSON gives it back; TypeError where it is anything but plain data."""
-    if value is None or isinstance(value, bool | int | float | str):
+def plain(value: Any, where: str, depth: int = 0) -> Any:
+    """`value` as JSON gives it back; TypeError where it is anything but plain data that any reader can hold."""
+    if depth > 32:
+        raise TypeError(f"{where[:80]}...: plain data of at most 32 levels expected")
+    if value is None or isinstance(value, bool | str):
+        return value
+    if (isinstance(value, int) and -(2**63) <= value < 2**63) or (isinstance(value, float) and math.isfinite(value)):
         return value
     if isinstance(value, list | tuple):
-        return [plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
+        return [plain(v, f"{where}[{i}]", depth + 1) for i, v in enumerate(value)]
     if isinstance(value, dict) and all(isinstance(k, str) for k in value):
-        return {k: plain(v, f"{where}[{k!r}]") for k, v in value.items()}
-    raise TypeError(f"{where}: plain data expected, got {value!r:.80}")
+        return {k: plain(v, f"{where}[{k!r}]", depth + 1) for k, v in value.items()}
+    shown = f"{value!r:.80}" if not isinstance(value, int) else "an integer of more than 64 bits"
+    raise TypeError(f"{where}: plain data expected, with finite numbers of 64 bits, got {shown}")
 
 
 def check_allowed(where: str, config: Any, allowed: Mapping[str, Any] | None) -> None:

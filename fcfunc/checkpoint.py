@@ -53,7 +53,7 @@ def save(folder: Any, state: Any, *, config: Any = None, keep: int = 3, score: f
 
     Args:
       folder: for the checkpoints of one run, on a file system that all processes share; made where it is not there.
-        What a killed save left in it is removed.
+        One run at a time writes to it: what a killed save left in it (`.<step>.unfinished`) is removed.
       state: a `TrainState`, or any tree with a `step` and of arrays and random keys.
       config: what made the run, of dicts with text keys, lists, text, numbers, booleans and None.
       keep: so many of the last checkpoints are kept.
@@ -65,7 +65,7 @@ def save(folder: Any, state: Any, *, config: Any = None, keep: int = 3, score: f
     Raises:
       TypeError: a config that is no such data, a state without a step, an array whose dtype JAX would narrow.
       ValueError: `keep` below 1, a score that is not finite, a step below 0, or not above those that the folder holds
-        (the very same state again is no error).
+        (the same arrays and config again are no error).
       OSError: it cannot be written, naming the checkpoint; those that were in the folder before are as they were.
     """
     _check.positive("checkpoint.save", keep=keep)
@@ -86,26 +86,32 @@ def save(folder: Any, state: Any, *, config: Any = None, keep: int = 3, score: f
         "config": _config.plain(config, "checkpoint.save: config"),
     }
     folder = _local(folder)
-    where = folder / str(step)
+    where, unfinished = folder / str(step), folder / f".{step}.unfinished"
     last = max(steps(folder), default=-1)
-    if step == last and _without_files(_manifest(where)) == manifest:
+    if step == last and _identity(_manifest(where)) == _identity(manifest):
         return where
     if step <= last:
         raise ValueError(f"checkpoint.save: {folder} holds step {last}, and this is step {step}; take another folder")
     first = jax.process_index() == 0
-    with _error_names(where):
+    with _error_names(where, unfinished):
+        if where.exists():
+            raise FileExistsError("something else of that name is there")
         if first:
             folder.mkdir(parents=True, exist_ok=True)
-            _remove_unfinished(folder)
-            where.mkdir()
+            for left in folder.glob(".*.unfinished"):
+                shutil.rmtree(left)
+            unfinished.mkdir()
         _together(f"{where} begins")
         with _orbax() as (ocp, checkpointer):
             full = {name: a for name, a in arrays.items() if a.size}  # orbax refuses empty arrays
-            checkpointer.save(where / ARRAYS, args=ocp.args.StandardSave(full))
+            checkpointer.save(unfinished / ARRAYS, args=ocp.args.StandardSave(full))
         if first:
-            _write(where / MANIFEST, manifest | {"files": _files(where)})
-            _remove(folder, keep)
-        _together(f"{where} is whole")
+            _write(unfinished / MANIFEST, _bytes(manifest | {"files": _files(unfinished, kept=True)}))
+            os.rename(unfinished, where)
+            _sync(folder)
+    if first:
+        _remove(folder, keep)
+    _together(f"{where} is whole")
     return where
 
 
@@ -148,12 +154,13 @@ def restore(folder: Any, like: Any, *, step: int | None = None, allowed: Mapping
         full = {
             name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for name, a in arrays.items() if a.size
         }
-        restored = {name: jnp.zeros(a.shape, a.dtype) for name, a in arrays.items() if not a.size}
-        try:
-            with _orbax() as (ocp, checkpointer):
+        empty = {name: jnp.zeros(a.shape, a.dtype) for name, a in arrays.items() if not a.size}
+        restored = {name: jax.device_put(a, arrays[name].sharding) for name, a in empty.items()}
+        with _orbax() as (ocp, checkpointer):
+            try:
                 restored |= checkpointer.restore(where / ARRAYS, args=ocp.args.StandardRestore(full))
-        except Exception as e:  # what the files' libraries raise on damaged files is not listed anywhere
-            raise ValueError(f"{where}: damaged; its arrays cannot be read ({_first_line(e)})") from None
+            except (ValueError, KeyError, TypeError) as e:
+                raise ValueError(f"{where}: its arrays cannot be read ({_first_line(e)})") from None
         for name, a in restored.items():
             if _sha256(a) != manifest["arrays"][name]["sha256"]:
                 raise ValueError(f"{where}: damaged; {name} is not as it was saved (its SHA-256 differs)")
@@ -194,13 +201,13 @@ def _orbax():
 
 
 @contextlib.contextmanager
-def _error_names(where: Path):
-    """Whatever fails while writing is an OSError that names the checkpoint, and what was written of it is removed."""
+def _error_names(where: Path, unfinished: Path):
+    """Whatever fails while writing is an OSError that names the checkpoint; what was written of it is removed."""
     try:
         yield
     except Exception as e:
-        if jax.process_index() == 0 and _is_unfinished(where):
-            shutil.rmtree(where, ignore_errors=True)
+        if jax.process_index() == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
         raise OSError(f"{where}: cannot be written; it is no checkpoint ({_first_line(e)})") from e
 
 
@@ -217,61 +224,90 @@ def _together(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
-def _files(where: Path) -> dict[str, dict]:
-    """The size and SHA-256 of every file of a checkpoint, by its path."""
+def _files(where: Path, *, kept: bool = False) -> dict[str, dict]:
+    """The size and SHA-256 of every file of a checkpoint, by its path; `kept`: once they are on the disk."""
     found = {}
     for path in sorted(p for p in (where / ARRAYS).rglob("*") if p.is_file()):
         with open(path, "rb") as f:
-            digest = hashlib.file_digest(f, "sha256").hexdigest()
-        found[path.relative_to(where).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
+            found[path.relative_to(where).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256_of(f)}
+            if kept:
+                os.fsync(f.fileno())
     return found
 
 
 def _check_files(where: Path, expected: dict[str, dict]) -> None:
     """Before any of them is read by a library."""
+    there = {p.relative_to(where).as_posix() for p in (where / ARRAYS).rglob("*") if p.is_file()}
+    for name in sorted(expected.keys() ^ there):
+        what = "the file is missing" if name in expected else "the file was not saved with it"
+        raise ValueError(f"{where / name}: damaged; {what}")
     for name, file in expected.items():
         path = where / name
-        if not path.is_file():
-            raise ValueError(f"{path}: damaged; the file is missing")
         if path.stat().st_size != file["bytes"]:
             raise ValueError(f"{path}: damaged; {file['bytes']} bytes expected, found {path.stat().st_size}")
         with open(path, "rb") as f:
-            if hashlib.file_digest(f, "sha256").hexdigest() != file["sha256"]:
+            if _sha256_of(f) != file["sha256"]:
                 raise ValueError(f"{path}: damaged; its bytes are not those that were saved (its SHA-256 differs)")
 
 
-def _write(path: Path, manifest: dict) -> None:
-    """In place whole or not at all: what makes a checkpoint of its folder."""
-    staged = path.with_name(path.name + ".new")
-    with open(staged, "wb") as f:
-        f.write(_bytes(manifest))
+def _sha256_of(file) -> str:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(path: Path, content: bytes) -> None:
+    with open(path, "wb") as f:
+        f.write(content)
         f.flush()
         os.fsync(f.fileno())
-    os.replace(staged, path)
+
+
+def _sync(folder: Path) -> None:
+    """Has the disk keep the names in a folder, where the system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _bytes(manifest: dict) -> bytes:
-    text = json.dumps(manifest, sort_keys=True, indent=1)
-    return f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}\n".encode()
+    body = json.dumps(manifest, sort_keys=True, indent=1).encode()
+    return hashlib.sha256(body).hexdigest().encode() + b"\n" + body
 
 
 def _manifest(where: Path) -> dict:
     path = where / MANIFEST
-    raw = path.read_bytes()
-    try:
-        manifest = json.loads(raw.partition(b"\n")[2])
-        newer, whole = manifest["format"] > FORMAT, raw == _bytes(manifest)
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise ValueError(f"{path}: damaged; it cannot be read ({_first_line(e)})") from None
-    if not whole:
+    digest, _, body = path.read_bytes().partition(b"\n")
+    if hashlib.sha256(body).hexdigest().encode() != digest:
         raise ValueError(f"{path}: damaged; its bytes are not those that were saved (its SHA-256 differs)")
-    if newer:
+    try:
+        manifest = json.loads(body)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path}: damaged; it cannot be read ({_first_line(e)})") from None
+    kinds = {"format": int, "step": int, "devices": int, "keys": dict, "arrays": dict, "files": dict}
+    if isinstance(manifest, dict) and type(manifest.get("format")) is int and manifest["format"] > FORMAT:
         raise ValueError(f"{path}: of format {manifest['format']}, which a newer fcfunc reads; this one reads {FORMAT}")
+    if (
+        not isinstance(manifest, dict)
+        or not {"config", "score", *kinds} <= manifest.keys()
+        or any(type(manifest[name]) is not kind for name, kind in kinds.items())
+        or not all(
+            isinstance(a, dict) and {"shape", "dtype", "sha256"} <= a.keys() for a in manifest["arrays"].values()
+        )
+        or not all(isinstance(f, dict) and {"bytes", "sha256"} <= f.keys() for f in manifest["files"].values())
+        or manifest["format"] != FORMAT
+        or not isinstance(manifest["score"], float | None)
+    ):
+        raise ValueError(f"{path}: damaged; it is no manifest of format {FORMAT}")
+    if str(manifest["step"]) != where.name:
+        raise ValueError(f"{path}: is of step {manifest['step']}; its folder was renamed")
     return manifest
 
 
-def _without_files(manifest: dict) -> dict:
-    return {name: value for name, value in manifest.items() if name != "files"}
+def _identity(manifest: dict) -> str:
+    """What makes two checkpoints of one step the same: not where they were saved, nor how good they are."""
+    return json.dumps({name: manifest[name] for name in ("keys", "arrays", "config")}, sort_keys=True)
 
 
 def _check_alike(where: Path, manifest: dict, arrays: dict, keys: dict) -> None:
@@ -293,27 +329,18 @@ def _check_alike(where: Path, manifest: dict, arrays: dict, keys: dict) -> None:
 def _remove(folder: Path, keep: int) -> None:
     scores: dict[int, Any] = {}
     for step in steps(folder):
-        with contextlib.suppress(ValueError):  # a damaged one is left for a person to look at
+        with contextlib.suppress(ValueError, OSError):  # a damaged one is left for a person to look at
             scores[step] = _manifest(folder / str(step))["score"]
     scored = [step for step in scores if scores[step] is not None]
     best = max(scored, key=lambda step: (scores[step], step), default=None)
     for step in sorted(scores)[:-keep]:
-        if step != best:
-            (folder / str(step) / MANIFEST).unlink()  # from here on it is no checkpoint, however the rest goes
-            shutil.rmtree(folder / str(step))
-
-
-def _remove_unfinished(folder: Path) -> None:
-    """What killed saves and removals have left, and nothing else."""
-    for d in folder.iterdir():
-        if _is_unfinished(d):
-            shutil.rmtree(d)
-
-
-def _is_unfinished(d: Path) -> bool:
-    if not _is_step(d) or (d / MANIFEST).exists():
-        return False
-    return all(path.name.startswith((ARRAYS, MANIFEST)) for path in d.iterdir())
+        if step != best and not (folder / str(step)).is_symlink():
+            removed = folder / f".{step}.unfinished"
+            try:
+                os.rename(folder / str(step), removed)  # from here on it is no checkpoint, however the rest goes
+                shutil.rmtree(removed)
+            except OSError as e:
+                warnings.warn(f"checkpoint.save: {folder / str(step)} cannot be removed ({e})", stacklevel=3)
 
 
 def _is_step(d: Path) -> bool:
@@ -345,7 +372,10 @@ def _named(state) -> tuple[dict[str, jax.Array], dict[str, str]]:
     for path, leaf in jax.tree.leaves_with_path(state):
         name, given = _name(path), leaf
         if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-            leaf = jnp.asarray(leaf)
+            try:
+                leaf = jnp.asarray(leaf)
+            except (OverflowError, TypeError, ValueError) as e:
+                raise TypeError(f"checkpoint: {name} is no array that JAX can hold ({_first_line(e)})") from None
             if np.asarray(given).dtype != leaf.dtype and not isinstance(given, bool | int | float):
                 raise TypeError(f"checkpoint: {name} is {np.asarray(given).dtype}, which JAX narrows to {leaf.dtype}")
         if name in arrays:
@@ -373,9 +403,8 @@ def _unnamed(like, arrays: dict) -> Any:
 
 
 def _sha256(a: jax.Array) -> str:
-    """Of the array's bytes, row by row, little-endian; wherever it lies."""
+    """Of the array's bytes, row by row; wherever it lies."""
     host = np.ascontiguousarray(_compat.whole(a))
-    host = host if host.dtype.byteorder != ">" else host.astype(host.dtype.newbyteorder("<"))
     return hashlib.sha256(host.reshape(-1).view(np.uint8)).hexdigest()  # type: ignore[arg-type]
 
 

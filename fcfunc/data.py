@@ -1,18 +1,21 @@
 """Data sets in memory: readers that refuse bad files, a split, and a standardiser.
 
-A reader looks at a file's kind, size and header before it takes memory, and takes at most `max_bytes`. What it
-refuses is a ValueError (a FileNotFoundError where there is no file) that names the file and what is wrong with it.
+A reader looks at a file's kind, size and header before it takes memory, and refuses arrays, or a file, of more than
+`max_bytes`; while it reads it takes up to three times that, `read_csv` up to twenty times where cells are short. What
+it refuses is a ValueError (a FileNotFoundError where there is no file) that names the file and what is wrong with it.
 Nothing is unpickled. All arrays are NumPy's; `fcfunc.train` puts them on the device.
 """
 
+import array
 import csv
 import gzip
+import itertools
 import math
 import os
 import re
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -40,6 +43,12 @@ MAX_BYTES = 2**31
 FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"  # where Debian's dataset-fashion-mnist puts it
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 MAX_AXES = 32
+MEMBERS = 10_000
+"""The most arrays that an NPZ file may hold."""
+MEMBER_BYTES = 2**20
+"""What an NPZ file may be larger than its arrays: names, headers, the directory."""
+UNPACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""What NumPy writes; zipfile bounds the memory of no other method by what a member says of its size."""
 IDX_DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
 
@@ -153,14 +162,25 @@ def read_npz(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> dict[str
       ValueError: it is no NPZ file, holds anything but arrays of numbers, is damaged or too large.
     """
     path = regular_file(path)
+    size = path.stat().st_size
+    if size > max_bytes + MEMBER_BYTES:
+        raise ValueError(f"{path}: {size} bytes, more than the {max_bytes} allowed")
+    arrays: dict[str, np.ndarray] = {}
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
             total = sum(m.file_size for m in members)
-            if total > max_bytes:
-                raise ValueError(f"{path}: {total} bytes when unpacked, more than the {max_bytes} allowed")
-            arrays = {m.filename.removesuffix(".npy"): _read_npy(path, archive, m) for m in members}
-    except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError, OSError) as e:
+            if total > max_bytes or len(members) > MEMBERS:
+                raise ValueError(
+                    f"{path}: {len(members)} arrays, {total} bytes when unpacked, more than the {max_bytes} allowed "
+                    f"(or than {MEMBERS} arrays)"
+                )
+            for member in members:
+                name = member.filename.removesuffix(".npy")
+                if name in arrays:
+                    raise ValueError(f"{path}: two arrays are called {name!r}")
+                arrays[name] = _read_npy(path, archive, member)
+    except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError, UnicodeError, OSError) as e:
         raise ValueError(f"{path}: not a whole NPZ file ({e})") from None
     if not arrays:
         raise ValueError(f"{path}: holds no array")
@@ -171,8 +191,8 @@ def read_csv(path: str | os.PathLike, *, target: str | None = None, max_bytes: i
     """Features and a target from a CSV file.
 
     The first row is taken as a header if one of its cells but the target's is no number. Every feature must be a finite
-    number. A target of whole numbers is read as int32, of other numbers as float32; of texts, as the indices of
-    the sorted texts.
+    number. A target of whole numbers of at most nine digits is read as int32, of other numbers as float32; of texts, as
+    the indices of the sorted texts.
 
     Args:
       path: the file, UTF-8, comma-separated.
@@ -192,38 +212,47 @@ def read_csv(path: str | os.PathLike, *, target: str | None = None, max_bytes: i
     if size > max_bytes:
         raise ValueError(f"{path}: {size} bytes, more than the {max_bytes} allowed")
     try:
-        with open(path, encoding="utf-8-sig", newline="") as f:
-            reader = csv.reader(f, strict=True)
-            rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
+        rows = _rows(path)
+        first = next(rows, None)
+        if first is None:
+            raise ValueError(f"{path}: empty")
+        _, cells = first
+        width = len(cells)
+        if width < 2:
+            raise ValueError(f"{path}: at least two columns expected, features and a target, got {width}")
+        has_header = any(_number(cell) is None for cell in cells[:-1])
+        header = cells if has_header else [f"column {i + 1}" for i in range(width)]
+        if target is not None and target not in header:
+            raise ValueError(f"{path}: no column {target!r}; the header has {', '.join(header)}")
+        if target is not None and header.count(target) > 1:
+            raise ValueError(f"{path}: {header.count(target)} columns are called {target!r}")
+        at = width - 1 if target is None else header.index(target)
+        features = [name for i, name in enumerate(header) if i != at]
+        numbers, targets = array.array("f"), []
+        for line, cells in rows if has_header else itertools.chain([first], rows):
+            if len(cells) != width:
+                raise ValueError(f"{path}, line {line}: {width} cells expected, got {len(cells)}")
+            targets.append(cells.pop(at))
+            for name, cell in zip(features, cells, strict=True):
+                number = _number(cell)
+                if number is None or not abs(number) <= FLOAT32_MAX:
+                    raise ValueError(f"{path}, line {line}, {name}: a finite number expected, got {cell[:40]!r}")
+                numbers.append(number)
     except (UnicodeDecodeError, csv.Error) as e:
         raise ValueError(f"{path}: not a CSV file in UTF-8 ({e})") from None
-    if not rows:
-        raise ValueError(f"{path}: empty")
-    width = len(rows[0][1])
-    if width < 2:
-        raise ValueError(f"{path}: at least two columns expected, features and a target, got {width}")
-    has_header = any(_number(cell) is None for cell in rows[0][1][:-1])
-    header = rows[0][1] if has_header else [f"column {i + 1}" for i in range(width)]
-    rows = rows[has_header:]
-    if not rows:
+    if not targets:
         raise ValueError(f"{path}: a header and no rows")
-    if target is not None and target not in header:
-        raise ValueError(f"{path}: no column {target!r}; the header has {', '.join(header)}")
-    if target is not None and header.count(target) > 1:
-        raise ValueError(f"{path}: {header.count(target)} columns are called {target!r}")
-    at = width - 1 if target is None else header.index(target)
-    features = [name for i, name in enumerate(header) if i != at]
-    x = np.empty((len(rows), width - 1), np.float32)
-    for i, (line, cells) in enumerate(rows):
-        if len(cells) != width:
-            raise ValueError(f"{path}, line {line}: {width} cells expected, got {len(cells)}")
-        for j, cell in enumerate(cells[:at] + cells[at + 1 :]):
-            number = _number(cell)
-            if number is None or not abs(number) <= FLOAT32_MAX:
-                raise ValueError(f"{path}, line {line}, {features[j]}: a finite number expected, got {cell[:40]!r}")
-            x[i, j] = number
-    y, classes = _target(path, [line for line, _ in rows], [cells[at] for _, cells in rows])
-    return Table(x, y, features, classes)
+    y, classes = _target(path, targets, has_header)
+    return Table(np.array(numbers, np.float32).reshape(-1, width - 1), y, features, classes)
+
+
+def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a CSV file with the line that each ends in; empty lines are none."""
+    with open(path, encoding="utf-8-sig", newline="") as f:
+        reader = csv.reader(f, strict=True)
+        for row in reader:
+            if row:
+                yield reader.line_num, [cell.strip() for cell in row]
 
 
 def split(data: Any, fractions: Sequence[float], *, seed: int) -> tuple[Any, ...]:
@@ -302,18 +331,18 @@ def check_values(data: Any, *, num_classes: int | None = None, name: str = "data
     if num_classes is not None:
         _check.positive("check_values", num_classes=num_classes)
     parts = [(path, start, part) for path, leaf in jax.tree.leaves_with_path(data) for start, part in _here(leaf)]
-    for path, start, array in parts:
+    for path, start, a in parts:
         where = f"{name}{jax.tree_util.keystr(path)}"
-        if jnp.issubdtype(array.dtype, jnp.inexact):  # NumPy's own test does not know bfloat16
-            bad, expected = ~np.isfinite(array), "finite numbers"
-        elif num_classes is not None and array.ndim == 1 and np.issubdtype(array.dtype, np.integer):
-            bad, expected = (array < 0) | (array >= num_classes), f"labels in [0, {num_classes})"
+        if jnp.issubdtype(a.dtype, jnp.inexact):  # NumPy's own test does not know bfloat16
+            bad, expected = ~np.isfinite(a), "finite numbers"
+        elif num_classes is not None and a.ndim == 1 and np.issubdtype(a.dtype, np.integer):
+            bad, expected = (a < 0) | (a >= num_classes), f"labels in [0, {num_classes})"
         else:
             continue
         if bad.any():
             at = tuple(int(i) for i in np.argwhere(bad)[0])
             shown = ", ".join(str(i + first) for i, first in zip(at, start, strict=True))
-            raise ValueError(f"{where}[{shown}]: {expected} expected, got {array[at]}")
+            raise ValueError(f"{where}[{shown}]: {expected} expected, got {a[at]}")
 
 
 def _here(leaf) -> list[tuple[tuple[int, ...], np.ndarray]]:
@@ -368,6 +397,8 @@ def _counted(shape) -> int:
 def _read_npy(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
     """One array of an archive; its header is held against the member's size before memory is taken."""
     where = f"{path}, {member.filename}"
+    if member.compress_type not in UNPACKED:
+        raise ValueError(f"{where}: packed by another method than NumPy's, {member.compress_type}")
     try:
         with archive.open(member) as f:
             version = np.lib.format.read_magic(f)
@@ -377,14 +408,21 @@ def _read_npy(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> 
             }
             shape, _, dtype = read_header[version](f)
             size, there = math.prod(shape) * dtype.itemsize, member.file_size - f.tell()
+    except MemoryError:
+        raise
     except Exception as e:  # NumPy reads the header with ast and tokenize, whose errors are many
         raise ValueError(f"{where}: not an array in NPY format ({type(e).__name__})") from None
     if dtype.kind not in "biufc":
         raise ValueError(f"{where}: an array of numbers expected, got dtype {dtype}")
-    if min(shape, default=0) < 0 or size != there or _counted(shape) * dtype.itemsize > 2**62:
+    if not all(type(d) is int and d >= 0 for d in shape) or len(shape) > MAX_AXES:
+        raise ValueError(f"{where}: the header claims an impossible shape, {list(shape)!s:.80}")
+    if size != there or _counted(shape) * dtype.itemsize > 2**62:
         raise ValueError(f"{where}: the header claims {list(shape)} of {dtype}, {size} bytes, and {there} follow")
-    with archive.open(member) as f:
-        return np.lib.format.read_array(f, allow_pickle=False)
+    try:
+        with archive.open(member) as f:
+            return np.lib.format.read_array(f, allow_pickle=False)
+    except ValueError as e:
+        raise ValueError(f"{where}: {e}") from None
 
 
 def _number(cell: str) -> float | None:
@@ -395,15 +433,16 @@ def _number(cell: str) -> float | None:
         return None
 
 
-def _target(path: Path, lines: list[int], cells: list[str]) -> tuple[np.ndarray, list[str] | None]:
+def _target(path: Path, cells: list[str], has_header: bool) -> tuple[np.ndarray, list[str] | None]:
     numbers = [_number(cell) for cell in cells]
     if all(number is None for number in numbers):
         classes = sorted(set(cells))
         index = {name: i for i, name in enumerate(classes)}
         return np.array([index[cell] for cell in cells], np.int32), classes
-    for line, cell, number in zip(lines, cells, numbers, strict=True):
+    for i, number in enumerate(numbers):
         if number is None or not abs(number) <= FLOAT32_MAX:
-            raise ValueError(f"{path}, line {line}: a finite number expected as the target, got {cell[:40]!r}")
+            line, _ = next(itertools.islice(_rows(path), i + has_header, None))
+            raise ValueError(f"{path}, line {line}: a finite number expected as the target, got {cells[i][:40]!r}")
     if all(re.fullmatch(r"[+-]?\d{1,9}", cell) for cell in cells):
         return np.array([int(cell) for cell in cells], np.int32), None
     return np.array(numbers, np.float32), None

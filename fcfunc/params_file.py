@@ -7,6 +7,7 @@ the file, and runs nothing. Added are the SHA-256 of every array and of the conf
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,17 @@ from fcfunc.data import MAX_BYTES, regular_file
 
 __all__ = ["load", "save"]
 
-HEADER_BYTES = 10**7
-"""The longest header that is read: the library would parse ten times as much."""
+HEADER_BYTES = 2**20
+"""The longest header that is read: some ten thousand arrays. The library would parse a hundred times as much."""
+
+LEVELS = 64
+"""The longest way to an array."""
+
+DTYPES = (
+    *("bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"),
+    *("float16", "bfloat16", "float32", "float64"),
+)
+"""What is saved: what NumPy and the library both know."""
 
 
 def save(path: str | os.PathLike, params: Any, *, config: Any = None) -> None:
@@ -35,7 +45,8 @@ def save(path: str | os.PathLike, params: Any, *, config: Any = None) -> None:
 
     Raises:
       ImportError: safetensors is not installed (the extra `checkpoint`).
-      TypeError: params of anything else, or a config that is no such data.
+      TypeError: params of anything else, of a dtype that JAX would narrow or the file cannot hold, or a config that is
+        no such data.
       OSError: the file cannot be written; what was there before is as it was.
 
     Example:
@@ -47,20 +58,23 @@ def save(path: str | os.PathLike, params: Any, *, config: Any = None) -> None:
       ([{'b': (3,), 'w': (2, 3)}], {'activation': 'relu'})
     """
     _check.path("params_file.save", path=path)
-    tensors = {name: np.ascontiguousarray(_compat.whole(a)) for name, a in _named(params, "").items()}
+    if isinstance(params, jax.Array | np.ndarray):
+        raise TypeError("params_file.save: params of lists, dicts and arrays expected, got an array without a name")
+    tensors = {name: _host(name, a) for name, a in _named(params, "").items()}
     text = json.dumps(_config.plain(config, "params_file.save: config"), sort_keys=True)
     metadata = {"config": text, "sha256": _digest(tensors, text)}
     content = _library().numpy.save(tensors, metadata=metadata)
-    path = Path(path)
-    staged = path.with_name(path.name + ".new")
-    try:
-        with open(staged, "wb") as f:
+    path = Path(path).resolve()  # a link stays one
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as f:
+        try:
             f.write(content)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)
+            os.chmod(f.name, 0o666 & ~_umask())
+            os.replace(f.name, path)
+        except BaseException:
+            os.unlink(f.name)
+            raise
 
 
 def load(
@@ -72,7 +86,7 @@ def load(
       path: the file.
       allowed: which entries the configuration may have, and of each the values: a type, or a tuple of types and values;
         `fcfunc.mlp.CONFIG` for a network of this library. None: any plain data.
-      max_bytes: the largest file that is accepted. No more memory than twice that is taken.
+      max_bytes: the largest file that is accepted. Memory is taken for two copies of it, and some kB for each array.
 
     Returns:
       `(params, config)`: lists and dicts of arrays as they were saved, and the configuration, None where the file has
@@ -99,6 +113,8 @@ def load(
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
     except Exception as e:  # the library's own, and what NumPy says to a dtype that it does not know
         raise ValueError(f"{path}: not a whole safetensors file ({type(e).__name__}: {e!s:.200})") from None
+    if any(name.count(".") >= LEVELS for name in tensors):
+        raise ValueError(f"{path}: an array whose name has more than {LEVELS} parts")
     text = metadata.get("config", "null")
     if "sha256" in metadata and metadata["sha256"] != _digest(tensors, text):
         raise ValueError(f"{path}: damaged; its arrays are not those that were saved (the SHA-256 differs)")
@@ -121,6 +137,22 @@ def _library():
     return safetensors
 
 
+def _umask() -> int:
+    os.umask(mask := os.umask(0))
+    return mask
+
+
+def _host(name: str, a) -> np.ndarray:
+    """On the host, as it will be read back."""
+    host = np.ascontiguousarray(_compat.whole(a)).reshape(np.shape(a))
+    host = host.astype(host.dtype.newbyteorder("="))
+    if host.dtype.name not in DTYPES:
+        raise TypeError(f"params_file.save: {name} is {host.dtype}, and may be {', '.join(DTYPES)}")
+    if jax.dtypes.canonicalize_dtype(host.dtype) != host.dtype:
+        raise TypeError(f"params_file.save: {name} is {host.dtype}, which JAX narrows; cast it, or set jax_enable_x64")
+    return host
+
+
 def _digest(tensors: dict[str, np.ndarray], config: str) -> str:
     digest = hashlib.sha256(config.encode())
     for name in sorted(tensors):
@@ -132,12 +164,15 @@ def _digest(tensors: dict[str, np.ndarray], config: str) -> str:
 
 def _named(tree: Any, prefix: str) -> dict[str, Any]:
     """The arrays of lists and dicts by the way to each."""
-    if isinstance(tree, list | tuple) and type(tree) in (list, tuple):
+    if prefix.count(".") >= LEVELS:
+        raise TypeError(f"params_file.save: params of at most {LEVELS} levels expected")
+    if type(tree) is list:
         nodes = {str(i): node for i, node in enumerate(tree)}
     elif type(tree) is dict:
         nodes = tree
         for name in nodes:
-            if not isinstance(name, str) or not name or "." in name or name.isdigit():
+            wrong = not isinstance(name, str) or not name.isprintable() or name in ("", "__metadata__")
+            if wrong or "." in name or name.isdigit():
                 raise TypeError(
                     f"params_file.save: names without dots, and not of digits alone, expected, got {name!r}"
                 )

@@ -159,17 +159,82 @@ def test_a_file_that_is_cut_off_or_missing_is_named_and_the_damaged_checkpoint_s
     assert checkpoint.steps(tmp_path) == [2, 4]  # the damaged one is for a person to look at
 
 
-def test_what_killed_saves_left_is_ignored_and_removed_by_the_next(tmp_path):
+def test_what_killed_saves_left_is_ignored_and_removed_by_the_next_and_nothing_else(tmp_path):
     checkpoint.save(tmp_path, moved(make_state(), 1))
-    for name in ("2", "3", "4"):
+    for name in (".2.unfinished", ".3.unfinished"):
         shutil.copytree(tmp_path / "1", tmp_path / name)
-        (tmp_path / name / checkpoint.MANIFEST).unlink()
-    (tmp_path / "3" / (checkpoint.MANIFEST + ".new")).write_text("half of it")
-    (tmp_path / "4" / checkpoint.ARRAYS).rename(tmp_path / "4" / "arrays.orbax-checkpoint-tmp")
+    (tmp_path / ".3.unfinished" / checkpoint.MANIFEST).unlink()
+    (tmp_path / "4").mkdir()
+    (tmp_path / "2024").mkdir()
+    (tmp_path / "2024" / "arrays_of_mine.npz").write_text("precious")
     assert checkpoint.steps(tmp_path) == [1]
     assert checkpoint.restore(tmp_path, make_state()).step == 1
     checkpoint.save(tmp_path, moved(make_state(), 5))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "5"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2024", "4", "5"]
+    with pytest.raises(OSError, match=r"2024: cannot be written; .*something else of that name is there"):
+        checkpoint.save(tmp_path, moved(make_state(), 2024))
+    assert (tmp_path / "2024" / "arrays_of_mine.npz").read_text() == "precious"
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_a_warning_and_the_new_one_is_whole(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, moved(make_state(), 1))
+    shutil.move(tmp_path / "1", tmp_path / "elsewhere")
+    (tmp_path / "1").symlink_to(tmp_path / "elsewhere")
+    checkpoint.save(tmp_path, moved(make_state(), 2), keep=1)
+    assert checkpoint.steps(tmp_path) == [1, 2]  # what a person has moved is left to that person
+
+    def fails(path, *_, **__):
+        raise PermissionError("in use")
+
+    monkeypatch.setattr(shutil, "rmtree", fails)
+    with pytest.warns(UserWarning, match=r"/2 cannot be removed \(in use\)"):
+        checkpoint.save(tmp_path, moved(make_state(), 3), keep=1)
+    assert checkpoint.restore(tmp_path, make_state()).step == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.pop("files"), "it is no manifest of format 1"),
+        (lambda m: m.pop("config"), "it is no manifest of format 1"),
+        (lambda m: m.update(arrays=[]), "it is no manifest of format 1"),
+        (lambda m: m.update(format=0), "it is no manifest of format 1"),
+        (lambda m: m.update(format=float("nan")), "it is no manifest of format 1"),
+        (lambda m: m.update(score="best"), "it is no manifest of format 1"),
+        (
+            lambda m: m["files"].update({"/etc/hostname": {"bytes": 1, "sha256": ""}}),
+            "/etc/hostname: damaged; the file",
+        ),
+        (lambda m: m["files"].update({"../../x": {"bytes": 1, "sha256": ""}}), "x: damaged; the file is missing"),
+        (lambda m: m["files"].clear(), "damaged; the file was not saved with it"),
+        (lambda m: m.update(step=7), "is of step 7; its folder was renamed"),
+    ],
+)
+def test_a_manifest_that_somebody_wrote_is_held_against_what_is_there(tmp_path, change, message):
+    checkpoint.save(tmp_path, moved(make_state(), 1))
+    path = tmp_path / "1" / checkpoint.MANIFEST
+    manifest = json.loads(path.read_bytes().partition(b"\n")[2])
+    change(manifest)
+    path.write_bytes(checkpoint._bytes(manifest))
+    with pytest.raises(ValueError, match=message):
+        checkpoint.restore(tmp_path, make_state())
+
+
+@pytest.mark.parametrize("config", [float("nan"), float("inf"), 10**5000, json.loads("[" * 40 + "]" * 40)], ids=type)
+def test_a_config_that_no_reader_could_hold_is_refused(tmp_path, config):
+    with pytest.raises(TypeError, match=r"checkpoint.save: config.*: plain data"):
+        checkpoint.save(tmp_path, moved(make_state(), 1), config={"a": config})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_empty_arrays_and_numbers_too_large_are_laid_or_refused(tmp_path):
+    mesh = sharding.make_mesh()
+    empty = jax.device_put(jnp.zeros((0, 8)), jax.NamedSharding(mesh, jax.P(None, "data")))
+    state = train.TrainState({"a": empty}, (), jnp.int32(1), jax.random.key(0))
+    checkpoint.save(tmp_path, state)
+    assert checkpoint.restore(tmp_path, state).state.params["a"].sharding == empty.sharding
+    with pytest.raises(TypeError, match=r"params\['a'\] is no array that JAX can hold"):
+        checkpoint.save(tmp_path, state._replace(params={"a": 2**40}, step=jnp.int32(2)))
 
 
 def test_a_newer_format_is_an_error_that_says_so(tmp_path):
@@ -218,7 +283,7 @@ except OSError as e:
     result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=Path(__file__).parents[1])
     assert result.returncode == 1, result.stderr
     assert f"refused: {folder}/2: cannot be written; it is no checkpoint (" in result.stderr
-    assert sorted(p.name for p in folder.iterdir()) == ["1"]
+    assert checkpoint.steps(folder) == [1]
     assert bits(checkpoint.restore(folder, make_state()).state) == bits(state)
     checkpoint.save(folder, moved(make_state(), 3))
     assert sorted(p.name for p in folder.iterdir()) == ["1", "3"]

@@ -34,9 +34,19 @@ def other_error(path):
     raise KeyError("descr")
 
 
+def no_memory(path):
+    raise MemoryError
+
+
 @pytest.mark.parametrize(
     ("reader", "found"),
-    [(too_large, "returned"), (unnamed, "names no file"), (other_error, "KeyError"), (lambda path: [], "read")],
+    [
+        (too_large, "returned"),
+        (unnamed, "names no file"),
+        (other_error, "KeyError"),
+        (no_memory, "MemoryError"),
+        (lambda path: [], "read"),
+    ],
 )
 def test_the_fuzzer_tells_each_kind_of_failure(reader, found, tmp_path):
     assert found in fuzz.outcome(reader, tmp_path / "file")

@@ -22,12 +22,14 @@ def test_the_judge_sees_a_finite_wrong_gradient_and_a_nan_that_stands_in_another
     loss, grad = map(np.asarray, hostile.cross_entropy_truth(*row.args))
     judge = lambda loss, grad, row=row: hostile.outcome(lambda *_: (np.float32(loss), np.float32(grad)), row)
     assert judge(loss, grad) == "right"
-    assert judge(loss, grad * 1.001) == "wrong: loss 1.226, gradient finite"
-    assert judge(loss * 1.001, grad).startswith("wrong: loss 2.086")
+    assert judge(loss, grad * 1.001) == "wrong: loss 2.083, gradient finite"
+    assert judge(loss * [1, 1.001, 1], grad) == "wrong: loss 1.228, gradient finite"
     nan_loss, nan_grad = loss.copy(), grad.copy()
     nan_loss[1], nan_grad[1] = np.nan, np.nan
-    assert judge(nan_loss, nan_grad) == "NaN and NaN"
-    assert judge(nan_loss, grad) == "wrong: loss nan, gradient finite"
-    assert judge(nan_loss, nan_grad[::-1][[1, 0, 2]]).startswith("wrong: loss nan")
-    undefined = row._replace(truth=hostile.UNDEFINED)
-    assert judge(loss, grad, undefined).startswith("wrong: loss")
+    assert judge(nan_loss, nan_grad) == "wrong: loss nan, gradient not finite"
+    impossible = row._replace(args=(hostile.LOGITS, hostile._labels(-1)))
+    assert judge(nan_loss, nan_grad, impossible) == "NaN and NaN"
+    assert judge(nan_loss, grad, impossible) == "wrong: loss nan, gradient finite"
+    assert judge(nan_loss, nan_grad[[1, 0, 2]], impossible).startswith("wrong")
+    assert judge(nan_loss * [7, 1, 1], nan_grad, impossible).startswith("wrong: loss 14")
+    assert judge(loss, grad, row._replace(truth=hostile.UNDEFINED)) == "wrong: no error, loss [3]"

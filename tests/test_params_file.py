@@ -82,6 +82,12 @@ def test_what_cannot_be_saved_as_it_is_is_refused_and_leaves_the_file_of_before(
         ([{"3": jnp.ones(1)}], "names without dots"),
         ([], "an empty list at ''"),
         ([{"w": 1.0}], "got float at '0.w'"),
+        (({"w": jnp.ones(1)},), "got tuple at ''"),
+        (jnp.ones(1), "got an array without a name"),
+        ([{"__metadata__": jnp.ones(1)}], "names without dots"),
+        ([{"\udc80": jnp.ones(1)}], "names without dots"),
+        ([{"w": np.ones(1)}], r"0\.w is float64, which JAX narrows"),
+        ([{"w": jnp.ones(1, "float8_e4m3fn")}], r"0\.w is float8_e4m3fn, and may be bool"),
         ([{"w": jax.random.key(0)}], "params of lists, dicts and arrays expected"),
     ):
         with pytest.raises(TypeError, match=message):
@@ -92,6 +98,14 @@ def test_what_cannot_be_saved_as_it_is_is_refused_and_leaves_the_file_of_before(
         params_file.save(tmp_path / "nowhere" / "p", PARAMS)
     chex.assert_trees_all_equal(params_file.load(tmp_path / "p")[0], PARAMS)
     assert os.listdir(tmp_path) == ["p"]
+
+
+def test_a_link_stays_one_and_numbers_of_the_other_byte_order_come_back(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "p")
+    params_file.save(tmp_path / "link", [{"w": np.arange(3, dtype=">f4")}])
+    assert (tmp_path / "link").is_symlink()
+    np.testing.assert_array_equal(params_file.load(tmp_path / "p")[0][0]["w"], np.arange(3))
+    assert (tmp_path / "p").stat().st_mode & 0o777 == 0o666 & ~params_file._umask()
 
 
 def header(entries, body=b""):
@@ -114,6 +128,8 @@ def header(entries, body=b""):
         header(
             {"__metadata__": {"config": "{"}, "w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, bytes(4)
         ),
+        header({"." * 5000: {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}),
+        header({"a." * 3000 + "b": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}),
         header({f"{a}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for a in ("0", "0.w")}),
     ],
 )
