@@ -20,8 +20,7 @@ def check_fits(where: str, **trees: Any) -> None:
     }
     if not any(sizes.values()):
         return
-    device = jax.config.jax_default_device or jax.local_devices()[0]
-    device = device if isinstance(device, jax.Device) else jax.local_devices(backend=device)[0]
+    (device,) = jax.device_put(0.0).devices()  # where new arrays go
     free = _free(device)
     if free is not None and sum(sizes.values()) > free:
         parts = " and ".join(f"{name} of {size / 1e9:.2f} GB" for name, size in sizes.items() if size)
@@ -32,7 +31,7 @@ def _of_host(tree) -> list:
     return [a for a in jax.tree.leaves(tree) if not isinstance(a, jax.Array)]
 
 
-def _free(device: jax.Device) -> int | None:
+def _free(device: Any) -> int | None:
     """The bytes that are free on a device of this process."""
     if device.platform != "cpu":
         stats = device.memory_stats() or {}

@@ -495,7 +495,7 @@ def test_a_loss_that_is_an_object_or_a_method_is_compiled_once_and_never_taken_f
             return self.scale * loss_fn(params, batch, key)[0]
 
         __call__ = loss
-        __hash__ = None
+        __hash__ = None  # type: ignore[assignment]
 
     optimizer, data, scaled = optax.sgd(0.1), make_data(48), Scaled()
     options = {"epochs": 3, "batch_size": 4, "every": 3, "on_steps": lambda state: None}
