@@ -99,7 +99,8 @@ def save(folder: Any, state: Any, *, config: Any = None, keep: int = 3, score: f
         if first:
             folder.mkdir(parents=True, exist_ok=True)
             for left in folder.glob(".*.unfinished"):
-                shutil.rmtree(left)
+                if left.name.removeprefix(".").removesuffix(".unfinished").isdigit():
+                    shutil.rmtree(left)
             unfinished.mkdir()
         _together(f"{where} begins")
         with _orbax() as (ocp, checkpointer):
