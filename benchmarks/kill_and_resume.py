@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as root:
         begun, whole = time.monotonic(), Path(root) / "whole"
         process = start(whole)
-        while not checkpoint.steps(whole):
+        while not checkpoint.steps(whole) and process.poll() is None:
             time.sleep(0.005)
         SECONDS["start"] = time.monotonic() - begun
         finished(process)

@@ -68,8 +68,8 @@ NOTES = """
   JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1`) a second process took 1.77 s where it took 2.47 without.
 - No GPU was at hand for these pages: nothing here was measured on one. `python -m benchmarks.accelerator` measures
   bfloat16 networks there as shares of the card's own products, rules beside autodiff, scan beside loop, the two output
-  layers, the dtypes of the products in the compiled program, and what repeating to the bit costs; `pytest -m gpu` runs
-  the tests that only a GPU can answer.
+  layers, the dtypes of the products in the compiled program, and what repeating to the bit costs; `pytest -m gpu -n 0`
+  runs the tests that only a GPU can answer.
 - Images stay bytes on the device until a step uses them: `batch.x.astype(jnp.float32) / 255` in the loss function.
 """
 

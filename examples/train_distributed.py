@@ -8,6 +8,7 @@ last one, on as many devices as there are then. SIGTERM saves and ends with stat
 """
 
 import argparse
+import math
 import os
 import signal
 import socket
@@ -79,7 +80,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     params = jax.jit(make_params, out_shardings=there)(key)
 
     # Every process has read all examples, and takes its own; where each reads a part: sharding.global_batch.
-    whole = len(training[1]) - len(training[1]) % mesh.shape["data"]
+    # As many examples on any usual number of devices: the order of an epoch depends on how many there are.
+    whole = len(training[1]) - len(training[1]) % math.lcm(128, mesh.shape["data"])
     training = sharding.shard(jax.tree.map(lambda a: a[:whole], training), PartitionSpec("data"), mesh)
     test = sharding.shard(test, PartitionSpec("data" if len(test[1]) % mesh.shape["data"] == 0 else None), mesh)
 
@@ -96,7 +98,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     config = {
         name: getattr(args, name) for name in ("data", "epochs", "batch_size", "accumulate", "learning_rate", "seed")
     }
-    config["dims"] = dims
+    config |= {"dims": dims, "examples": whole}
     if args.resume:
         saved = checkpoint.restore(args.out, state)
         if saved.config != config:
@@ -138,8 +140,12 @@ def launch(args: argparse.Namespace, argv: list[str]) -> int:
         coordinator = f"127.0.0.1:{s.getsockname()[1]}"
     command = [sys.executable, "-m", "examples.train_distributed", *argv, "--coordinator", coordinator]
     children: list[subprocess.Popen] = []
-    signal.signal(signal.SIGTERM, lambda *_: [child.terminate() for child in children])
-    children += [subprocess.Popen([*command, "--process-id", str(i)]) for i in range(args.processes)]
+    asked = []
+    signal.signal(signal.SIGTERM, lambda *_: asked.append([child.terminate() for child in children]))
+    for i in range(args.processes):
+        children.append(subprocess.Popen([*command, "--process-id", str(i)]))
+        if asked:
+            children[-1].terminate()
     try:
         while all(child.poll() in (None, 0) for child in children) and any(child.poll() is None for child in children):
             time.sleep(0.05)

@@ -17,7 +17,8 @@ class NonFiniteError(FloatingPointError):
     Attributes:
       state: the last good one, of before that step; `fit` can go on from it.
       step: how many steps were good: the number of the bad one, counted from 0.
-      indices: the examples of its batch, as indices of `data`.
+      indices: the examples of its batch, as indices of `data`; none where the steps, taken again one by one, were good:
+        that is another program, whose last bits may differ. `state` is then that of before them.
       leaf: the path of the first array that is not finite, of `grads`, `params`, `opt_state`, `model_state` and `loss`.
       history: the records of the epochs before.
     """
@@ -32,10 +33,12 @@ def copied(state: TrainState) -> TrainState:
     return jax.tree.map(jnp.copy, state)
 
 
-def stands(before: TrainState, state: TrainState, metrics) -> jax.Array:
-    """In a compiled step: whether its loss is finite, or a guard has skipped it."""
+def outcome(before: TrainState, state: TrainState, metrics) -> dict[str, jax.Array]:
+    """In a compiled step: whether its loss is finite, and whether a guard has skipped it."""
     finite = jnp.isfinite(metrics["loss"])
-    return finite | (skips(state.opt_state) > skips(before.opt_state)) if guards(state.opt_state) else finite
+    guarded = bool(guards(state.opt_state))
+    skipped = skips(state.opt_state) > skips(before.opt_state) if guarded else jnp.zeros_like(finite)
+    return {"finite": finite, "skipped": skipped}
 
 
 def _carried(state: TrainState) -> dict:
@@ -54,16 +57,19 @@ def watched(state: TrainState) -> tuple[bool, ...]:
 
 
 @functools.partial(jax.jit, static_argnames="watch")
-def _all_finite(tree, watch):
-    return jnp.all(jnp.array([fine for fine, w in zip(jax.tree.leaves(_finite(tree)), watch, strict=True) if w]))
+def all_finite(tree, watch: tuple[bool, ...] | None = None) -> jax.Array:
+    """Whether the arrays of a tree are finite, or those of them that are watched."""
+    flags = jax.tree.leaves(_finite(tree))
+    return jnp.all(jnp.array([fine for fine, w in zip(flags, watch or [True] * len(flags), strict=True) if w]))
 
 
-def good(state: TrainState, stood, watch: tuple[bool, ...]) -> bool:
+def good(state: TrainState, outcomes, watch: tuple[bool, ...]) -> bool:
     """Whether some steps may stand: each by itself, and the state after them.
 
     A guard lets the first step through that exceeds the number it was told to skip; that one is no good.
     """
-    return bool(np.all(stood)) and bool(_all_finite(_carried(state), watch))
+    stand = np.asarray(outcomes["finite"]) | np.asarray(outcomes["skipped"])
+    return bool(np.all(stand)) and bool(all_finite(_carried(state), watch))
 
 
 def _probe_update(updates, state, params=None):
@@ -77,13 +83,13 @@ PROBE = optax.GradientTransformation(lambda params: jax.tree.map(lambda _: jnp.b
 def replay(take: Callable, state: TrainState, sizes, watch) -> tuple[TrainState, str, float] | None:
     """Takes steps again, one at a time: `(the last good state, the first bad leaf, the loss)`, None if all are good.
 
-    `take(optimizer, size, state) -> (state, (metrics, stood))` takes one of them, of so many examples; optimizer None
-    is the run's own.
+    `take(optimizer, size, state) -> (state, (metrics, outcomes))` takes one of them, of so many examples; optimizer
+    None is the run's own.
     """
     for size in sizes:
         before = copied(state)
-        state, (metrics, stood) = take(None, size, state)
-        if not good(state, stood, watch):
+        state, (metrics, outcomes) = take(None, size, state)
+        if not good(state, outcomes, watch):
             probed = copied(before)._replace(opt_state=PROBE.init(before.params))
             of = {"grads": take(PROBE, size, probed)[0].opt_state, **_finite(_carried(state)), "loss": False}
             leaves = jax.tree.leaves_with_path(_carried(state))

@@ -69,7 +69,9 @@ def remembered(make: Callable) -> Callable:
         return make(*(a.it if isinstance(a, _Same) else a for a in args))
 
     # By identity: a callable object, or a method, may be equal to one that computes another loss, or have no hash.
-    return functools.wraps(make)(lambda *args: cached(*(a if isinstance(a, int) else _Same(a) for a in args)))
+    return functools.wraps(make)(
+        lambda *args: cached(*(int(a) if isinstance(a, int | np.integer) else _Same(a) for a in args))
+    )
 
 
 def compiled(fun: Callable) -> Callable:
@@ -143,7 +145,7 @@ def guards(opt_state) -> list[optax.ApplyIfFiniteState]:
     return [node for node in jax.tree.leaves(opt_state, is_leaf=is_guard) if is_guard(node)]
 
 
-def skips(opt_state):
+def skips(opt_state) -> Any:
     """How many steps the guards have skipped so far."""
     return sum(guard.total_notfinite for guard in guards(opt_state))
 
@@ -237,7 +239,7 @@ def means(metrics, n: int, batch_size: int):
 
 def batch_sizes(n: int, batch_size: int) -> np.ndarray:
     """The examples of each step of an epoch."""
-    whole, rest = divmod(n, batch_size)
+    whole, rest = divmod(n, int(batch_size))
     return np.array([batch_size] * whole + [rest] * (rest > 0))
 
 

@@ -37,7 +37,12 @@ def rule(fwd: Callable, bwd: Callable) -> Callable:
     joined = jax.custom_vjp(primal, nondiff_argnums=(0,))
     joined.defvjp(joined_fwd, joined_bwd)
 
+    names = list(inspect.signature(fwd).parameters)
+
     def call(*args, **options):
+        for name, a in zip(names, args, strict=False):
+            if isinstance(a, str):  # JAX itself would not say which
+                raise TypeError(f"{primal.__name__}: {name} must be an array, got {a!r:.80}")
         return joined(tuple(sorted(options.items())), *_compat.vary_alike(jax.tree.map(as_array, args)))
 
     return call

@@ -91,28 +91,26 @@ def save(folder: Any, state: Any, *, config: Any = None, keep: int = 3, score: f
     if step == last and _identity(_manifest(where)) == _identity(manifest):
         return where
     if step <= last:
-        raise ValueError(f"checkpoint.save: {folder} holds step {last}, and this is step {step}; take another folder")
+        raise ValueError(
+            f"checkpoint.save: {folder} holds step {last}, and this is step {step}; take another folder, or move "
+            f"what is above step {step} out of this one"
+        )
     first = jax.process_index() == 0
     with _error_names(where, unfinished):
-        if where.exists():
-            raise FileExistsError("something else of that name is there")
-        if first:
-            folder.mkdir(parents=True, exist_ok=True)
-            for left in folder.glob(".*.unfinished"):
-                if left.name.removeprefix(".").removesuffix(".unfinished").isdigit():
-                    shutil.rmtree(left)
-            unfinished.mkdir()
-        _together(f"{where} begins")
+        with _agreed():
+            if first:
+                _begin(folder, where, unfinished)
         with _orbax() as (ocp, checkpointer):
             full = {name: a for name, a in arrays.items() if a.size}  # orbax refuses empty arrays
             checkpointer.save(unfinished / ARRAYS, args=ocp.args.StandardSave(full))
+        with _agreed():
+            if first:
+                _write(unfinished / MANIFEST, _bytes(manifest | {"files": _files(unfinished, kept=True)}))
+                os.rename(unfinished, where)
+                _sync(folder)
+    with _agreed():
         if first:
-            _write(unfinished / MANIFEST, _bytes(manifest | {"files": _files(unfinished, kept=True)}))
-            os.rename(unfinished, where)
-            _sync(folder)
-    if first:
-        _remove(folder, keep)
-    _together(f"{where} is whole")
+            _remove(folder, keep)
     return where
 
 
@@ -206,7 +204,11 @@ def _error_names(where: Path, unfinished: Path):
     """Whatever fails while writing is an OSError that names the checkpoint; what was written of it is removed."""
     try:
         yield
+    except ImportError:
+        raise
     except Exception as e:
+        if jax.process_count() > 1 and isinstance(e, RuntimeError):
+            raise  # a collective that broke: another process was lost
         if jax.process_index() == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
         raise OSError(f"{where}: cannot be written; it is no checkpoint ({_first_line(e)})") from e
@@ -220,9 +222,30 @@ def _error_adds(text: str):
         raise ValueError(f"{e}{text}") from None
 
 
-def _together(what: str) -> None:
+@contextlib.contextmanager
+def _agreed():
+    """Where one process fails, all of them raise, or the others would wait for it."""
+    error = None
+    try:
+        yield
+    except Exception as e:
+        error = e
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+        failed = multihost_utils.process_allgather(np.array(error is not None)).any()
+        if failed and error is None:
+            raise OSError("another process could not do its part")
+    if error is not None:
+        raise error
+
+
+def _begin(folder: Path, where: Path, unfinished: Path) -> None:
+    if where.exists():
+        raise FileExistsError("something else of that name is there")
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".*.unfinished"):
+        if left.name.removeprefix(".").removesuffix(".unfinished").isdigit() and left.is_dir():
+            _rmtree(left)
+    unfinished.mkdir(exist_ok=True)
 
 
 def _files(where: Path, *, kept: bool = False) -> dict[str, dict]:
@@ -337,11 +360,16 @@ def _remove(folder: Path, keep: int) -> None:
     for step in sorted(scores)[:-keep]:
         if step != best and not (folder / str(step)).is_symlink():
             removed = folder / f".{step}.unfinished"
-            try:
-                os.rename(folder / str(step), removed)  # from here on it is no checkpoint, however the rest goes
-                shutil.rmtree(removed)
-            except OSError as e:
-                warnings.warn(f"checkpoint.save: {folder / str(step)} cannot be removed ({e})", stacklevel=3)
+            os.rename(folder / str(step), removed)  # from here on it is no checkpoint, however the rest goes
+            _rmtree(removed)
+
+
+def _rmtree(folder: Path) -> None:
+    """Removes a folder; where somebody has one of its files open, on a network, it stays for the next time."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as e:
+        warnings.warn(f"checkpoint.save: {folder} cannot be removed ({e})", stacklevel=4)
 
 
 def _is_step(d: Path) -> bool:

@@ -134,6 +134,7 @@ def read_idx(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> np.ndarr
 
     Source: Y. LeCun, The MNIST database, for the format.
     """
+    _check.positive("read_idx", max_bytes=max_bytes)
     path = regular_file(path)
     with open(path, "rb") as raw:
         zipped = raw.read(2) == b"\x1f\x8b"
@@ -161,6 +162,7 @@ def read_npz(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> dict[str
       FileNotFoundError: there is no such file.
       ValueError: it is no NPZ file, holds anything but arrays of numbers, is damaged or too large.
     """
+    _check.positive("read_npz", max_bytes=max_bytes)
     path = regular_file(path)
     size = path.stat().st_size
     if size > max_bytes + MEMBER_BYTES:
@@ -190,7 +192,7 @@ def read_npz(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> dict[str
 def read_csv(path: str | os.PathLike, *, target: str | None = None, max_bytes: int = MAX_BYTES) -> Table:
     """Features and a target from a CSV file.
 
-    The first row is taken as a header if one of its cells but the target's is no number. Every feature must be a finite
+    The first row is taken as a header if one of its cells but the last is no number. Every feature must be a finite
     number. A target of whole numbers of at most nine digits is read as int32, of other numbers as float32; of texts, as
     the indices of the sorted texts.
 
@@ -207,6 +209,7 @@ def read_csv(path: str | os.PathLike, *, target: str | None = None, max_bytes: i
       ValueError: the file is empty or too large, a row has another number of cells than the first, a cell is no finite
         number, or the target is not in the header; each with the line.
     """
+    _check.positive("read_csv", max_bytes=max_bytes)
     path = regular_file(path)
     size = path.stat().st_size
     if size > max_bytes:

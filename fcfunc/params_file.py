@@ -98,6 +98,7 @@ def load(
       ValueError: it is no whole safetensors file, is too large, is not as it was saved, holds an array that JAX would
         narrow, or a configuration that is not allowed; naming the file and the entry.
     """
+    _check.positive("params_file.load", max_bytes=max_bytes)
     path = regular_file(path)
     size = path.stat().st_size
     if size > max_bytes:

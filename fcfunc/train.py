@@ -25,7 +25,7 @@ import numpy as np
 import optax
 
 from fcfunc import _check, _compat
-from fcfunc._failure import NonFiniteError, copied, good, replay, stands, watched
+from fcfunc._failure import NonFiniteError, all_finite, copied, good, outcome, replay, watched
 from fcfunc._loop import (
     Layouts,
     TrainState,
@@ -188,14 +188,14 @@ def make_fit(
     Returns:
       `fit(state, data, validation_data=None) -> (state, history)`. `history` is a dict of arrays `[epochs]`: the means
       of the training metrics over each epoch's examples, and of the validation metrics as `validation_<name>`, NaN for
-      epochs that were not run; and the number of those that were, `epochs`. A loss that is not finite stops a run,
-      with the state of before that epoch; with `patience` its best epoch is returned all the same. No value of the data
-      is checked.
+      epochs that were not run; and the number of those that were, `epochs`. A loss, a parameter or a `model_state`
+      that is not finite stops a run, with the state of before that epoch; with `patience` its best epoch is returned
+      all the same. Each call begins an epoch anew. No value of the data is checked.
 
     Raises:
       ValueError: an option out of range; while tracing: as for `make_train_epoch` and `fit`.
     """
-    _check.function("make_fit", loss_fn=loss_fn)
+    _check.function("make_fit", loss_fn=loss_fn, **({} if eval_fn is None else {"eval_fn": eval_fn}))
     _check.optimizer("make_fit", optimizer)
     _check.positive("make_fit", epochs=epochs, batch_size=batch_size, accumulate=accumulate)
     _check_stopping("make_fit", mode, patience)
@@ -226,7 +226,7 @@ def make_fit(
         def next_epoch(carry):
             before, model, history, epoch, best, waited, _ = carry
             state, record = one_epoch(before)
-            lost = ~jnp.isfinite(record["loss"])
+            lost = ~(jnp.isfinite(record["loss"]) & all_finite((state.params, state.model_state)))
             state = jax.tree.map(lambda a, b: jnp.where(lost, a, b), before, state)
             history = {name: history[name].at[epoch].set(m) for name, m in record.items()}
             if patience is not None:
@@ -278,7 +278,7 @@ def _part(loss_fn, optimizer, batch_size, accumulate, some):
         def after(before, state, metrics):
             if address is not None:
                 report(address, state.step)
-            return stands(before, state, metrics)
+            return outcome(before, state, metrics)
 
         return take_epoch("fit", loss_fn, optimizer, state, data, batch_size, accumulate, layouts, some, after)
 
@@ -381,7 +381,8 @@ def fit(
         the step, the indices of its examples and the path of the first array that is not finite.
       MemoryError: the data are larger than what is free on the device; before anything is copied.
     """
-    _check.function("fit", loss_fn=loss_fn)
+    given = {"eval_fn": eval_fn, "on_epoch": on_epoch, "on_steps": on_steps}
+    _check.function("fit", loss_fn=loss_fn, **{name: f for name, f in given.items() if f is not None})
     _check.optimizer("fit", optimizer)
     if not isinstance(state, TrainState):
         raise TypeError(f"fit: state must be a TrainState, as from init_state, got {type(state).__name__}")
@@ -410,23 +411,23 @@ def fit(
     def take_some(optimizer_, count, state, **address):
         return _part(loss_fn, optimizer_ or optimizer, batch_size, accumulate, int(count))(state, data, **address)
 
-    steps = len(batch_sizes(n, batch_size))
+    steps, first_step = len(batch_sizes(n, batch_size)), int(state.began if position else state.step)
     state, watch = copied(state), watched(state)
     history, best_model, waited = [], {}, 0
     sign = 1 if mode == "min" else -1
     best = math.inf
-    with ProgressBar(epochs, steps, int(state.step)) if progress else contextlib.nullcontext() as bar:
+    with ProgressBar(epochs, steps, first_step) if progress else contextlib.nullcontext() as bar:
         for epoch in range(1, epochs + 1):
             start, parts = time.perf_counter(), []
             for sizes in _parts(n, position, batch_size, every):
                 before = copied(state)
                 # The processes that share a program would not agree on how often to report.
                 address = {"address": bar.address()} if bar and jax.process_count() == 1 else {}
-                state, (metrics, stood) = take_some(None, sizes.sum(), state, **address)
-                if not good(state, stood, watch):
+                state, (metrics, outcomes) = take_some(None, sizes.sum(), state, **address)
+                if not good(state, outcomes, watch):
                     found = replay(take_some, copied(before), sizes, watch)
                     raise _non_finite(epoch, found, before, n, batch_size, history)
-                parts.append((jax.tree.map(np.asarray, metrics), sizes))
+                parts.append((jax.tree.map(np.asarray, metrics), np.asarray(outcomes["skipped"]), sizes))
                 if on_steps is not None:
                     on_steps(state)
             position = 0
@@ -462,12 +463,11 @@ def _parts(n: int, position: int, batch_size: int, every: int | None):
 
 def _means_of_parts(parts) -> dict[str, float]:
     """The means of metrics over the examples of an epoch, but for steps that a guard has skipped."""
-    metrics = jax.tree.map(lambda *m: np.concatenate([np.asarray(a, np.float64) for a in m]), *[m for m, _ in parts])
-    sizes = np.concatenate([sizes for _, sizes in parts])
-    taken = np.isfinite(metrics["loss"])  # the others were skipped, or the run would have ended
+    metrics, skipped, sizes = jax.tree.map(lambda *a: np.concatenate(a), *parts)
+    taken = ~skipped
     if not taken.any():
         return dict.fromkeys(metrics, math.nan)
-    return {name: float(np.average(m[taken], weights=sizes[taken])) for name, m in metrics.items()}
+    return {name: float(np.average(np.float64(m[taken]), weights=sizes[taken])) for name, m in metrics.items()}
 
 
 def _non_finite(epoch, found, good, n, batch_size, history):

@@ -441,6 +441,32 @@ def test_what_does_not_fit_a_position_is_refused(position):
         train.fit(loss_fn, optimizer, make_state(optimizer), data, epochs=1, batch_size=4, every=2)
 
 
+def test_a_run_as_a_function_ends_with_the_state_of_before_its_parameters_overflowed():
+    optimizer = optax.chain(optax.sgd(1e30), optax.scale(1e15))
+    fit = train.make_fit(loss_fn, optimizer, epochs=3, batch_size=40)
+    state, history = fit(make_state(optimizer), make_data(40))
+    assert int(history["epochs"]) == 1
+    chex.assert_trees_all_equal(state.params, make_state(optimizer).params)
+
+
+def test_the_record_leaves_out_the_steps_that_a_guard_skips_and_the_sizes_may_be_numpys():
+    @jax.custom_jvp
+    def no_gradient(x):
+        return x
+
+    no_gradient.defjvp(lambda primals, tangents: (primals[0], tangents[0] * jnp.nan))
+
+    def loss(params, batch, key):
+        x = params["a"] * 0 + jnp.mean(batch)
+        return jax.lax.cond(jnp.mean(batch) > 2, no_gradient, lambda x: x, x)
+
+    guarded = optax.apply_if_finite(optax.sgd(1e-4), 5)
+    start = train.init_state({"a": jnp.ones(())}, guarded, jax.random.key(0))
+    data = np.array([1, 1, 1, 7], np.float32)
+    _, history = train.fit(loss, guarded, start, data, epochs=np.int64(1), batch_size=np.int64(1))
+    assert history[0]["loss"] == 1.0
+
+
 def test_a_guard_keeps_the_model_state_of_before_a_step_that_it_skips():
     def running(params, batch, key, model_state):
         mean = 0.9 * model_state["mean"] + 0.1 * jnp.mean(1 / batch.x[:, 0])
