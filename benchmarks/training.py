@@ -49,10 +49,10 @@ NOTES = """
   the loss and the sums of the bias gradients, and "between" what runs while no kernel has begun: the runtime's own work
   from one kernel to the next. In the wide network that last share is still a product: the runtime cuts the gradient of
   the first weights into parts for its pool of threads, and the profile shows the time before its update with no event.
-- What is left to the limit: at the smallest network a step is some twenty kernels of a microsecond each, so half of it
-  is kernels that are no products and the way between them, and only fewer or larger kernels would help: that is XLA's
-  fusion, not this library's code. From the digits on, the products are the larger part, and what can still be saved is
-  the shuffle and the gather, a tenth.
+- What is left to the limit: at the smallest network three fifths of the step are kernels that are no products and the
+  way between them; only fewer or larger kernels would help, which is XLA's fusion, not this library's code. From the
+  digits on, the products are the larger part, and what could still be saved here is the shuffle and the gather, 1 to
+  12 %.
 - What "products" takes no program can save. Between it and "bare scan" are the rest of the arithmetic, the update, and
   what XLA's CPU runtime spends between the kernels of a step; between "bare scan" and fcfunc are the shuffle and the
   gathering of each batch. These two rows bound what can be gained here over a loop that dispatches one compiled step at
@@ -137,8 +137,8 @@ ROWS: dict[str, tuple[str, Callable, int, int, list[str]]] = {
 def in_turns(runs: dict[str, Callable], turns: int, before: dict[str, Callable]) -> dict[str, list[float]]:
     """Seconds of each, `turns` times, each after an untimed one of its own.
 
-    The threads of some peers spin on for a while, which would be counted to whoever comes next; a pause instead would
-    let the processor slow down.
+    Whoever came after scikit-learn took up to twice its time; that its threads were still spinning was not looked into.
+    After a pause instead, everything took longer and scattered more.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
