@@ -65,16 +65,13 @@ def save(path: str | os.PathLike, params: Any, *, config: Any = None) -> None:
     metadata = {"config": text, "sha256": _digest(tensors, text)}
     content = _library().numpy.save(tensors, metadata=metadata)
     path = Path(path).resolve()  # a link stays one
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as f:
-        try:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as staging:
+        staged = Path(staging) / path.name
+        with open(staged, "wb") as f:
             f.write(content)
             f.flush()
             os.fsync(f.fileno())
-            os.chmod(f.name, 0o666 & ~_umask())
-            os.replace(f.name, path)
-        except BaseException:
-            os.unlink(f.name)
-            raise
+        os.replace(staged, path)
 
 
 def load(
@@ -136,11 +133,6 @@ def _library():
     except ImportError:
         raise ImportError("params_file: needs safetensors; pip install 'fcfunc[checkpoint]'") from None
     return safetensors
-
-
-def _umask() -> int:
-    os.umask(mask := os.umask(0))
-    return mask
 
 
 def _host(name: str, a) -> np.ndarray:
