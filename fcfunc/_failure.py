@@ -1,6 +1,5 @@
 """What `fcfunc.train.fit` does about a number that is not finite: finds the step, its examples and the first array."""
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -51,25 +50,20 @@ def _finite(tree):
     return jax.tree.map(lambda a: jnp.all(jnp.isfinite(a)) if jnp.issubdtype(a.dtype, jnp.inexact) else True, tree)
 
 
-def watched(state: TrainState) -> tuple[bool, ...]:
-    """Which arrays of a state are to stay finite: some optimisers begin with an infinity, as the best loss so far."""
-    return tuple(map(bool, jax.tree.leaves(_finite(_carried(state)))))
+@jax.jit
+def still_finite(before: TrainState, after: TrainState) -> jax.Array:
+    """Whether every array of a state is finite that was so before: some begin infinite, as an optimiser's best loss."""
+    kept = jax.tree.map(lambda a, b: b | ~a, _finite(_carried(before)), _finite(_carried(after)))
+    return jnp.all(jnp.array(jax.tree.leaves(kept)))
 
 
-@functools.partial(jax.jit, static_argnames="watch")
-def all_finite(tree, watch: tuple[bool, ...] | None = None) -> jax.Array:
-    """Whether the arrays of a tree are finite, or those of them that are watched."""
-    flags = jax.tree.leaves(_finite(tree))
-    return jnp.all(jnp.array([fine for fine, w in zip(flags, watch or [True] * len(flags), strict=True) if w]))
-
-
-def good(state: TrainState, outcomes, watch: tuple[bool, ...]) -> bool:
+def good(before: TrainState, state: TrainState, outcomes) -> bool:
     """Whether some steps may stand: each by itself, and the state after them.
 
     A guard lets the first step through that exceeds the number it was told to skip; that one is no good.
     """
     stand = np.asarray(outcomes["finite"]) | np.asarray(outcomes["skipped"])
-    return bool(np.all(stand)) and bool(all_finite(_carried(state), watch))
+    return bool(np.all(stand)) and bool(still_finite(before, state))
 
 
 def _probe_update(updates, state, params=None):
@@ -80,7 +74,7 @@ PROBE = optax.GradientTransformation(lambda params: jax.tree.map(lambda _: jnp.b
 """An optimiser that moves nothing, and whose state tells of each gradient whether it is finite."""
 
 
-def replay(take: Callable, state: TrainState, sizes, watch) -> tuple[TrainState, str, float] | None:
+def replay(take: Callable, state: TrainState, sizes) -> tuple[TrainState, str, float] | None:
     """Takes steps again, one at a time: `(the last good state, the first bad leaf, the loss)`, None if all are good.
 
     `take(optimizer, size, state) -> (state, (metrics, outcomes))` takes one of them, of so many examples; optimizer
@@ -89,11 +83,10 @@ def replay(take: Callable, state: TrainState, sizes, watch) -> tuple[TrainState,
     for size in sizes:
         before = copied(state)
         state, (metrics, outcomes) = take(None, size, state)
-        if not good(state, outcomes, watch):
+        if not good(before, state, outcomes):
             probed = copied(before)._replace(opt_state=PROBE.init(before.params))
             of = {"grads": take(PROBE, size, probed)[0].opt_state, **_finite(_carried(state)), "loss": False}
-            leaves = jax.tree.leaves_with_path(_carried(state))
-            calm = {path for (path, _), w in zip(leaves, watch, strict=True) if not w}
+            calm = {path for path, fine in jax.tree.leaves_with_path(_finite(_carried(before))) if not fine}
             paths = (path for path, fine in jax.tree.leaves_with_path(of) if not fine and path not in calm)
             first = min(paths, key=lambda path: list(of).index(path[0].key))
             return before, first[0].key + jax.tree_util.keystr(first[1:]), float(metrics["loss"][0])

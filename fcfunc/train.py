@@ -25,7 +25,7 @@ import numpy as np
 import optax
 
 from fcfunc import _check, _compat
-from fcfunc._failure import NonFiniteError, all_finite, copied, good, outcome, replay, watched
+from fcfunc._failure import NonFiniteError, copied, good, outcome, replay, still_finite
 from fcfunc._loop import (
     Layouts,
     TrainState,
@@ -188,8 +188,8 @@ def make_fit(
     Returns:
       `fit(state, data, validation_data=None) -> (state, history)`. `history` is a dict of arrays `[epochs]`: the means
       of the training metrics over each epoch's examples, and of the validation metrics as `validation_<name>`, NaN for
-      epochs that were not run; and the number of those that were, `epochs`. A loss, a parameter or a `model_state`
-      that is not finite stops a run, with the state of before that epoch; with `patience` its best epoch is returned
+      epochs that were not run; and the number of those that were, `epochs`. A loss, or an array of the state, that
+      becomes not finite stops a run, with the state of before that epoch; with `patience` its best epoch is returned
       all the same. Each call begins an epoch anew. No value of the data is checked.
 
     Raises:
@@ -226,7 +226,7 @@ def make_fit(
         def next_epoch(carry):
             before, model, history, epoch, best, waited, _ = carry
             state, record = one_epoch(before)
-            lost = ~(jnp.isfinite(record["loss"]) & all_finite((state.params, state.model_state)))
+            lost = ~(jnp.isfinite(record["loss"]) & still_finite(before, state))
             state = jax.tree.map(lambda a, b: jnp.where(lost, a, b), before, state)
             history = {name: history[name].at[epoch].set(m) for name, m in record.items()}
             if patience is not None:
@@ -412,7 +412,7 @@ def fit(
         return _part(loss_fn, optimizer_ or optimizer, batch_size, accumulate, int(count))(state, data, **address)
 
     steps, first_step = len(batch_sizes(n, batch_size)), int(state.began if position else state.step)
-    state, watch = copied(state), watched(state)
+    state = copied(state)
     history, best_model, waited = [], {}, 0
     sign = 1 if mode == "min" else -1
     best = math.inf
@@ -424,8 +424,8 @@ def fit(
                 # The processes that share a program would not agree on how often to report.
                 address = {"address": bar.address()} if bar and jax.process_count() == 1 else {}
                 state, (metrics, outcomes) = take_some(None, sizes.sum(), state, **address)
-                if not good(state, outcomes, watch):
-                    found = replay(take_some, copied(before), sizes, watch)
+                if not good(before, state, outcomes):
+                    found = replay(take_some, copied(before), sizes)
                     raise _non_finite(epoch, found, before, n, batch_size, history)
                 parts.append((jax.tree.map(np.asarray, metrics), np.asarray(outcomes["skipped"]), sizes))
                 if on_steps is not None:

@@ -449,6 +449,22 @@ def test_a_run_as_a_function_ends_with_the_state_of_before_its_parameters_overfl
     chex.assert_trees_all_equal(state.params, make_state(optimizer).params)
 
 
+@pytest.mark.parametrize("as_a_function", [True, False])
+def test_a_model_state_that_begins_infinite_ends_no_run(as_a_function):
+    def lowest(params, batch, key, model_state):
+        loss, metrics = loss_fn(params, batch, key)
+        return loss, metrics, {"lowest": model_state["lowest"], "first": jnp.minimum(model_state["first"], loss)}
+
+    optimizer, begins = optax.sgd(0.1), {"lowest": jnp.float32(-jnp.inf), "first": jnp.float32(jnp.inf)}
+    params = fcfunc.init(jax.random.key(0), [4, 8, 3])
+    start = train.init_state(params, optimizer, jax.random.key(0), model_state=begins)
+    if as_a_function:
+        state, _ = train.make_fit(lowest, optimizer, epochs=3, batch_size=4)(start, make_data(12))
+    else:
+        state, _ = train.fit(lowest, optimizer, start, make_data(12), epochs=3, batch_size=4)
+    assert int(state.step) == 9
+
+
 def test_the_record_leaves_out_the_steps_that_a_guard_skips_and_the_sizes_may_be_numpys():
     @jax.custom_jvp
     def no_gradient(x):
