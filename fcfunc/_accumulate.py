@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fcfunc import _compat
+from fcfunc import _layout
 from fcfunc._precision import accumulator
 
 
@@ -19,14 +19,14 @@ def accumulated(gradient: Callable, parts: int, layouts: Any, params: Any, batch
     """
     count = len(jax.tree.leaves(params))
     of_params = layouts.state[:count] if layouts else (None,) * count
-    rows = _compat.rows(layouts.data) if layouts else None
+    rows = _layout.rows(layouts.data) if layouts else None
     devices = 1 if rows is None else rows.devices
     # Params that lie over the same devices are gathered here, once, and not in each part.
-    whole = _compat.each(lambda a, s: _compat.constrained(a, _compat.whole_along(s, rows)), params, of_params)
+    whole = _layout.each(lambda a, s: _layout.constrained(a, _layout.whole_along(s, rows)), params, of_params)
 
     def shares(a):
         """`[n, ...]` as `[parts, devices, n / parts / devices, ...]`, where each device keeps what it has."""
-        a = _compat.split_rows(a, (devices, parts, a.shape[0] // (devices * parts)), rows)
+        a = _layout.split_rows(a, (devices, parts, a.shape[0] // (devices * parts)), rows)
         return jnp.moveaxis(a, 1, 0)
 
     def one(part, i, model_state):
@@ -34,13 +34,13 @@ def accumulated(gradient: Callable, parts: int, layouts: Any, params: Any, batch
 
     each: Any = jax.vmap(one)
     xs = jax.tree.map(shares, (batch, jnp.arange(devices * parts, dtype=jnp.uint32)))
-    model_state = jax.tree.map(lambda a: _compat.split_rows(jnp.stack([a] * devices), (devices,), rows), model_state)
-    kinds: Any = jax.eval_shape(each, *jax.tree.map(lambda a: a[0], xs), model_state)
+    model_state = jax.tree.map(lambda a: _layout.split_rows(jnp.stack([a] * devices), (devices,), rows), model_state)
+    kinds: Any = jax.eval_shape(each, *jax.tree.map(_layout.kind_of_part, xs), model_state)
 
     def add(carry, x):
         sums, before = carry
         (loss, (metrics, model_state)), grads = each(*x, before)
-        model_state = jax.tree.map(_compat.laid_like, model_state, before)
+        model_state = jax.tree.map(_layout.laid_like, model_state, before)
         sums = jax.tree.map(lambda total, a: total + a.astype(total.dtype), sums, (loss, metrics, grads))
         return (sums, model_state), None
 
@@ -50,11 +50,11 @@ def accumulated(gradient: Callable, parts: int, layouts: Any, params: Any, batch
             raise ValueError(
                 f"accumulate: each metric must be one number, a mean, got {name!r} {list(metric.shape[1:])}"
             )
-    zeros = jax.tree.map(lambda a: _compat.zeros_along(a, mean_dtype(a.dtype), rows), (loss, metrics, grads))
+    zeros = jax.tree.map(lambda a: _layout.zeros_along(a, mean_dtype(a.dtype), rows), (loss, metrics, grads))
     (sums, model_state), _ = jax.lax.scan(add, (zeros, model_state), xs)
     loss, metrics, grads = jax.tree.map(lambda a: jnp.sum(a, axis=0) / (devices * parts), sums)
     model_state = jax.tree.map(_of_devices, model_state)
-    grads = _compat.each(_compat.constrained, grads, of_params)
+    grads = _layout.each(_layout.constrained, grads, of_params)
     grads = jax.tree.map(lambda a, p: a.astype(p.dtype), grads, params)
     return (loss, (metrics, model_state)), grads
 
@@ -63,7 +63,7 @@ def _of_devices(a):
     """The devices' model states as one: the mean of real numbers; of counts and keys, which are alike, the first."""
     if jnp.issubdtype(a.dtype, jnp.inexact):
         return jnp.mean(a, axis=0, dtype=mean_dtype(a.dtype)).astype(a.dtype)
-    return _compat.first(a)
+    return _layout.first(a)
 
 
 def mean_dtype(dtype):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fcfunc import _check, _compat
+from fcfunc import _check, _layout
 from fcfunc._accumulate import accumulated, mean_dtype
 from fcfunc._permutation import permutation
 
@@ -80,15 +80,15 @@ def compiled(fun: Callable) -> Callable:
 
     def located(run):
         def call(state, data, **more):
-            of_data = _compat.layouts(data)
+            of_data = _layout.layouts(data)
             # On one device a step may take less time than looking at all its arrays.
-            if not any(of_data) and not any(_compat.layouts(state.step)):
+            if not any(of_data) and not any(_layout.layouts(state.step)):
                 return run(state, data, **more)
-            if _compat.traced(state.step):
-                return run(state, data, **more, layouts=Layouts(_compat.layouts(state), of_data))
+            if _layout.traced(state.step):
+                return run(state, data, **more, layouts=Layouts(_layout.layouts(state), of_data))
             state = beside(state, data)
-            with _compat.on_mesh_of((state, data)):
-                return run(state, data, **more, layouts=Layouts(_compat.layouts(state), of_data))
+            with _layout.on_mesh_of((state, data)):
+                return run(state, data, **more, layouts=Layouts(_layout.layouts(state), of_data))
 
         return call
 
@@ -99,11 +99,11 @@ def compiled(fun: Callable) -> Callable:
 
 def beside(state, tree):
     """`state` with what lies on no mesh whole on every device of the mesh that `tree` lies on."""
-    mesh = _compat.mesh_of(tree)
+    mesh = _layout.mesh_of(tree)
     if mesh is None:
         return state
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    return _compat.each(lambda a, s: _compat.placed(a, whole) if s is None else a, state, _compat.layouts(state))
+    return _layout.each(lambda a, s: _layout.placed(a, whole) if s is None else a, state, _layout.layouts(state))
 
 
 def take_step(loss_fn, optimizer, state, batch, accumulate, layouts):
@@ -135,7 +135,7 @@ def take_step(loss_fn, optimizer, state, batch, accumulate, layouts):
         kept = jax.tree.map(lambda a, b: jnp.where(skipped, a, b), state.model_state, model_state)
         new = new._replace(model_state=kept)
     if layouts is not None:
-        new = _compat.each(_compat.constrained, new, layouts.state)
+        new = _layout.each(_layout.constrained, new, layouts.state)
     return new, {"loss": loss, **metrics}
 
 
@@ -227,7 +227,7 @@ def take(data, indices, layouts):
     """The examples at some indices, each of them once and within bounds, laid as the data."""
     of_data = layouts.data if layouts else (None,) * len(jax.tree.leaves(data))
     with jax.named_scope("gather"):
-        return _compat.each(functools.partial(_compat.taken, indices=indices), data, of_data)
+        return _layout.each(functools.partial(_layout.taken, indices=indices), data, of_data)
 
 
 def means(metrics, n: int, batch_size: int):
@@ -258,7 +258,7 @@ def count(where: str, data, batch_size: int) -> int:
 
 def check_shares(what: str, n: int, layouts, parts: int) -> None:
     """Raises where examples cannot be divided evenly over the devices that they lie on, and into parts."""
-    over = _compat.rows(layouts.data) if layouts else None
+    over = _layout.rows(layouts.data) if layouts else None
     devices = over.devices if over else 1
     if n % (parts * devices):
         shares = [f"{devices} devices, over which the examples lie"] if over else []

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fcfunc import _compat
+from fcfunc import _layout
 from fcfunc._precision import wide
 
 
@@ -14,7 +14,7 @@ def hit(scores, labels, start=0):
 
     An iota is compared, not gathered: it works on scores sharded by class.
     """
-    labels, laid = _index(labels), _compat.explicit_sharding(scores)
+    labels, laid = _index(labels), _layout.explicit_sharding(scores)
     classes = jax.lax.broadcasted_iota(labels.dtype, scores.shape, scores.ndim - 1, out_sharding=laid)
     each = jax.lax.broadcast_in_dim(labels, scores.shape, range(labels.ndim), out_sharding=laid)
     return each == classes + jnp.asarray(start, labels.dtype)
@@ -61,7 +61,7 @@ def pick(values, labels, start=0):
     """
     index, size = _index(labels), values.shape[-1]
     index = index - jnp.asarray(start, index.dtype)
-    if not size or _compat.explicit_sharding(values) is not None or _compat.explicit_sharding(labels) is not None:
+    if not size or _layout.explicit_sharding(values) is not None or _layout.explicit_sharding(labels) is not None:
         values = jnp.broadcast_to(wide(values), (*labels.shape, size))
         return jnp.sum(jnp.where(hit(values, labels, start), values, 0), axis=-1)
     inside, index = (index >= 0) & (index < size), jnp.clip(index, 0, size - 1)

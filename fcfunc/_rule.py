@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcfunc import _compat
+from fcfunc import _layout
 
 
 def rule(fwd: Callable, bwd: Callable) -> Callable:
@@ -43,7 +43,7 @@ def rule(fwd: Callable, bwd: Callable) -> Callable:
         for name, a in zip(names, args, strict=False):
             if isinstance(a, str):  # JAX itself would not say which
                 raise TypeError(f"{primal.__name__}: {name} must be an array, got {a!r:.80}")
-        return joined(tuple(sorted(options.items())), *_compat.vary_alike(jax.tree.map(as_array, args)))
+        return joined(tuple(sorted(options.items())), *_layout.vary_alike(jax.tree.map(as_array, args)))
 
     return call
 

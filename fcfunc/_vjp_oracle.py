@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend.core as jex
 
-from fcfunc import _compat
+from fcfunc._jax_releases import jaxpr_and_consts
 
 INLINED = ("custom_vjp_call", "jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2")
 
@@ -39,9 +39,7 @@ def _evaluate(jaxpr, consts, args):
         values = [read(atom) for atom in eqn.invars]
         if eqn.primitive.name in INLINED:
             inner = next(p for p in eqn.params.values() if isinstance(p, jex.ClosedJaxpr | jex.Jaxpr))
-            if isinstance(inner, jex.Jaxpr):
-                inner = jex.ClosedJaxpr(inner, ())
-            outs = _evaluate(inner.jaxpr, inner.consts, values)
+            outs = _evaluate(*jaxpr_and_consts(inner), values)
         elif eqn.primitive.name == "shard_map":
             inner, options = (
                 eqn.params["jaxpr"],
@@ -50,7 +48,9 @@ def _evaluate(jaxpr, consts, args):
             local = functools.partial(_evaluate_open, inner)
             outs = jax.shard_map(local, axis_names=eqn.params["manual_axes"], **options)(*values)
         else:
-            outs = _compat.bind(eqn.primitive, values, {k: _undone(p) for k, p in eqn.params.items()})
+            params = eqn.primitive.get_bind_params({k: _undone(p) for k, p in eqn.params.items()})
+            outs = eqn.primitive.bind(*values, **params)
+            outs = outs if eqn.primitive.multiple_results else [outs]
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from fcfunc import _compat, _vjp_case
+from fcfunc import _layout, _vjp_case
 from fcfunc._vjp_case import Case, NotApplicable, precision, to_jax, to_numpy
 from fcfunc._vjp_checks import Finding, attempt, check, compare, full_only, rounding
 
@@ -215,7 +215,7 @@ def _sharded(fun: Callable, case: Case, g: list, mesh, specs: list) -> list[np.n
 
     def pull(args, g):
         out, back = jax.vjp(fun, *args)
-        return _vjp_case.only_real(back([_compat.laid_like(a, o) for a, o in zip(g, out, strict=True)]))
+        return _vjp_case.only_real(back([_layout.laid_like(a, o) for a, o in zip(g, out, strict=True)]))
 
     leaves, treedef = jax.tree.flatten(case.args)
     with precision(case.dtype), jax.set_mesh(mesh):

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fcfunc import _check, _compat, _config
+from fcfunc import _check, _layout, _config
 
 __all__ = ["Checkpoint", "restore", "save", "steps"]
 
@@ -433,7 +433,7 @@ def _unnamed(like, arrays: dict) -> Any:
 
 def _sha256(a: jax.Array) -> str:
     """Of the array's bytes, row by row; wherever it lies."""
-    host = np.ascontiguousarray(_compat.whole(a))
+    host = np.ascontiguousarray(_layout.whole(a))
     return hashlib.sha256(host.reshape(-1).view(np.uint8)).hexdigest()  # type: ignore[arg-type]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fcfunc import _check, _compat
+from fcfunc import _check, _layout
 from fcfunc._precision import wide
 from fcfunc._rows import (
     each_score,
@@ -178,7 +178,7 @@ def softmax_cross_entropy(
     label_smoothing = _check.number("softmax_cross_entropy", label_smoothing=label_smoothing)
     _check_distribution(logits, targets, where, weights, class_weights, label_smoothing)
     logits, (where, weights), class_weights = _laid(logits, (where, weights), class_weights)
-    targets = _compat.laid_like(as_array(targets), logits)
+    targets = _layout.laid_like(as_array(targets), logits)
     logits, targets = masked(logits, where=where), masked(targets, where=where)
     return _softmax_cross_entropy(logits, targets, where, weights, class_weights, label_smoothing=label_smoothing)
 
@@ -332,8 +332,8 @@ def _laid(logits, of_rows, of_classes, axes=None) -> Any:
     """Arrays, those with a number per row (the first `axes`) laid as rows, those with one per class as classes."""
     logits = as_array(logits)
     rows = tuple(range(logits.ndim - 1 if axes is None else axes))
-    of_rows = tuple(None if a is None else _compat.laid_along(as_array(a), logits, rows) for a in of_rows)
-    return logits, of_rows, None if of_classes is None else _compat.laid_along(as_array(of_classes), logits, (-1,))
+    of_rows = tuple(None if a is None else _layout.laid_along(as_array(a), logits, rows) for a in of_rows)
+    return logits, of_rows, None if of_classes is None else _layout.laid_along(as_array(of_classes), logits, (-1,))
 
 
 def _smoothed(targets, smoothing, classes):

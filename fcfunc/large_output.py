@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fcfunc import _check, _compat
-from fcfunc._precision import accumulator
+from fcfunc import _check, _layout
+from fcfunc._precision import accumulator, product
 from fcfunc._rows import (
     each_score,
     hit,
@@ -100,9 +100,9 @@ def linear_softmax_cross_entropy(
     x, w = as_array(x), as_array(w)
     rows_of_x = tuple(range(x.ndim - 1))
     given: list[Any] = [None if a is None else as_array(a) for a in (labels, where, weights)]
-    labels, where, weights = (_compat.laid_along(a, x, rows_of_x) for a in given)
+    labels, where, weights = (_layout.laid_along(a, x, rows_of_x) for a in given)
     x = masked(x, labels, ignore_index=ignore_index, where=where)
-    b, class_weights = (_compat.laid_along(None if a is None else as_array(a), w, (-1,)) for a in (b, class_weights))
+    b, class_weights = (_layout.laid_along(None if a is None else as_array(a), w, (-1,)) for a in (b, class_weights))
     if chunk_size is not None and _classes_sharded(w):
         raise ValueError(
             "linear_softmax_cross_entropy: classes that lie on several devices are not taken by chunks; "
@@ -161,9 +161,9 @@ def linear_softmax_cross_entropy_fwd(
             all_weight = all_weight + jnp.sum(u_chunk, axis=-1)
         return new_max, total, own, own_weight, all_own, all_weight
 
-    zeros = _compat.laid_along(jnp.zeros(labels.shape, accumulator(operands)), x, tuple(range(x.ndim - 1)))
+    zeros = _layout.laid_along(jnp.zeros(labels.shape, accumulator(operands)), x, tuple(range(x.ndim - 1)))
     own_weight = zeros + 1 if class_weights is None else zeros
-    sums, _ = _compat.vary_alike(((zeros - jnp.inf, zeros, zeros, own_weight, zeros, zeros), x))
+    sums, _ = _layout.vary_alike(((zeros - jnp.inf, zeros, zeros, own_weight, zeros, zeros), x))
     row_max, total, own, own_weight, all_own, all_weight = _over_chunks(take, sums, classes, chunk_size)
     log_sum = jnp.log(total)
     # ℓ = r ((1 − ε) u_y (log Σ − (z_y − max)) + ε/C (Σ u log Σ + Σ u (max − z)))
@@ -208,20 +208,20 @@ def linear_softmax_cross_entropy_bwd(
         by_row = minus_targets(p, hits, own_weight, class_weights, label_smoothing, classes, part=u)
         dz = settled(each_score(gr, z) * by_row)
         # dx = dz wᵀ, summed over the chunks; dw = xᵀ dz and db = 1ᵀ dz, of this chunk's classes
-        dz_, w_, spec = dz.astype(narrow), w_chunk.astype(narrow), _compat.explicit_sharding
-        dx = dx + _compat.product(dz_, w_, by_w, accumulate=wide_in, out_sharding=spec(x, w))
-        dw_chunk = _compat.product(rows, dz_, by_rows, accumulate=wide_in, out_sharding=spec(w_chunk, x))
+        dz_, w_, spec = dz.astype(narrow), w_chunk.astype(narrow), _layout.explicit_sharding
+        dx = dx + product(dz_, w_, by_w, accumulate=wide_in, out_sharding=spec(x, w))
+        dw_chunk = product(rows, dz_, by_rows, accumulate=wide_in, out_sharding=spec(w_chunk, x))
         dw, db = _put(dw, dw_chunk, start), _put(db, jnp.sum(dz, axis=batch), start)
         if u is not None:  # du = Σ g r t (−log p), over the rows
             by_class = weighted(label_targets(hits, label_smoothing, classes, z.dtype), surprises)
             du = _put(du, jnp.sum(settled(each_score(gr, z) * by_class), axis=batch), start)
         return dx, dw, db, du
 
-    dx = _compat.laid_like(jnp.zeros(x.shape, wide_in), x)
+    dx = _layout.laid_like(jnp.zeros(x.shape, wide_in), x)
     dw, db, du = (
-        None if a is None else _compat.laid_like(jnp.zeros(a.shape, a.dtype), a) for a in (w, b, class_weights)
+        None if a is None else _layout.laid_like(jnp.zeros(a.shape, a.dtype), a) for a in (w, b, class_weights)
     )
-    (dx, dw, db, du), _ = _compat.vary_alike(((dx, dw, db, du), x))
+    (dx, dw, db, du), _ = _layout.vary_alike(((dx, dw, db, du), x))
     dx, dw, db, du = _over_chunks(take, (dx, dw, db, du), classes, chunk_size)
     dweights = None if weights is None else settled(g * surprise_of_row).astype(weights.dtype)
     return dx.astype(x.dtype), dw, db, None, None, dweights, du
@@ -245,8 +245,8 @@ def _chunk(x, w, b, start, size, operands):
     """The logits of some classes and the weights that made them, in the operands' dtype."""
     w_chunk = _part(w, start, size).astype(operands)
     by_w = (((x.ndim - 1,), (0,)), ((), ()))
-    sharding = _compat.product_sharding(x, w, x.ndim - 1)
-    z = _compat.product(x.astype(operands), w_chunk, by_w, accumulate=accumulator(operands), out_sharding=sharding)
+    sharding = _layout.product_sharding(x, w, x.ndim - 1)
+    z = product(x.astype(operands), w_chunk, by_w, accumulate=accumulator(operands), out_sharding=sharding)
     return z + jnp.broadcast_to(_part(b, start, size).astype(z.dtype), z.shape), w_chunk
 
 
@@ -275,5 +275,5 @@ def _checked(x, w, b, labels, where, weights, class_weights, label_smoothing, co
 
 
 def _classes_sharded(w):
-    sharding = _compat.explicit_sharding(jnp.asarray(w))
+    sharding = _layout.explicit_sharding(jnp.asarray(w))
     return sharding is not None and any(axis is not None for axis in sharding.spec[1:])

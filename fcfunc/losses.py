@@ -13,7 +13,7 @@ gradient 0, whatever its scores are. The mean over the other rows is then `sum(l
 import jax
 import jax.numpy as jnp
 
-from fcfunc import _check, _compat, cross_entropy, large_output
+from fcfunc import _check, _layout, cross_entropy, large_output
 from fcfunc._precision import wide
 from fcfunc._rows import each_score, hit, settle
 from fcfunc._rule import as_array, rule
@@ -88,7 +88,7 @@ def squared_error(predictions: jax.Array, targets: jax.Array) -> jax.Array:
     """
     _check.array("squared_error", predictions=predictions, targets=targets)
     predictions = as_array(predictions)
-    targets = _compat.laid_along(as_array(targets), predictions, tuple(range(predictions.ndim)))
+    targets = _layout.laid_along(as_array(targets), predictions, tuple(range(predictions.ndim)))
     return _squared_error(predictions, targets)
 
 
@@ -262,4 +262,4 @@ _l2_penalty = rule(l2_penalty_fwd, l2_penalty_bwd)
 def _beside(scores, labels):
     """Both as arrays, the labels laid as the rows of the scores."""
     scores = as_array(scores)
-    return scores, _compat.laid_along(as_array(labels), scores, tuple(range(scores.ndim - 1)))
+    return scores, _layout.laid_along(as_array(labels), scores, tuple(range(scores.ndim - 1)))

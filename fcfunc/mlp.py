@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fcfunc import _check, _compat
+from fcfunc import _check, _layout
 from fcfunc import ops as hand_written
 from fcfunc._precision import accumulator
 
@@ -128,7 +128,7 @@ def init(
     options = tuple(dims), _norm_leaves("init", norm), w_init, b_init, jnp.dtype(param_dtype)
     # One compiled program starts in a third of the time of one operation at a time; a caller's own program contains it.
     # Hash: an initialiser of the caller's may have none.
-    compiled = not _compat.traced(key) and all(isinstance(f, Hashable) for f in (w_init, b_init))
+    compiled = not _layout.traced(key) and all(isinstance(f, Hashable) for f in (w_init, b_init))
     return (_compiled_init if compiled else _init)(key, *options)
 
 
@@ -455,7 +455,7 @@ def _scan(net: _Network, p, state, x, activation: _Resolved, first):
 
     def step(x, slices):
         y, state = _hidden(net, slices[0], slices[1], x, activation, slices[2], stacked=True)
-        return _compat.laid_like(y, x), state  # a layer divided by columns, or by rows, lays its output otherwise
+        return _layout.laid_like(y, x), state  # a layer divided by columns, or by rows, lays its output otherwise
 
     if net.compute_dtype is not None:
         x = x.astype(net.compute_dtype)

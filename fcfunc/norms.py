@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from fcfunc import _check, _compat
+from fcfunc import _check, _layout
 from fcfunc._precision import wide
 from fcfunc._rule import as_array, rule
 
@@ -52,7 +52,7 @@ def layer_norm(x: jax.Array, scale: jax.Array, offset: jax.Array, *, eps: float 
       Array([[-1.,  1.]], dtype=float32)
     """
     _check.array("layer_norm", x=x, scale=scale, offset=offset)
-    scale, offset = (_compat.laid_along(as_array(a), as_array(x), (-1,)) for a in (scale, offset))
+    scale, offset = (_layout.laid_along(as_array(a), as_array(x), (-1,)) for a in (scale, offset))
     return _layer_norm(x, scale, offset, eps=_check.number("layer_norm", eps=eps))
 
 
@@ -106,7 +106,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float = 1e-5) -> jax.Array:
       Array([[ 1., -1.]], dtype=float32)
     """
     _check.array("rms_norm", x=x, scale=scale)
-    scale = _compat.laid_along(as_array(scale), as_array(x), (-1,))
+    scale = _layout.laid_along(as_array(scale), as_array(x), (-1,))
     return _rms_norm(x, scale, eps=_check.number("rms_norm", eps=eps))
 
 
@@ -188,7 +188,7 @@ def batch_norm(
         raise TypeError(f"batch_norm: the state must be in at least float32, got {_check.describe(state['mean'])}")
     x = as_array(x)
     scale, offset, mean, var = (
-        _compat.laid_along(as_array(a), x, (-1,)) for a in (scale, offset, state["mean"], state["var"])
+        _layout.laid_along(as_array(a), x, (-1,)) for a in (scale, offset, state["mean"], state["var"])
     )
     if not training:
         z = wide(x)

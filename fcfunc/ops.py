@@ -17,8 +17,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from fcfunc import _check, _compat, activations, norms
-from fcfunc._precision import accumulator, wide
+from fcfunc import _check, _layout, activations, norms
+from fcfunc._precision import accumulator, product, wide
 from fcfunc._rule import rule
 from fcfunc.activations import *  # noqa: F403
 from fcfunc.norms import *  # noqa: F403
@@ -107,8 +107,8 @@ def affine_fwd(x, w, b, *, flatten=False, compute_dtype=None, out_dtype=None, ro
         )
     rows = x.reshape(x.shape[0], w.shape[0]) if flatten else x
     by_w, wide_in = (((rows.ndim - 1,), (0,)), ((), ())), accumulator(operands)
-    rows, w_, sharding = rows.astype(operands), w.astype(operands), _compat.product_sharding(rows, w, rows.ndim - 1)
-    out = _compat.product(rows, w_, by_w, accumulate=wide_in, out_sharding=sharding)
+    rows, w_, sharding = rows.astype(operands), w.astype(operands), _layout.product_sharding(rows, w, rows.ndim - 1)
+    out = product(rows, w_, by_w, accumulate=wide_in, out_sharding=sharding)
     out = out + jnp.broadcast_to(b.astype(wide_in), out.shape)
     return out.astype(operands if out_dtype is None else out_dtype), (x, w)
 
@@ -124,10 +124,10 @@ def affine_bwd(residuals, g, *, compute_dtype=None, round_cotangent=True):
     rows_, w_, g_ = rows.astype(operands).astype(narrow), w.astype(operands).astype(narrow), g.astype(narrow)
     # dx = g wᵀ
     by_w = (((g.ndim - 1,), (1,)), ((), ()))
-    dx = _compat.product(g_, w_, by_w, accumulate=wide_in, out_sharding=_compat.explicit_sharding(rows, w))
+    dx = product(g_, w_, by_w, accumulate=wide_in, out_sharding=_layout.explicit_sharding(rows, w))
     # dw = xᵀ g
     by_rows = ((batch, batch), ((), ()))
-    dw = _compat.product(rows_, g_, by_rows, accumulate=wide_in, out_sharding=_compat.explicit_sharding(w, rows))
+    dw = product(rows_, g_, by_rows, accumulate=wide_in, out_sharding=_layout.explicit_sharding(w, rows))
     # db = 1ᵀ g, the sum over the batch: b is broadcast, that is, multiplied by an invisible input of ones
     db = jnp.sum(g, axis=batch, dtype=wide_in)
     return dx.reshape(x.shape).astype(x.dtype), dw.astype(w.dtype), db.astype(w.dtype)
@@ -261,13 +261,13 @@ def _bias_along(x, w, b, flatten):
     """The biases, laid as the columns of the output; what does not fit together is left for the rule to name."""
     if any(not isinstance(a, jax.Array) for a in (x, w, b)) or x.ndim < 1 or w.ndim != 2 or b.ndim != 1:
         return b
-    sharding = _compat.product_sharding(x, w, 1 if flatten else x.ndim - 1)
-    return b if sharding is None else _compat.laid(b, sharding, (-1,))
+    sharding = _layout.product_sharding(x, w, 1 if flatten else x.ndim - 1)
+    return b if sharding is None else _layout.laid(b, sharding, (-1,))
 
 
 def _packed(mask, pack):
     """Booleans as bits, eight to a byte, along the last axis; as they are where that axis lies on several devices."""
-    sharding = _compat.explicit_sharding(mask)
+    sharding = _layout.explicit_sharding(mask)
     if (
         not pack
         or not mask.size
@@ -327,7 +327,7 @@ _dropout = rule(dropout_fwd, dropout_bwd)
 
 
 def _thinned(x, key, rate):
-    kept = _compat.laid_like(jax.random.bernoulli(key, 1 - rate, x.shape), x)
+    kept = _layout.laid_like(jax.random.bernoulli(key, 1 - rate, x.shape), x)
     return jnp.where(kept, wide(x) * (1 / (1 - rate) if rate < 1 else 0.0), 0).astype(x.dtype)
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcfunc import _check, _compat, _config
+from fcfunc import _check, _layout, _config
 from fcfunc.data import MAX_BYTES, regular_file
 
 __all__ = ["load", "save"]
@@ -137,7 +137,7 @@ def _library():
 
 def _host(name: str, a) -> np.ndarray:
     """On the host, as it will be read back."""
-    host = np.ascontiguousarray(_compat.whole(a)).reshape(np.shape(a))
+    host = np.ascontiguousarray(_layout.whole(a)).reshape(np.shape(a))
     host = host.astype(host.dtype.newbyteorder("="))
     if host.dtype.name not in DTYPES:
         raise TypeError(f"params_file.save: {name} is {host.dtype}, and may be {', '.join(DTYPES)}")

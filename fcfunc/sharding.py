@@ -14,8 +14,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from fcfunc import _check, _compat
-from fcfunc._compat import mesh_axes
+from fcfunc import _check, _layout
+from fcfunc._layout import mesh_axes
 
 __all__ = ["MODES", "global_batch", "logical_specs", "make_mesh", "param_specs", "shard"]
 
@@ -210,7 +210,7 @@ def shard(tree: Any, specs: Any, mesh: Mesh) -> Any:
 
     def place(path, leaf, spec):
         _check_divides(f"shard: {jax.tree_util.keystr(path) or 'array'}", spec, np.shape(leaf), mesh)
-        return _compat.placed(leaf, NamedSharding(mesh, spec))
+        return _layout.placed(leaf, NamedSharding(mesh, spec))
 
     return jax.tree.map_with_path(place, tree, specs)
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fcfunc import _check, _compat
+from fcfunc import _check, _layout
 from fcfunc._failure import NonFiniteError, copied, good, outcome, replay, still_finite
 from fcfunc._loop import (
     Layouts,
@@ -83,7 +83,7 @@ def init_state(
         raise ValueError(f"init_state: params hold no array, got {params!r:.80}")
     for path, leaf in jax.tree.leaves_with_path(params):
         _check.array("init_state", **{f"params{jax.tree_util.keystr(path)}": leaf})
-    with _compat.on_mesh_of(params):
+    with _layout.on_mesh_of(params):
         opt_state = optimizer.init(params)
     state = TrainState(params, opt_state, jnp.int32(0), key, model_state, jnp.int32(0), jnp.int32(0))
     return beside(jax.tree.map(jnp.copy, state), state.params)
@@ -203,7 +203,7 @@ def make_fit(
 
     def whole_fit(state, data, validation_data=None):
         n = count("make_fit", data, batch_size)
-        layouts = Layouts(_compat.layouts(state), _compat.layouts(data))
+        layouts = Layouts(_layout.layouts(state), _layout.layouts(data))
         if patience is not None and validation_data is None:
             raise ValueError("make_fit: patience needs validation_data to judge an epoch by, got None")
         if validation_data is not None:
@@ -307,7 +307,7 @@ def evaluate(
     """
     _check.function("evaluate", loss_fn=loss_fn)
     _check.positive("evaluate", batch_size=batch_size)
-    return _evaluation(loss_fn, batch_size)(params, model_state, data, layouts=Layouts((), _compat.layouts(data)))
+    return _evaluation(loss_fn, batch_size)(params, model_state, data, layouts=Layouts((), _layout.layouts(data)))
 
 
 def fit(

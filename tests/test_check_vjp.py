@@ -214,3 +214,9 @@ def test_a_rule_that_lays_dw_as_its_operands_and_not_as_w_is_found():
     affine.defvjp(ops.affine_fwd, laid_by_operands)
     report = check_vjp(affine, "n d, d m, m", only=["sharded_equals_unsharded"])
     assert "on an Explicit mesh with the last axis of the first argument over x" in str(report)
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, lambda f: lambda x: jax.lax.map(f, x)], ids=["jit", "loop"])
+def test_the_oracle_of_a_compiled_function_keeps_the_arrays_that_it_captures(wrap):
+    weights = np.array([2.0, -1.0, 0.5], np.float32)
+    assert_vjp(wrap(lambda row: ops.tanh(row * jnp.broadcast_to(weights, row.shape))), "n 3", only=["oracle", "forward_output"], fast=True)

@@ -1,6 +1,7 @@
 """Training on meshes is training on one device: the numbers, the layouts, what is communicated and what is kept."""
 
 import functools
+import re
 
 import chex
 import jax
@@ -217,9 +218,10 @@ def test_accumulated_parts_are_summed_before_anything_is_communicated():
     one, four = (compiled_step("data", accumulate=n)[0] for n in (1, 4))
     assert [what for what, _ in compiled_collectives(four)] == ["all-reduce"]
     assert sorted(compiled_collectives(four)[0][1]) == sorted(compiled_collectives(one)[0][1])
-    entry = four.as_text().split("\nENTRY ")[1]
-    assert "while(" in entry  # the loop over the parts is a computation of its own,
-    assert "all-reduce(" in entry  # and this is not in it
+    others, entry = four.as_text().split("\nENTRY ")
+    assert re.search(r" while\(", others + entry)  # the loop over the parts calls computations of its own,
+    assert re.search(r" all-reduce\(", entry)  # and the sum is not in one of them
+    assert "all-reduce" not in others
 
 
 @pytest.mark.parametrize(("mode", "share"), [("data", 1.0), ("fsdp", 1 / 8), ("tensor", 1 / 2), ("fsdp+tensor", 1 / 8)])

@@ -1,8 +1,4 @@
-"""What differs between JAX releases: the type of a value on a mesh, the evaluation of an equation;
-and what differs between its backends.
-
-Everything else in the package asks here, so that an upgrade of JAX is a change to one file.
-"""
+"""The sharding of arrays: inside a rule, around a compiled step, and on the host."""
 
 import contextlib
 import math
@@ -27,23 +23,6 @@ def explicit_sharding(x: jax.Array, *beside: jax.Array) -> NamedSharding | None:
         return sharding
     others = (s for s in map(explicit_sharding, beside) if s is not None)
     return next((NamedSharding(s.mesh, PartitionSpec()) for s in others), None)
-
-
-def product(x: jax.Array, y: jax.Array, dims, *, accumulate, out_sharding=None) -> jax.Array:
-    """`lax.dot_general` of operands of one dtype, accumulated and returned in another.
-
-    Where XLA's CPU backend lacks a product of two bfloat16 operands into float32 is one form: a matrix, by its first
-    axis, with a stack of matrices, which an ensemble under `vmap` makes. Given a batch of one the product is simplified
-    into a form that every backend has.
-    """
-    ((x_by, y_by), _) = dims
-    if x.dtype == accumulate or not x_by or x_by[0] != 0:
-        return jax.lax.dot_general(x, y, dims, preferred_element_type=accumulate, out_sharding=out_sharding)
-    if out_sharding is not None:
-        out_sharding = NamedSharding(out_sharding.mesh, PartitionSpec(None, *out_sharding.spec))
-    dims = ((tuple(i + 1 for i in x_by), tuple(i + 1 for i in y_by)), ((0,), (0,)))
-    x, y = jnp.expand_dims(x, 0), jnp.expand_dims(y, 0)
-    return jax.lax.dot_general(x, y, dims, preferred_element_type=accumulate, out_sharding=out_sharding)[0]
 
 
 def laid_like(x: jax.Array, like: jax.Array) -> jax.Array:
@@ -207,6 +186,17 @@ def first(a: jax.Array) -> jax.Array:
     return a[0]
 
 
+def kind_of_part(a: jax.Array) -> jax.ShapeDtypeStruct:
+    """The shape, dtype and sharding of `a[i]`.
+
+    `a[0]` itself would not tell: where the axes that remain have size 1, JAX 0.12 drops their sharding.
+    """
+    sharding = explicit_sharding(a)
+    if sharding is not None:
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return jax.ShapeDtypeStruct(a.shape[1:], a.dtype, sharding=sharding)
+
+
 def zeros_along(kind: jax.ShapeDtypeStruct, dtype, over: Rows | None) -> jax.Array:
     """Zeros to add arrays of a kind to, whose first axis is divided as the examples are."""
     zeros = jnp.zeros(kind.shape, dtype)
@@ -244,11 +234,3 @@ def vary_alike(args):
         missing = tuple(sorted(axes - varying_axes(leaf)))
         lifted.append(jax.lax.pcast(leaf, missing, to="varying") if missing else leaf)
     return jax.tree.unflatten(treedef, lifted)
-
-
-def bind(primitive, values: list, params: dict) -> list:
-    """The results of one equation of a jaxpr; releases differ in what `get_bind_params` returns."""
-    bound = primitive.get_bind_params(params)
-    functions, params = bound if isinstance(bound, tuple) else ((), bound)
-    outs = primitive.bind(*functions, *values, **params)
-    return outs if primitive.multiple_results else [outs]
