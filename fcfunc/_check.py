@@ -87,19 +87,36 @@ def labels(where: str, labels, *, scores) -> None:
         )
 
 
-def counting(where: str, shape: tuple, mask, weights, smoothing) -> None:
-    """TypeError or ValueError where the mask, weights or smoothing of a loss are not what its shape asks for."""
+def real_labels(where: str, labels, *, like, name: str = "labels"):
+    """Labels that enter a formula as numbers; integers and booleans are cast to the dtype of `like`.
+
+    TypeError where they are not real numbers.
+    """
+    array(where, **{name: labels})
+    dtype = jnp.result_type(labels)
+    if jnp.issubdtype(dtype, jnp.integer) or dtype == jnp.bool_:
+        # Cast on the host where possible: JAX would first keep the lower 32 bits of an int64.
+        numbers = labels if isinstance(labels, jax.Array) else np.asarray(labels)
+        return jnp.asarray(numbers.astype(jnp.result_type(like)))
+    floating(where, **{name: labels})
+    return jnp.asarray(labels)
+
+
+def counting(where: str, shape: tuple, mask, weights, smoothing, *, logits: tuple | None = None) -> None:
+    """TypeError or ValueError where the mask, weights or smoothing of a loss are not what its shape asks for.
+
+    A mask may also have the shape of the logits, where that is given.
+    """
     if mask is not None:
         array(where, where=mask)
         if jnp.result_type(mask) != jnp.bool_:
             raise TypeError(f"{where}: where must be booleans, got {describe(mask)}")
     if weights is not None:
         floating(where, weights=weights)
-    for name, a in (("where", mask), ("weights", weights)):
-        if a is not None and jnp.shape(a) != tuple(shape):
-            raise ValueError(
-                f"{where}: {name} must have the shape of the loss, {list(shape)}, got {list(jnp.shape(a))}"
-            )
+    for name, a, other in (("where", mask, logits), ("weights", weights, None)):
+        if a is not None and jnp.shape(a) not in (tuple(shape), other):
+            expected = f"the loss, {list(shape)}" + (f", or of the logits, {list(other)}" if other else "")
+            raise ValueError(f"{where}: {name} must have the shape of {expected}, got {list(jnp.shape(a))}")
     if not 0 <= number(where, label_smoothing=smoothing) <= 1:
         raise ValueError(f"{where}: label_smoothing must be in [0, 1], got {smoothing}")
 
@@ -119,6 +136,21 @@ def axis(where: str, axis, **arrays) -> None:
     for name, x in arrays.items():
         if not -jnp.ndim(x) <= axis < jnp.ndim(x):
             raise ValueError(f"{where}: {name} has no axis {axis}, its shape is {list(jnp.shape(x))}")
+
+
+def axes(where: str, wanted, **arrays) -> tuple[int, ...]:
+    """The axes that an integer, several or None (all of them) name, counted from the front.
+
+    TypeError or ValueError where an array has no such axis, or where one is named twice.
+    """
+    ((_, x),) = arrays.items()
+    named = range(jnp.ndim(x)) if wanted is None else wanted if isinstance(wanted, tuple | list) else (wanted,)
+    for i in named:
+        axis(where, i, **arrays)
+    counted = tuple(int(i) % jnp.ndim(x) for i in named)
+    if len(set(counted)) < len(counted):
+        raise ValueError(f"{where}: axis names an axis twice, got {wanted}")
+    return counted
 
 
 def key(where: str, key) -> None:

@@ -5,8 +5,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fcfunc import _layout
+from fcfunc import _check, _layout
 from fcfunc._precision import wide
+from fcfunc._rule import as_array
+
+
+def classes_last(name: str, axis, scores, /, **beside) -> Any:
+    """`scores` with the classes as the last axis, and the arrays of the same rank with them; others are left alone."""
+    _check.array(name, scores=scores, **{other: a for other, a in beside.items() if a is not None})
+    ndim = jnp.ndim(scores)
+    if isinstance(axis, int) and axis in (-1, ndim - 1):
+        return scores, beside.values()
+    axes = _check.axes(name, axis, scores=scores)
+    rows = [i for i in range(ndim) if i not in axes]
+
+    def moved(a):
+        if a is None or jnp.ndim(a) != ndim:
+            return a
+        a = jnp.transpose(as_array(a), (*rows, *axes))
+        return a if len(axes) == 1 else a.reshape(*a.shape[: len(rows)], -1)
+
+    return moved(scores), [moved(a) for a in beside.values()]
 
 
 def hit(scores, labels, start=0):

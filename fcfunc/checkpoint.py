@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fcfunc import _check, _layout, _config
+from fcfunc import _check, _config, _layout
 
 __all__ = ["Checkpoint", "restore", "save", "steps"]
 

@@ -3,7 +3,7 @@
 A loss is one number per example; the mean is taken where the loss is used: `jnp.mean(loss(...))`. Losses are
 computed and returned in at least float32, whatever the dtype of the network's output; gradients come back in that
 output's dtype. Names and order of arguments are optax's where optax has the loss. Nothing is broadcast: `[N]`
-against `[N, 1]` raises. Labels are integers, targets are reals.
+against `[N, 1]` raises.
 
 **Impossible labels.** A label outside `[0, classes)` makes the loss AND the gradient of its row NaN: never another
 class, never a finite number. Only the label given as `ignore_index` stands for "no loss": its row has loss 0 and
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from fcfunc import _check, _layout, cross_entropy, large_output
 from fcfunc._precision import wide
-from fcfunc._rows import each_score, hit, settle
+from fcfunc._rows import classes_last, each_score, hit, settle
 from fcfunc._rule import as_array, rule
 from fcfunc.cross_entropy import *  # noqa: F403
 from fcfunc.large_output import *  # noqa: F403
@@ -66,18 +66,18 @@ def mean(loss: jax.Array, *, over: jax.Array) -> jax.Array:
     return jnp.where(count == 0, 0, total / jnp.where(count == 0, 1, count))
 
 
-def squared_error(predictions: jax.Array, targets: jax.Array) -> jax.Array:
+def squared_error(predictions: jax.Array, targets: jax.Array | None = None) -> jax.Array:
     r"""Squared error: :math:`\ell = (y - t)^2`, element by element, without a factor of one half.
 
     Args:
       predictions: any shape.
-      targets: the shape of `predictions`. Differentiated as well.
+      targets: the shape of `predictions`. Differentiated as well, unless they are integers or booleans. None: zeros.
 
     Returns:
       The shape of `predictions`, in the square of its unit. Saved for the backward pass: the arguments.
 
     Raises:
-      TypeError: an argument is not of a floating-point dtype.
+      TypeError: `predictions` are not floating-point, or `targets` not numbers.
       ValueError: the shapes differ: `[N]` against `[N, 1]` is not broadcast to `[N, N]`.
 
     Source: derived in docs/derivations.md#squared-error.
@@ -86,10 +86,12 @@ def squared_error(predictions: jax.Array, targets: jax.Array) -> jax.Array:
       >>> squared_error(jnp.array([1., 3.]), jnp.array([1., 1.]))
       Array([0., 4.], dtype=float32)
     """
-    _check.array("squared_error", predictions=predictions, targets=targets)
+    _check.floating("squared_error", predictions=predictions)
     predictions = as_array(predictions)
-    targets = _layout.laid_along(as_array(targets), predictions, tuple(range(predictions.ndim)))
-    return _squared_error(predictions, targets)
+    if targets is None:
+        targets = jnp.zeros_like(predictions)
+    targets = _check.real_labels("squared_error", targets, like=predictions, name="targets")
+    return _squared_error(predictions, _layout.laid_along(targets, predictions, tuple(range(predictions.ndim))))
 
 
 def squared_error_fwd(predictions, targets):
@@ -110,23 +112,26 @@ def squared_error_bwd(residuals, g):
 _squared_error = rule(squared_error_fwd, squared_error_bwd)
 
 
-def negative_log_likelihood(probs: jax.Array, labels: jax.Array, *, ignore_index: int | None = None) -> jax.Array:
+def negative_log_likelihood(
+    probs: jax.Array, labels: jax.Array, axis: int | tuple[int, ...] = -1, *, ignore_index: int | None = None
+) -> jax.Array:
     r"""Negative log-likelihood of a network that ends in softmax: :math:`\ell = -\log p_y`.
 
     Where the network can end in logits instead, `softmax_cross_entropy_with_integer_labels` is exact for
     probabilities that round to 0, which here give a loss of inf.
 
     Args:
-      probs: probabilities, `[..., classes]`.
-      labels: integers in `[0, classes)`, `[...]`.
+      probs: probabilities, `[..., classes]`, or with the classes along `axis`.
+      labels: integers in `[0, classes)`, in the shape of `probs` without `axis`.
+      axis: the axis of the classes. For a tuple of axes a label is the flat index into them, in the order given.
       ignore_index: the label of rows that have no loss; None (the default) where every row has one.
 
     Returns:
-      `[...]`, in nats. Saved for the backward pass: the arguments.
+      One loss per row, in nats. Saved for the backward pass: the arguments.
 
     Raises:
       TypeError: float labels, or probabilities of another than a floating-point dtype.
-      ValueError: `labels` does not have the shape of `probs` without its last axis.
+      ValueError: `labels` does not have the shape of `probs` without `axis`.
 
     Source: derived in docs/derivations.md#negative-log-likelihood.
 
@@ -136,6 +141,7 @@ def negative_log_likelihood(probs: jax.Array, labels: jax.Array, *, ignore_index
     """
     _check.ignored_label("negative_log_likelihood", ignore_index)
     _check.array("negative_log_likelihood", probs=probs, labels=labels)
+    probs, _ = classes_last("negative_log_likelihood", axis, probs)
     probs, labels = _beside(probs, labels)
     return _negative_log_likelihood(probs, labels, ignore_index=ignore_index)
 
@@ -160,22 +166,25 @@ def negative_log_likelihood_bwd(residuals, g, *, ignore_index=None):
 _negative_log_likelihood = rule(negative_log_likelihood_fwd, negative_log_likelihood_bwd)
 
 
-def multiclass_svm(scores: jax.Array, labels: jax.Array, *, margin: float = 1.0) -> jax.Array:
+def multiclass_svm(
+    scores: jax.Array, labels: jax.Array, axis: int | tuple[int, ...] = -1, *, margin: float = 1.0
+) -> jax.Array:
     r"""Multiclass hinge loss: :math:`\ell = \sum_{k ≠ y} \max(0, s_k - s_y + \text{margin})`.
 
     The sum is over the wrong classes, as in the course notes CS231n. At the kink the derivative is 0.
 
     Args:
-      scores: `[..., classes]`.
-      labels: integers in `[0, classes)`, `[...]`.
+      scores: `[..., classes]`, or with the classes along `axis`.
+      labels: integers in `[0, classes)`, in the shape of `scores` without `axis`.
+      axis: the axis of the classes. For a tuple of axes a label is the flat index into them, in the order given.
       margin: by how much the right score should exceed each other one, in the unit of the scores.
 
     Returns:
-      `[...]`. Saved for the backward pass: one boolean per score, one per row, and the labels.
+      One loss per row. Saved for the backward pass: one boolean per score, one per row, and the labels.
 
     Raises:
       TypeError: float labels, or scores of another than a floating-point dtype.
-      ValueError: `labels` does not have the shape of `scores` without its last axis.
+      ValueError: `labels` does not have the shape of `scores` without `axis`.
 
     Source: derived in docs/derivations.md#multiclass-svm.
 
@@ -184,6 +193,7 @@ def multiclass_svm(scores: jax.Array, labels: jax.Array, *, margin: float = 1.0)
       Array([0.5], dtype=float32)
     """
     _check.array("multiclass_svm", scores=scores, labels=labels)
+    scores, _ = classes_last("multiclass_svm", axis, scores)
     scores, labels = _beside(scores, labels)
     return _multiclass_svm(scores, labels, margin=_check.number("multiclass_svm", margin=margin))
 

@@ -331,7 +331,7 @@ def _thinned(x, key, rate):
     return jnp.where(kept, wide(x) * (1 / (1 - rate) if rate < 1 else 0.0), 0).astype(x.dtype)
 
 
-def softmax(x: jax.Array, *, axis: int = -1) -> jax.Array:
+def softmax(x: jax.Array, axis: int | tuple[int, ...] | None = -1, where: jax.Array | None = None) -> jax.Array:
     r"""Softmax: :math:`p_i = e^{x_i} / \sum_k e^{x_k}`, computed from `x - max(x)`.
 
     The Jacobian is full, :math:`∂p_i/∂x_j = p_i (δ_{ij} - p_j)`: its diagonal `p (1 - p)` alone is not the gradient.
@@ -339,14 +339,16 @@ def softmax(x: jax.Array, *, axis: int = -1) -> jax.Array:
 
     Args:
       x: logits, any shape of at least one axis.
-      axis: the axis that sums to 1.
+      axis: the axis, or the axes together, along which the output sums to 1; None for all.
+      where: booleans that can be broadcast to the shape of `x`. Masked elements take no part: their output and their
+        gradient are 0, even if they are NaN.
 
     Returns:
       The shape and dtype of `x`. Saved for the backward pass: the output.
 
     Raises:
-      TypeError: `x` is not of a floating-point dtype.
-      ValueError: `x` has no axis of that number.
+      TypeError: `x` is not of a floating-point dtype; `where` that is not boolean.
+      ValueError: `x` has no axis of that number; `where` cannot be broadcast to `x`.
 
     Source: derived in docs/derivations.md#softmax.
 
@@ -354,13 +356,17 @@ def softmax(x: jax.Array, *, axis: int = -1) -> jax.Array:
       >>> softmax(jnp.array([1e8, 1e8]))
       Array([0.5, 0.5], dtype=float32)
     """
-    return _softmax(x, axis=axis)
+    _check.floating("softmax", x=x)
+    axes = _check.axes("softmax", axis, x=x)
+    if where is None:
+        return _softmax(x, axis=axes)
+    x, where = _unmasked("softmax", x, axes, where)
+    return jnp.where(where, _softmax(x, axis=axes), 0)
 
 
 def softmax_fwd(x, *, axis=-1):
     """`(out, residuals)` of `softmax`."""
     _check.floating("softmax", x=x)
-    _check.axis("softmax", axis, x=x)
     e = jnp.exp(_shifted(x, axis))
     out = (e / jnp.sum(e, axis=axis, keepdims=True)).astype(x.dtype)
     return out, out
@@ -376,19 +382,21 @@ def softmax_bwd(out, g, *, axis=-1):
 _softmax = rule(softmax_fwd, softmax_bwd)
 
 
-def log_softmax(x: jax.Array, *, axis: int = -1) -> jax.Array:
+def log_softmax(x: jax.Array, axis: int | tuple[int, ...] | None = -1, where: jax.Array | None = None) -> jax.Array:
     r"""The logarithm of softmax: :math:`\log p_i = x_i - \log \sum_k e^{x_k}`, computed from `x - max(x)`.
 
     Args:
       x: logits, any shape of at least one axis.
-      axis: the axis over which the probabilities sum to 1.
+      axis: the axis, or the axes together, along which the probabilities sum to 1; None for all.
+      where: booleans that can be broadcast to the shape of `x`. Masked elements take no part: their output is -inf and
+        their gradient 0, even if they are NaN.
 
     Returns:
       The shape and dtype of `x`. Saved for the backward pass: the output.
 
     Raises:
-      TypeError: `x` is not of a floating-point dtype.
-      ValueError: `x` has no axis of that number.
+      TypeError: `x` is not of a floating-point dtype; `where` that is not boolean.
+      ValueError: `x` has no axis of that number; `where` cannot be broadcast to `x`.
 
     Source: derived in docs/derivations.md#log-softmax.
 
@@ -396,13 +404,17 @@ def log_softmax(x: jax.Array, *, axis: int = -1) -> jax.Array:
       >>> log_softmax(jnp.array([0., 0.]))
       Array([-0.6931472, -0.6931472], dtype=float32)
     """
-    return _log_softmax(x, axis=axis)
+    _check.floating("log_softmax", x=x)
+    axes = _check.axes("log_softmax", axis, x=x)
+    if where is None:
+        return _log_softmax(x, axis=axes)
+    x, where = _unmasked("log_softmax", x, axes, where)
+    return jnp.where(where, _log_softmax(x, axis=axes), -jnp.inf)
 
 
 def log_softmax_fwd(x, *, axis=-1):
     """`(out, residuals)` of `log_softmax`."""
     _check.floating("log_softmax", x=x)
-    _check.axis("log_softmax", axis, x=x)
     shifted = _shifted(x, axis)
     out = (shifted - jnp.log(jnp.sum(jnp.exp(shifted), axis=axis, keepdims=True))).astype(x.dtype)
     return out, out
@@ -416,6 +428,21 @@ def log_softmax_bwd(out, g, *, axis=-1):
 
 
 _log_softmax = rule(log_softmax_fwd, log_softmax_bwd)
+
+
+def _unmasked(name, x, axes, where):
+    """`x` with -inf where it is masked, which has probability 0; slices that are masked whole are set to 0."""
+    _check.array(name, where=where)
+    if jnp.result_type(where) != jnp.bool_:
+        raise TypeError(f"{name}: where must be booleans, got {_check.describe(where)}")
+    x = jnp.asarray(x)
+    try:
+        where = jnp.broadcast_to(where, x.shape)
+    except ValueError:
+        shapes = f"{list(x.shape)}, got {list(jnp.shape(where))}"
+        raise ValueError(f"{name}: where must be broadcastable to the shape of x, {shapes}") from None
+    where = _layout.laid_like(where, x)
+    return jnp.where(where, x, jnp.where(jnp.any(where, axis=axes, keepdims=True), -jnp.inf, 0)), where
 
 
 def _shifted(x, axis):

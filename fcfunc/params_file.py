@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcfunc import _check, _layout, _config
+from fcfunc import _check, _config, _layout
 from fcfunc.data import MAX_BYTES, regular_file
 
 __all__ = ["load", "save"]

@@ -3,7 +3,7 @@
 The twins are the oracle that the rules are compared with, and they have what a `custom_vjp` function lacks:
 forward mode (`jax.jvp`, `jax.jacfwd`, `jax.linearize`, `jax.experimental.jet`).
 `fcfunc.apply(..., ops=fcfunc.reference)` runs a whole network on them. They are written for comparison,
-not for memory or speed, and do not check their arguments.
+not for memory or speed. Like the rules they take arrays and Python floats, and broadcast nothing.
 """
 
 import math
@@ -11,6 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from fcfunc import _check
 from fcfunc._precision import accumulator, wide
 
 
@@ -47,55 +48,58 @@ def layer(
 
 def relu(x):
     """Twin of `fcfunc.ops.relu`; `jax.grad` of this form is 0 at 0 and lets a NaN through."""
+    x = _floating("relu", x)
     return jnp.where(x <= 0, 0, x)
 
 
 def leaky_relu(x, *, negative_slope=0.01):
     """Twin of `fcfunc.ops.leaky_relu`."""
+    x = _floating("leaky_relu", x)
     return jnp.where(x <= 0, negative_slope * x, x)
 
 
 def elu(x, *, alpha=1.0):
     """Twin of `fcfunc.ops.elu`."""
-    return _widened(lambda x: jnp.where(x > 0, x, alpha * (jnp.exp(jnp.where(x > 0, 0, x)) - 1)), x)
+    return _widened("elu", lambda x: jnp.where(x > 0, x, alpha * (jnp.exp(jnp.where(x > 0, 0, x)) - 1)), x)
 
 
 def sigmoid(x):
     """Twin of `fcfunc.ops.sigmoid`."""
-    return _widened(jax.nn.sigmoid, x)
+    return _widened("sigmoid", jax.nn.sigmoid, x)
 
 
 def silu(x):
     """Twin of `fcfunc.ops.silu`."""
-    return _widened(lambda x: _times_probability(x, jax.nn.sigmoid), x)
+    return _widened("silu", lambda x: _times_probability(x, jax.nn.sigmoid), x)
 
 
 def softplus(x):
     """Twin of `fcfunc.ops.softplus`."""
-    return _widened(_softplus, x)
+    return _widened("softplus", _softplus, x)
 
 
 def gelu(x, *, approximate=True):
     """Twin of `fcfunc.ops.gelu`."""
 
     def exact(x):
-        return 0.5 * (1 + jax.lax.erf(x / math.sqrt(2)))
+        return 0.5 * jax.lax.erfc(-x / math.sqrt(2))
 
     def with_tanh(x):
-        # Beyond ±40 tanh is ±1 to the last digit, and its argument would overflow.
+        # Beyond ±40 the sigmoid is 0 or 1 to the last digit, and its argument would overflow.
         c = jnp.where(x > 40, 40, jnp.where(x < -40, -40, x))
-        return 0.5 * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (c + 0.044715 * c**3)))
+        return jax.nn.sigmoid(2 * math.sqrt(2 / math.pi) * (c + 0.044715 * c**3))
 
-    return _widened(lambda x: _times_probability(x, with_tanh if approximate else exact), x)
+    return _widened("gelu", lambda x: _times_probability(x, with_tanh if approximate else exact), x)
 
 
 def tanh(x):
     """Twin of `fcfunc.ops.tanh`."""
-    return _widened(jnp.tanh, x)
+    return _widened("tanh", jnp.tanh, x)
 
 
 def dropout(x, *, rate, key):
     """Twin of `fcfunc.ops.dropout`."""
+    x = _floating("dropout", x)
     if rate == 1:
         return jnp.zeros_like(x)
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
@@ -125,32 +129,55 @@ def batch_norm(x, scale, offset, state, *, training, decay=0.9, eps=1e-5):
     return _normalised(x, mean, rest, var, scale, offset, eps), moved
 
 
-def softmax(x, *, axis=-1):
+def softmax(x, axis=-1, where=None):
     """Twin of `fcfunc.ops.softmax`."""
-    return _widened(lambda x: jnp.exp(_log_softmax(x, axis)), x)
+    return _widened("softmax", lambda x: jnp.exp(_log_softmax(x, axis, where)), x)
 
 
-def log_softmax(x, *, axis=-1):
+def log_softmax(x, axis=-1, where=None):
     """Twin of `fcfunc.ops.log_softmax`."""
-    return _widened(lambda x: _log_softmax(x, axis), x)
+    return _widened("log_softmax", lambda x: _log_softmax(x, axis, where), x)
 
 
 def softmax_cross_entropy_with_integer_labels(
-    logits, labels, *, where=None, weights=None, class_weights=None, label_smoothing=0.0, ignore_index=None
+    logits,
+    labels,
+    axis=-1,
+    where=None,
+    *,
+    weights=None,
+    class_weights=None,
+    label_smoothing=0.0,
+    ignore_index=None,
 ):
     """Twin of `fcfunc.losses.softmax_cross_entropy_with_integer_labels`."""
-    logits, hit, ignored, poison = _labelled(logits, labels, ignore_index, where)
-    return jnp.where(
-        ignored, 0, _cross_entropy(logits, hit.astype(logits.dtype), weights, class_weights, label_smoothing) * poison
-    )
+    name = "softmax_cross_entropy_with_integer_labels"
+    logits, where = _classes_last(_floating(name, logits), axis, where)
+    _check.labels(name, labels, scores=logits)
+    classes = where if where is not None and where.ndim == logits.ndim else None
+    rows = where if classes is None else jnp.any(classes, axis=-1)
+    logits, hit, ignored, poison = _labelled(logits, jnp.asarray(labels), ignore_index, rows)
+    if classes is not None:
+        poison = jnp.where(ignored | jnp.any(hit & classes, axis=-1), poison, jnp.nan)
+    targets = hit.astype(logits.dtype)
+    loss = _cross_entropy(logits, targets, weights, class_weights, label_smoothing, classes) * poison
+    return jnp.where(ignored, 0, loss)
 
 
-def softmax_cross_entropy(logits, targets, *, where=None, weights=None, class_weights=None, label_smoothing=0.0):
+def softmax_cross_entropy(
+    logits, labels, axis=-1, where=None, *, weights=None, class_weights=None, label_smoothing=0.0
+):
     """Twin of `fcfunc.losses.softmax_cross_entropy`."""
-    if where is None:
-        return _cross_entropy(wide(logits), wide(targets), weights, class_weights, label_smoothing)
-    logits, targets = (jnp.where(jnp.expand_dims(where, -1), wide(a), 0) for a in (logits, targets))
-    return jnp.where(where, _cross_entropy(logits, targets, weights, class_weights, label_smoothing), 0)
+    name = "softmax_cross_entropy"
+    _check.one_shape(name, logits=logits, labels=labels)
+    logits, where = _classes_last(wide(_floating(name, logits)), axis, where)
+    labels, _ = _classes_last(wide(_check.real_labels(name, labels, like=logits)), axis, None)
+    classes = where if where is not None and where.ndim == logits.ndim else None
+    rows = where if classes is None else jnp.any(classes, axis=-1)
+    if rows is None:
+        return _cross_entropy(logits, labels, weights, class_weights, label_smoothing, classes)
+    logits, labels = (jnp.where(jnp.expand_dims(rows, -1), a, 0) for a in (logits, labels))
+    return jnp.where(rows, _cross_entropy(logits, labels, weights, class_weights, label_smoothing, classes), 0)
 
 
 def linear_softmax_cross_entropy(
@@ -167,10 +194,13 @@ def linear_softmax_cross_entropy(
 
 
 def sigmoid_binary_cross_entropy(
-    logits, targets, *, where=None, weights=None, positive_weights=None, label_smoothing=0.0
+    logits, labels, *, where=None, weights=None, positive_weights=None, label_smoothing=0.0
 ):
     """Twin of `fcfunc.losses.sigmoid_binary_cross_entropy`."""
-    z, t = wide(logits), wide(targets) * (1 - label_smoothing) + label_smoothing / 2
+    name = "sigmoid_binary_cross_entropy"
+    _check.one_shape(name, logits=logits, labels=labels)
+    z = wide(_floating(name, logits))
+    t = wide(_check.real_labels(name, labels, like=logits)) * (1 - label_smoothing) + label_smoothing / 2
     if where is not None:
         z, t = jnp.where(where, z, 0), jnp.where(where, t, 0)
     positive = t if positive_weights is None else t * jnp.broadcast_to(positive_weights.astype(t.dtype), t.shape)
@@ -179,23 +209,31 @@ def sigmoid_binary_cross_entropy(
     return loss if where is None else jnp.where(where, loss, 0)
 
 
-def squared_error(predictions, targets):
+def squared_error(predictions, targets=None):
     """Twin of `fcfunc.losses.squared_error`."""
-    return (wide(predictions) - wide(targets)) ** 2
+    predictions = _floating("squared_error", predictions)
+    if targets is None:
+        return wide(predictions) ** 2
+    _check.one_shape("squared_error", predictions=predictions, targets=targets)
+    return (wide(predictions) - wide(_check.real_labels("squared_error", targets, like=predictions))) ** 2
 
 
-def negative_log_likelihood(probs, labels, *, ignore_index=None):
+def negative_log_likelihood(probs, labels, axis=-1, *, ignore_index=None):
     """Twin of `fcfunc.losses.negative_log_likelihood`."""
-    probs, hit, ignored, poison = _labelled(probs, labels, ignore_index)
+    probs, _ = _classes_last(_floating("negative_log_likelihood", probs), axis, None)
+    _check.labels("negative_log_likelihood", labels, scores=probs)
+    probs, hit, ignored, poison = _labelled(probs, jnp.asarray(labels), ignore_index)
     # The sum before the logarithm: the logarithm of a probability of 0 that is not the label's stays out.
     picked = jnp.sum(jnp.where(hit, probs, 0), axis=-1)
     poison = jnp.where(picked < 0, jnp.nan, poison)
     return jnp.where(ignored, 0, -jnp.log(jnp.where(ignored, 1, picked * poison)))
 
 
-def multiclass_svm(scores, labels, *, margin=1.0):
+def multiclass_svm(scores, labels, axis=-1, *, margin=1.0):
     """Twin of `fcfunc.losses.multiclass_svm`."""
-    scores, hit, _, poison = _labelled(scores, labels, None)
+    scores, _ = _classes_last(_floating("multiclass_svm", scores), axis, None)
+    _check.labels("multiclass_svm", labels, scores=scores)
+    scores, hit, _, poison = _labelled(scores, jnp.asarray(labels), None)
 
     def excess(scores):
         own = jnp.sum(jnp.where(hit, scores, 0), axis=-1, keepdims=True)
@@ -211,8 +249,28 @@ def l2_penalty(params):
     return 0.5 * sum(jnp.sum(wide(w) ** 2) for w in weights)
 
 
-def _widened(fun, x):
+def _floating(where, x):
+    """`x` as an array; TypeError if it is not of a floating-point dtype."""
+    _check.floating(where, x=x)
+    return jnp.asarray(x)
+
+
+def _widened(where, fun, x):
+    x = _floating(where, x)
     return fun(wide(x)).astype(x.dtype)
+
+
+def _classes_last(a, axis, where):
+    """`a` and a mask of its shape with `axis` last; several axes become one."""
+    axes = range(a.ndim) if axis is None else axis if isinstance(axis, tuple) else (axis,)
+    axes = [i % a.ndim for i in axes]
+    order = [*(i for i in range(a.ndim) if i not in axes), *axes]
+
+    def moved(a):
+        a = jnp.transpose(jnp.asarray(a), order)
+        return a.reshape(*a.shape[: a.ndim - len(axes)], -1) if len(axes) > 1 else a
+
+    return moved(a), where if where is None or jnp.ndim(where) != a.ndim else moved(where)
 
 
 def _softplus(x):
@@ -242,18 +300,32 @@ def _normalised(x, mean, rest, var, scale, offset, eps):
     return ((wide(x) - mean - rest) / jnp.sqrt(var + eps) * scale + offset).astype(x.dtype)
 
 
-def _log_softmax(x, axis):
-    shifted = x - jax.lax.stop_gradient(jnp.max(x, axis=axis, keepdims=True, initial=-jnp.inf))
-    return shifted - jnp.log(jnp.sum(jnp.exp(shifted), axis=axis, keepdims=True))
+def _log_softmax(x, axis, where=None):
+    if where is not None:
+        where = jnp.broadcast_to(where, x.shape)
+        x = jnp.where(where, x, -jnp.inf)
+    row_max = jax.lax.stop_gradient(jnp.max(x, axis=axis, keepdims=True, initial=-jnp.inf))
+    if where is not None:  # a slice that is masked whole is not a slice of -inf, which would be NaN
+        row_max = jnp.where(jnp.any(where, axis=axis, keepdims=True), row_max, 0)
+    shifted = x - row_max
+    exps = jnp.exp(shifted) if where is None else jnp.where(where, jnp.exp(jnp.where(where, shifted, 0)), 0)
+    total = jnp.sum(exps, axis=axis, keepdims=True)
+    if where is None:
+        return shifted - jnp.log(total)
+    return jnp.where(where, shifted - jnp.log(jnp.where(total == 0, 1, total)), -jnp.inf)
 
 
-def _cross_entropy(logits, targets, weights, class_weights, smoothing):
-    targets = (1 - smoothing) * targets + smoothing / max(targets.shape[-1], 1)
+def _cross_entropy(logits, labels, weights, class_weights, smoothing, classes=None):
+    if classes is None:
+        labels = (1 - smoothing) * labels + smoothing / max(labels.shape[-1], 1)
+    else:
+        count = jnp.maximum(jnp.sum(classes.astype(labels.dtype), axis=-1, keepdims=True), 1)
+        labels = jnp.where(classes, (1 - smoothing) * labels + smoothing / jnp.broadcast_to(count, labels.shape), 0)
     if class_weights is not None:
-        targets = targets * jnp.broadcast_to(class_weights.astype(targets.dtype), targets.shape)
-    log_probs = _log_softmax(logits, -1)
-    nothing = (targets == 0) & (log_probs == -jnp.inf)
-    loss = -jnp.sum(targets * jnp.where(nothing, 0, log_probs), axis=-1)
+        labels = labels * jnp.broadcast_to(class_weights.astype(labels.dtype), labels.shape)
+    log_probs = _log_softmax(logits, -1, classes)
+    nothing = (labels == 0) & (log_probs == -jnp.inf)
+    loss = -jnp.sum(labels * jnp.where(nothing, 0, log_probs), axis=-1)
     return loss if weights is None else loss * weights.astype(loss.dtype)
 
 

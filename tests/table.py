@@ -94,6 +94,27 @@ def _pair_and_weighted(seed, n, d, dtype):
     return *_pair(seed, n, d, dtype), *_rows_that_count(seed, n, dtype), *_classes(seed, n, d, dtype)
 
 
+def _classes_that_count(seed, n, d):
+    """A mask of single logits that keeps class 0 of each row, and no class of the last of several rows."""
+    mask = np.random.default_rng(seed + 4).uniform(size=(n, d)) < 0.6
+    mask[:, :1], mask[1:][-1:] = True, False
+    return mask
+
+
+def _masked(seed, n, d, dtype):
+    return *_x(seed, n, d, dtype), jnp.asarray(_classes_that_count(seed, n, d))
+
+
+def _labelled_and_masked(seed, n, d, dtype):
+    mask = _classes_that_count(seed, n, d)
+    labels = mask.argmax(axis=1) if d else np.zeros(n)
+    return *_x(seed, n, d, dtype), jnp.asarray(labels.astype(np.int32)), jnp.asarray(mask)
+
+
+def _pair_and_masked(seed, n, d, dtype):
+    return *_pair(seed, n, d, dtype), jnp.asarray(_classes_that_count(seed, n, d))
+
+
 def _elements_weighted(seed, n, d, dtype):
     rng = np.random.default_rng(seed + 3)
     counts, weights = rng.uniform(size=(n, d)) < 0.7, rng.uniform(0.1, 2, (n, d)).astype(dtype)
@@ -161,6 +182,7 @@ RULES = [
     Row("batch_norm", _statistics(ops.batch_norm), _statistics(reference.batch_norm), _batch),
     _row(ops, "softmax", _x),
     _row(ops, "softmax", _x, variant=True, axis=0),
+    _row(ops, "softmax", _masked, keywords=("where",), variant=True),
     _row(ops, "log_softmax", _x),
     _row(ops, "log_softmax", _x, variant=True, axis=0),
     _row(losses, "softmax_cross_entropy_with_integer_labels", _labelled, variant=True),
@@ -171,6 +193,14 @@ RULES = [
         _labelled_and_weighted,
         keywords=WEIGHTED,
         label_smoothing=0.2,
+    ),
+    _row(
+        losses,
+        "softmax_cross_entropy_with_integer_labels",
+        _labelled_and_masked,
+        keywords=("where",),
+        variant=True,
+        label_smoothing=0.1,
     ),
     _row(losses, "linear_softmax_cross_entropy", _last_layer, chunk_size=3),
     _row(
@@ -185,6 +215,7 @@ RULES = [
     ),
     _row(losses, "softmax_cross_entropy", _pair, variant=True),
     _row(losses, "softmax_cross_entropy", _pair_and_weighted, keywords=WEIGHTED, label_smoothing=0.2),
+    _row(losses, "softmax_cross_entropy", _pair_and_masked, keywords=("where",), variant=True, label_smoothing=0.1),
     _row(losses, "sigmoid_binary_cross_entropy", _pair, variant=True),
     _row(
         losses,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fcfunc import activations, ops
+from fcfunc import activations, ops, reference
 
 SMOOTH = ["elu", "gelu", "sigmoid", "silu", "softplus", "tanh"]
 
@@ -57,6 +57,27 @@ def test_gelu_keeps_the_digits_of_its_left_tail(x):
     np.testing.assert_allclose(ops.gelu(jnp.float32(x), approximate=False), exact, rtol=2e-6)
     u = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
     np.testing.assert_allclose(ops.gelu(jnp.float32(x)), x / (1 + math.exp(-2 * u)), rtol=1e-5)
+
+
+def gelu_without_cancellation(x, approximate):
+    u = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+    return x * (jax.nn.sigmoid(2 * u) if approximate else jax.scipy.special.ndtr(x))
+
+
+@pytest.mark.parametrize("x", [-1.0, -3.0, -6.0, -10.0])
+@pytest.mark.parametrize("approximate", [True, False])
+def test_the_reference_gelu_keeps_the_digits_of_its_left_tail_in_value_and_slope(x, approximate):
+    got = jax.jvp(lambda x: reference.gelu(x, approximate=approximate), (jnp.float32(x),), (jnp.float32(1),))
+    with jax.enable_x64(True):
+        exact = jax.jvp(lambda x: gelu_without_cancellation(x, approximate), (jnp.float64(x),), (jnp.float64(1),))
+    np.testing.assert_allclose(got, exact, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*SMOOTH, "relu", "leaky_relu"])
+def test_references_take_python_floats_and_refuse_integers_as_the_rules_do(name):
+    np.testing.assert_allclose(getattr(reference, name)(-0.75), getattr(ops, name)(-0.75), rtol=1e-6)
+    with pytest.raises(TypeError, match=f"{name}: x must be of dtype"):
+        getattr(reference, name)(jnp.arange(3))
 
 
 @pytest.mark.parametrize("x", [-80.0, -20.0, -1.0, 0.0, 3.0])

@@ -219,4 +219,5 @@ def test_a_rule_that_lays_dw_as_its_operands_and_not_as_w_is_found():
 @pytest.mark.parametrize("wrap", [jax.jit, lambda f: lambda x: jax.lax.map(f, x)], ids=["jit", "loop"])
 def test_the_oracle_of_a_compiled_function_keeps_the_arrays_that_it_captures(wrap):
     weights = np.array([2.0, -1.0, 0.5], np.float32)
-    assert_vjp(wrap(lambda row: ops.tanh(row * jnp.broadcast_to(weights, row.shape))), "n 3", only=["oracle", "forward_output"], fast=True)
+    fun = wrap(lambda x: ops.tanh(x * jnp.broadcast_to(weights, x.shape)))
+    assert_vjp(fun, "n 3", only=["oracle", "forward_output"], fast=True)

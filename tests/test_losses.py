@@ -7,7 +7,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from fcfunc import losses
+from fcfunc import losses, reference
 
 LABELLED = [losses.softmax_cross_entropy_with_integer_labels, losses.negative_log_likelihood, losses.multiclass_svm]
 IGNORING = LABELLED[:2]
@@ -166,7 +166,7 @@ def test_labels_of_another_shape_are_a_value_error(loss, shape, scores):
         loss(scores, jnp.zeros(shape, jnp.int32))
 
 
-@pytest.mark.parametrize("loss", PAIRED)
+@pytest.mark.parametrize("loss", [*PAIRED, *(getattr(reference, loss.__name__) for loss in PAIRED)])
 def test_nothing_is_broadcast(loss):
     with pytest.raises(ValueError, match=rf"{loss.__name__}: one shape expected .*\[5\].*\[5, 1\]"):
         loss(jnp.zeros(5), jnp.zeros((5, 1)))
@@ -413,3 +413,95 @@ def test_targets_that_lie_otherwise_than_the_outputs_are_taken_on_an_explicit_me
     got = gradient(*map(jax.device_put, (outputs, targets), laid))
     for a, b in zip(got, gradient(outputs, targets), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def unmasked(logits, labels, mask, **options):
+    """The loss of each row on its own, of the logits that are not masked alone."""
+    rows = [
+        losses.softmax_cross_entropy(logits[i : i + 1, m], labels[i : i + 1, m], **options)[0] if m.any() else 0.0
+        for i, m in enumerate(np.asarray(mask))
+    ]
+    return jnp.stack([jnp.asarray(row, jnp.float32) for row in rows])
+
+
+MASK = np.array([[1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 0, 0], [0, 1, 1, 0]], bool)
+OF_MASK = np.array([2, 0, 3, 1, 1])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_masked_logits_take_no_part_in_the_cross_entropy(smoothing, scores):
+    logits, labels = 3 * scores, jax.nn.one_hot(OF_MASK, 4)
+    expected = unmasked(logits, labels, MASK, label_smoothing=smoothing)
+    got = losses.softmax_cross_entropy(logits, labels, where=MASK, label_smoothing=smoothing)
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-7)
+    of_integers = losses.softmax_cross_entropy_with_integer_labels(
+        logits, OF_MASK, where=MASK, label_smoothing=smoothing
+    )
+    np.testing.assert_allclose(of_integers, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("hostile", [np.nan, np.inf, -np.inf, 1e30])
+@pytest.mark.parametrize("loss", [losses.softmax_cross_entropy, losses.softmax_cross_entropy_with_integer_labels])
+def test_masked_logits_have_gradient_zero_even_if_they_are_not_finite(loss, hostile, scores):
+    labels = OF_MASK if loss in LABELLED else jax.nn.one_hot(OF_MASK, 4)
+    value, grad = loss_and_gradient(loss, scores, labels, where=MASK)
+    hostile_value, hostile_grad = loss_and_gradient(loss, jnp.where(MASK, scores, hostile), labels, where=MASK)
+    np.testing.assert_array_equal(hostile_value, value)
+    np.testing.assert_array_equal(hostile_grad, grad)
+    np.testing.assert_array_equal(grad[~MASK], 0)
+    assert np.abs(grad[MASK]).max() > 0.1
+
+
+def test_a_label_of_a_masked_class_is_impossible(scores):
+    loss, grad = loss_and_gradient(
+        losses.softmax_cross_entropy_with_integer_labels, scores, np.array([1, 0, 3, 1, 1]), where=MASK
+    )
+    np.testing.assert_array_equal(np.isnan(loss), [True, False, False, False, False])
+    assert np.isnan(grad[0][MASK[0]]).all()
+    assert not np.isnan(grad[1:]).any()
+
+
+def test_a_mask_of_logits_goes_with_the_other_options(scores):
+    labels, weights, class_weights = jax.nn.one_hot(OF_MASK, 4), np.arange(5.0, dtype=np.float32), scores[0]
+    got = losses.softmax_cross_entropy_with_integer_labels(
+        scores, OF_MASK, where=MASK, weights=weights, class_weights=class_weights, ignore_index=3
+    )
+    own = class_weights[OF_MASK] * weights * unmasked(scores, labels, MASK)
+    np.testing.assert_allclose(got, jnp.where(OF_MASK == 3, 0, own), rtol=1e-6)
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1, -3, (0, 2), (2, 0), [1]])
+@pytest.mark.parametrize("loss", [*LABELLED, losses.softmax_cross_entropy])
+def test_the_classes_may_lie_along_any_axis(loss, axis):
+    rng = np.random.default_rng(0)
+    scores = jnp.asarray(rng.uniform(0.1, 1, (3, 4, 5)).astype(np.float32))
+    axes = [i % 3 for i in (axis if isinstance(axis, tuple | list) else (axis,))]
+    rows = [i for i in range(3) if i not in axes]
+    last = jnp.transpose(scores, (*rows, *axes)).reshape(*(scores.shape[i] for i in rows), -1)
+    labels = jnp.asarray(rng.integers(0, last.shape[-1], last.shape[:-1]))
+    there = labels
+    if loss is losses.softmax_cross_entropy:
+        there, labels = scores, last
+    np.testing.assert_array_equal(loss(scores, there, axis=axis), loss(last, labels))
+
+
+def test_an_axis_of_none_is_all_of_them(scores):
+    labels = jnp.eye(5, 4) / 4
+    expected = losses.softmax_cross_entropy(scores.reshape(-1), labels.reshape(-1))
+    np.testing.assert_array_equal(losses.softmax_cross_entropy(scores, labels, axis=None), expected)
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int8, np.int64, np.uint32])
+@pytest.mark.parametrize("loss", PAIRED)
+def test_integer_and_boolean_labels_are_numbers(loss, dtype, scores):
+    labels = np.eye(4)[[0, 3, 1, 1, 2]]
+    np.testing.assert_array_equal(loss(scores, labels.astype(dtype)), loss(scores, jnp.float32(labels)))
+    assert loss_and_gradient(loss, scores.astype(jnp.bfloat16), labels.astype(dtype))[1].dtype == jnp.bfloat16
+
+
+def test_an_integer_target_beyond_32_bits_is_not_another_number():
+    np.testing.assert_allclose(losses.squared_error(jnp.zeros(1), np.array([2**33 + 1])), [2.0**66], rtol=1e-6)
+
+
+def test_targets_of_squared_error_default_to_zeros(scores):
+    np.testing.assert_array_equal(losses.squared_error(scores), losses.squared_error(scores, jnp.zeros((5, 4))))

@@ -98,3 +98,32 @@ def test_affine_names_all_three_shapes_of_a_misfit(x, w, b):
 def test_affine_promotes_nothing_silently():
     with pytest.raises(TypeError, match=r"affine: one dtype expected.* x bfloat16\[2,3\], w float32\[3,4\]"):
         ops.affine(jnp.ones((2, 3), jnp.bfloat16), jnp.ones((3, 4)), jnp.ones(4))
+
+
+MASKS = [np.array([[True, False, True], [False] * 3]), np.array([True, True, False]), np.array([[True], [False]])]
+
+
+@pytest.mark.parametrize("where", MASKS, ids=["elements", "columns", "rows"])
+@pytest.mark.parametrize("axis", [-1, 0, (0, 1), None])
+@pytest.mark.parametrize("name", ["softmax", "log_softmax"])
+def test_masked_elements_take_no_part_as_in_jax(name, axis, where):
+    x = jnp.array([[1.0, -2.0, 0.5], [0.25, 3.0, -1.0]])
+    g = jnp.array([[0.5, 2.0, -1.0], [1.0, -0.25, 4.0]])
+
+    def finite(f):  # log_softmax is -inf where it is masked
+        return lambda x: jnp.where(jnp.broadcast_to(where, x.shape), f(x, axis=axis, where=where), 0)
+
+    with jax.numpy_rank_promotion("allow"):
+        expected, expected_pull = jax.vjp(finite(getattr(jax.nn, name)), x)
+    got, pull = jax.vjp(finite(getattr(ops, name)), jnp.where(jnp.broadcast_to(where, x.shape), x, jnp.nan))
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    np.testing.assert_allclose(pull(g)[0], expected_pull(g)[0], rtol=1e-6, atol=1e-7)
+    masked = getattr(ops, name)(x, axis, where)[~jnp.broadcast_to(where, x.shape)]
+    np.testing.assert_array_equal(masked, 0 if name == "softmax" else -np.inf)
+
+
+def test_a_mask_that_cannot_be_broadcast_is_named():
+    with pytest.raises(
+        ValueError, match=r"softmax: where must be broadcastable to the shape of x, \[2, 3\], got \[2\]"
+    ):
+        ops.softmax(jnp.ones((2, 3)), where=np.ones(2, bool))

@@ -120,7 +120,8 @@ def test_extreme_inputs_give_what_the_twin_gives_and_stay_in_their_row(row, valu
     np.testing.assert_allclose(hostile_out, twin_out, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(hostile_grads[0], twin_grads[0], rtol=1e-4, atol=1e-6)
     if np.isnan(value) and "ignore_index" not in row.name and "negative_log" not in row.name:
-        assert np.isnan(hostile_out[1]).all()
+        masked = ~np.asarray(args[1][1]) if row.name == "softmax-where" else False
+        assert (np.isnan(hostile_out[1]) | masked).all()
 
 
 def test_relu_has_derivative_zero_at_zero():

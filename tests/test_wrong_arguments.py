@@ -106,6 +106,13 @@ COUNT = [nought, fraction, word]
 NUMBER = [word]
 KEYED = [text, nothing, seven]
 
+
+def twice(_):
+    return (0, 0), ValueError
+
+
+AXIS = [word, seven, twice]
+
 CALLS = {
     **{f"activations.{name}": ({"x": X}, {"x": ALONE}) for name in ("relu", "silu", "sigmoid", "softplus", "tanh")},
     "activations.elu": ({"x": X, "alpha": 1.0}, {"x": ALONE, "alpha": NUMBER}),
@@ -119,8 +126,8 @@ CALLS = {
         {"x": X, "w": W, "b": B, "activation": "relu"},
         {"x": TOGETHER, "w": TOGETHER, "b": TOGETHER, "activation": [unknown, seven]},
     ),
-    "ops.softmax": ({"x": X, "axis": -1}, {"x": ALONE, "axis": [word, seven]}),
-    "ops.log_softmax": ({"x": X, "axis": -1}, {"x": ALONE, "axis": [word, seven]}),
+    "ops.softmax": ({"x": X, "axis": -1, "where": X > 0}, {"x": ALONE, "axis": AXIS, "where": MASKED}),
+    "ops.log_softmax": ({"x": X, "axis": -1, "where": X > 0}, {"x": ALONE, "axis": AXIS, "where": MASKED}),
     "ops.dropout": ({"x": X, "rate": 0.5, "key": KEY}, {"x": ALONE, "rate": [above, below, word], "key": KEYED}),
     "norms.layer_norm": (
         {"x": X, "scale": X[0], "offset": X[0], "eps": 1e-5},
@@ -151,6 +158,7 @@ CALLS = {
         {
             "logits": X,
             "labels": LABELS,
+            "axis": -1,
             "where": MASK,
             "weights": ROWS,
             "class_weights": X[0],
@@ -160,6 +168,7 @@ CALLS = {
         {
             "logits": ALONE,
             "labels": LABELLED,
+            "axis": AXIS,
             "where": MASKED,
             "weights": WEIGHED,
             "class_weights": WEIGHED,
@@ -168,10 +177,12 @@ CALLS = {
         },
     ),
     "losses.softmax_cross_entropy": (
-        {"logits": X, "targets": X, "where": MASK, "weights": ROWS, "class_weights": X[0], "label_smoothing": 0.1},
+        {"logits": X, "labels": X, "axis": -1, "where": MASK, "weights": ROWS, "class_weights": X[0]}
+        | {"label_smoothing": 0.1},
         {
             "logits": [*ALONE, wider],
-            "targets": [*ALONE, wider],
+            "labels": [text, nothing, complex_numbers, wider],
+            "axis": AXIS,
             "where": MASKED,
             "weights": WEIGHED,
             "class_weights": WEIGHED,
@@ -179,10 +190,10 @@ CALLS = {
         },
     ),
     "losses.sigmoid_binary_cross_entropy": (
-        {"logits": X, "targets": X, "label_smoothing": 0.1},
+        {"logits": X, "labels": X, "label_smoothing": 0.1},
         {
             "logits": [*ALONE, wider],
-            "targets": [*ALONE, wider],
+            "labels": [text, nothing, complex_numbers, wider],
             "label_smoothing": [above, below, word],
         },
     ),
@@ -200,7 +211,7 @@ CALLS = {
     ),
     "losses.squared_error": (
         {"predictions": X, "targets": X},
-        {"predictions": [*ALONE, wider], "targets": [*ALONE, wider]},
+        {"predictions": [*ALONE, wider], "targets": [text, complex_numbers, wider]},
     ),
     "losses.l2_penalty": ({"params": PARAMS}, {"params": [word, empty, seven]}),
     "losses.mean": ({"loss": ROWS, "over": MASK}, {"loss": [text, nothing, wider], "over": [text, nothing, wider]}),
@@ -408,9 +419,10 @@ def call(name, arguments, tmp_path):
     module, function = name.split(".")
     given = {k: tmp_path / "file" if k in ("path", "folder") and v is None else v for k, v in arguments.items()}
     function = getattr(MODULES[module], function)
-    positional = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    keywords = {k: v for k, v in given.items() if k not in positional}
-    return function(*[given[p] for p in positional if p in given], **keywords)
+    parameters = inspect.signature(function).parameters.values()
+    required = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
+    keywords = {k: v for k, v in given.items() if k not in required}
+    return function(*[given[p] for p in required], **keywords)
 
 
 @pytest.mark.parametrize(("name", "right", "argument", "value", "error"), list(cases()))

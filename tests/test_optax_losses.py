@@ -1,0 +1,52 @@
+"""optax's own tests of its losses, from the installed package, pass with fcfunc's functions in place of optax's."""
+
+import functools
+import unittest
+
+import jax
+import pytest
+
+from fcfunc import losses
+
+classification = pytest.importorskip("optax.losses._classification_test", reason="this optax comes without its tests")
+regression = pytest.importorskip("optax.losses._regression_test")
+
+CLASSES = [
+    classification.SoftmaxCrossEntropyTest,
+    classification.SafeSoftmaxCrossEntropyTest,
+    classification.SoftmaxCrossEntropyWithIntegerLabelsTest,
+    classification.SigmoidCrossEntropyTest,
+    classification.SigmoidFocalLossTest,
+    classification.PolyLossTest,
+    regression.SquaredErrorTest,
+    regression.L2LossTest,
+]
+CASES = [case for cls in CLASSES for case in unittest.defaultTestLoader.loadTestsFromTestCase(cls)]
+REPLACED = {
+    classification._classification: {
+        "softmax_cross_entropy": losses.softmax_cross_entropy,
+        "safe_softmax_cross_entropy": losses.softmax_cross_entropy,
+        "softmax_cross_entropy_with_integer_labels": losses.softmax_cross_entropy_with_integer_labels,
+        "sigmoid_binary_cross_entropy": losses.sigmoid_binary_cross_entropy,
+    },
+    regression._regression: {"squared_error": losses.squared_error},
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id().removeprefix("optax.losses."))
+@pytest.mark.filterwarnings("default")  # optax's tests hand float64 to JAX, which warns
+def test_it_passes_with_the_losses_of_fcfunc(case, monkeypatch):
+    for module, functions in REPLACED.items():
+        for name, function in functions.items():
+            monkeypatch.setattr(module, name, function)
+    # A custom_vjp function has no forward mode, which check_grads tries by default.
+    check_grads = functools.partial(classification.jaxtest.check_grads, modes=["rev"])
+    monkeypatch.setattr(classification.jaxtest, "check_grads", check_grads)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        result = case.run()
+    assert not result.skipped
+    assert result.wasSuccessful(), "".join(text for _, text in result.errors + result.failures)
+
+
+def test_they_are_the_78_tests_of_the_losses_that_fcfunc_has():
+    assert len(CASES) >= 78
