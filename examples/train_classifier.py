@@ -33,11 +33,11 @@ OPTIMIZERS = {
 
 
 class Task(NamedTuple):
-    """What is learned: the parts of the data, the classes, and the constants that its numbers were scaled by."""
+    """What is learned: the parts of the data, the classes, and the standardization of inputs and targets."""
 
     parts: tuple[data.Dataset, ...]
     classes: int | None
-    scaling: dict[str, dict[str, np.ndarray]]
+    scaling: dict[str, data.Standardizer]
     names: list[str] | None = None
 
 
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if task.classes:
         print(f"test accuracy {figures['accuracy']:.4f}, {dims} {args.activation}, {len(history)} epochs")
     else:
-        figures["rmse"] = figures["loss"] ** 0.5 * float(task.scaling["target"]["scale"])
+        figures["rmse"] = figures["loss"] ** 0.5 * float(task.scaling["target"].scale)
         print(f"test RMSE {figures['rmse']:.4g} in the target's unit, {dims} {args.activation}, {len(history)} epochs")
     config = {"dims": dims, **network, "class_names": task.names}
     write(out, state.params, history, score, config, task.scaling)
@@ -165,7 +165,7 @@ def load(source: str, task: str, target: str | None, seed: int) -> Task:
     parts = tuple(data.Dataset(p.x.reshape(len(p.x), -1).astype(np.float32), p.y) for p in parts)
     inputs = data.standardizer(parts[0].x)
     parts = tuple(p._replace(x=inputs(p.x)) for p in parts)
-    scaling = {"input": as_float32(inputs)}
+    scaling = {"input": inputs}
     whole = np.issubdtype(parts[0].y.dtype, np.integer)
     if task == "classification" and not whole:
         raise ValueError(f"{source}: --task classification needs integer labels, got {parts[0].y.dtype}")
@@ -175,17 +175,12 @@ def load(source: str, task: str, target: str | None, seed: int) -> Task:
         )
     if task == "regression" or not whole:
         targets = data.standardizer(parts[0].y)
-        scaling |= {"target": as_float32(targets)}
+        scaling |= {"target": targets}
         return Task(tuple(p._replace(y=targets(p.y)) for p in parts), None, scaling)
     classes = int(max(p.y.max() for p in parts[:2])) + 1  # of the training file; a test label beyond is refused
     if classes > 10_000:
         raise ValueError(f"{source}: labels up to {classes - 1}; if y is a quantity, say --task regression")
     return Task(parts, max(classes, 2), scaling, names)
-
-
-def as_float32(standardizer: data.Standardizer) -> dict[str, np.ndarray]:
-    """Its constants, as they are saved beside the params."""
-    return {name: np.asarray(a, np.float32) for name, a in standardizer._asdict().items()}
 
 
 def read_parts(path: Path, target: str | None, seed: int) -> tuple[tuple[data.Dataset, ...], list[str] | None]:
@@ -234,7 +229,7 @@ def select_device(device: str | None) -> None:
         try:
             jax.config.update("jax_default_device", jax.devices("gpu")[0])
         except RuntimeError:
-            raise ValueError("--device gpu: JAX finds none (install the extra cuda12 or cuda13)") from None
+            raise ValueError("--device gpu: JAX finds none (install jax[cuda13] or jax[cuda12])") from None
 
 
 def write(out: Path, params, history, score: str, config: dict, scaling: dict) -> None:

@@ -85,7 +85,7 @@ def digits() -> Dataset:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise ImportError("digits: needs scikit-learn; pip install 'fcfunc[examples]'") from None
+        raise ImportError("digits: scikit-learn is not installed; pip install scikit-learn") from None
     x, y = load_digits(return_X_y=True)
     return Dataset((x / 16).astype(np.float32), y.astype(np.int32))
 
@@ -295,29 +295,50 @@ def split(data: Any, fractions: Sequence[float], *, seed: int) -> tuple[Any, ...
 
 
 class Standardizer(NamedTuple):
-    """`(x - mean) / scale`, with the statistics of the training part; call it on every part."""
+    """`(x - mean) / scale`, with the statistics of the training part; call it on every part.
 
-    mean: np.ndarray
-    scale: np.ndarray
+    `fcfunc.params_file.save` saves it beside the parameters, and `Standardizer(**loaded)` makes it again.
 
-    def __call__(self, x: np.ndarray) -> np.ndarray:
-        """The standardised `x`, float32."""
+    Attributes:
+      mean: of each column, float64.
+      scale: the standard deviation of each column, float64; 1 where the column is constant.
+    """
+
+    mean: Any
+    scale: Any
+
+    def __call__(self, x: Any) -> Any:
+        """The standardized `x`, float32."""
         return ((x - self.mean) / self.scale).astype(np.float32)
+
+    def inverse(self, z: Any) -> Any:
+        """The values that `z` stands for, in their own unit: `z * scale + mean`, float32."""
+        return (z * self.scale + self.mean).astype(np.float32)
 
 
 def standardizer(x: np.ndarray) -> Standardizer:
-    """The standardiser of each column to mean 0 and standard deviation 1.
+    """The standardization of each column to mean 0 and standard deviation 1.
 
     Args:
       x: the training part alone, `[n, ...]`: statistics of the whole data would leak the test part into training.
 
     Returns:
-      A function of `[m, ...]`. A constant column is shifted to 0 and not scaled.
+      A `Standardizer` of `[m, ...]`. A constant column is shifted to 0 and not scaled.
+
+    Example:
+      >>> x = np.array([[1.0, 10.0], [3.0, 30.0]])
+      >>> scaler = standardizer(x)
+      >>> scaler(x)
+      array([[-1., -1.],
+             [ 1.,  1.]], dtype=float32)
+      >>> scaler.inverse(scaler(x))
+      array([[ 1., 10.],
+             [ 3., 30.]], dtype=float32)
     """
     if not isinstance(x, np.ndarray):
         raise TypeError(f"standardizer: x must be a NumPy array, got {type(x).__name__}")
     mean, scale = x.mean(axis=0, dtype=np.float64), x.std(axis=0, dtype=np.float64)
-    return Standardizer(mean, np.where(scale > 0, scale, 1.0))
+    return Standardizer(np.asarray(mean), np.where(scale > 0, scale, 1.0))
 
 
 def check_values(data: Any, *, num_classes: int | None = None, name: str = "data") -> None:

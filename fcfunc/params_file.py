@@ -39,14 +39,14 @@ def save(path: str | os.PathLike, params: Any, *, config: Any = None) -> None:
 
     Args:
       path: the file, `*.safetensors` by custom.
-      params: lists and dicts of arrays, as `fcfunc.init` makes them. The names in the file are the way to each array,
-        `0.w`; on a mesh every array is gathered.
+      params: lists, dicts and named tuples of arrays, as `fcfunc.init` makes them, or with more beside them:
+        `{"layers": params, "input": standardizer}`. The names in the file are the path to each array, `layers.0.w`;
+        on a mesh every array is gathered.
       config: what the parameters belong to, of dicts with text keys, lists, text, numbers, booleans and None.
 
     Raises:
-      ImportError: safetensors is not installed (the extra `checkpoint`).
-      TypeError: params of anything else, of a dtype that JAX would narrow or the file cannot hold, or a config that is
-        no such data.
+      ImportError: safetensors is not installed.
+      TypeError: params of anything else, or of a dtype that the file cannot hold, or a config that is no such data.
       OSError: the file cannot be written; what was there before is as it was.
 
     Example:
@@ -87,13 +87,15 @@ def load(
 
     Returns:
       `(params, config)`: lists and dicts of arrays as they were saved, and the configuration, None where the file has
-      none. A name in the file is taken as a way through them, `layers.0.w`.
+      none. A name in the file is taken as a path through them, `layers.0.w`; named tuples come back as dicts. Arrays
+      are JAX's; those of 64 bits, such as torch's counters, stay NumPy's unless `jax_enable_x64` is set, as JAX would
+      narrow them.
 
     Raises:
-      ImportError: safetensors is not installed (the extra `checkpoint`).
+      ImportError: safetensors is not installed.
       FileNotFoundError: there is no such file.
-      ValueError: it is no whole safetensors file, is too large, is not as it was saved, holds an array that JAX would
-        narrow, or a configuration that is not allowed; naming the file and the entry.
+      ValueError: it is no whole safetensors file, is too large, is not as it was saved, or holds a configuration that
+        is not allowed; naming the file and the entry.
     """
     _check.positive("params_file.load", max_bytes=max_bytes)
     path = regular_file(path)
@@ -116,22 +118,20 @@ def load(
     text = metadata.get("config", "null")
     if "sha256" in metadata and metadata["sha256"] != _digest(tensors, text):
         raise ValueError(f"{path}: damaged; its arrays are not those that were saved (the SHA-256 differs)")
-    for name, a in tensors.items():
-        if jax.dtypes.canonicalize_dtype(a.dtype) != a.dtype:
-            raise ValueError(f"{path}: {name} is {a.dtype}, which JAX narrows; set jax_enable_x64")
     try:
         config = json.loads(text)
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path}: its config is not JSON ({e!s:.80})") from None
     _config.check_allowed(str(path), config, allowed)
-    return _tree(path, {name: jax.device_put(a) for name, a in tensors.items()}), config
+    kept = {name: jax.dtypes.canonicalize_dtype(a.dtype) == a.dtype for name, a in tensors.items()}
+    return _tree(path, {name: jax.device_put(a) if kept[name] else a for name, a in tensors.items()}), config
 
 
 def _library():
     try:
         import safetensors.numpy
     except ImportError:
-        raise ImportError("params_file: needs safetensors; pip install 'fcfunc[checkpoint]'") from None
+        raise ImportError("params_file: safetensors is not installed; pip install safetensors") from None
     return safetensors
 
 
@@ -141,8 +141,6 @@ def _host(name: str, a) -> np.ndarray:
     host = host.astype(host.dtype.newbyteorder("="))
     if host.dtype.name not in DTYPES:
         raise TypeError(f"params_file.save: {name} is {host.dtype}, and may be {', '.join(DTYPES)}")
-    if jax.dtypes.canonicalize_dtype(host.dtype) != host.dtype:
-        raise TypeError(f"params_file.save: {name} is {host.dtype}, which JAX narrows; cast it, or set jax_enable_x64")
     return host
 
 
@@ -159,6 +157,8 @@ def _named(tree: Any, prefix: str) -> dict[str, Any]:
     """The arrays of lists and dicts by the way to each."""
     if prefix.count(".") >= LEVELS:
         raise TypeError(f"params_file.save: params of at most {LEVELS} levels expected")
+    if isinstance(tree, tuple) and hasattr(tree, "_asdict"):
+        tree = tree._asdict()  # pyright: ignore[reportAttributeAccessIssue]
     if type(tree) is list:
         nodes = {str(i): node for i, node in enumerate(tree)}
     elif type(tree) is dict:
@@ -169,7 +169,7 @@ def _named(tree: Any, prefix: str) -> dict[str, Any]:
                 raise TypeError(
                     f"params_file.save: names without dots, and not of digits alone, expected, got {name!r}"
                 )
-    elif isinstance(tree, jax.Array | np.ndarray) and not jnp.issubdtype(tree.dtype, jax.dtypes.prng_key):
+    elif isinstance(tree, jax.Array | np.ndarray | np.generic) and not jnp.issubdtype(tree.dtype, jax.dtypes.prng_key):
         return {prefix: tree}
     else:
         raise TypeError(
@@ -180,7 +180,7 @@ def _named(tree: Any, prefix: str) -> dict[str, Any]:
     return {k: a for name, node in nodes.items() for k, a in _named(node, f"{prefix}.{name}".lstrip(".")).items()}
 
 
-def _tree(path: Path, arrays: dict[str, jax.Array]) -> Any:
+def _tree(path: Path, arrays: dict[str, Any]) -> Any:
     """Lists and dicts from the ways to their arrays."""
     root: dict = {}
     for name, a in arrays.items():

@@ -5,6 +5,8 @@ import os
 import struct
 import zipfile
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -226,3 +228,11 @@ def test_the_standardiser_uses_the_statistics_it_was_made_with():
         scaled(test)[:, 0], (test[:, 0] - training[:, 0].mean()) / training[:, 0].std(), rtol=1e-5
     )
     np.testing.assert_array_equal(scaled(test)[:, 1], 0)
+
+
+def test_the_inverse_of_the_standardizer_undoes_it_in_the_unit_of_the_data():
+    x = np.random.default_rng(0).normal(1000, [1, 50, 0], (20, 3))
+    scaler = data.standardizer(x)
+    np.testing.assert_allclose(scaler.inverse(scaler(x)), x, rtol=1e-6)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        np.testing.assert_allclose(scaler.inverse(jnp.asarray(scaler(x))), x, rtol=1e-6)
