@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     loss, grads = jax.jit(jax.value_and_grad(loss_fn))(params, X, LABELS)
     if importlib.util.find_spec("torch") is None:
         source, (torch_loss, torch_grads) = "figures stored from torch", (TORCH_LOSS, TORCH_GRADS)
-        print("torch is not installed: comparing with the figures stored from it (pip install 'fcfunc[torch]')")
+        print("torch is not installed: comparing with the figures stored from it (pip install torch)")
     else:
         source, (torch_loss, torch_grads) = "torch", by_torch()
     print(f"loss {loss:.6f}, {source} {torch_loss:.6f}")

@@ -186,7 +186,7 @@ def _orbax():
     try:
         import orbax.checkpoint as ocp
     except ImportError:
-        raise ImportError("checkpoint: needs orbax-checkpoint; pip install 'fcfunc[checkpoint]'") from None
+        raise ImportError("checkpoint: orbax-checkpoint is not installed; pip install orbax-checkpoint") from None
     log = logging.getLogger("absl")
     level = log.level
     log.setLevel(logging.CRITICAL)  # each of its threads logs the error that is raised here

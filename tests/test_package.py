@@ -4,6 +4,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from fcfunc import checkpoint, data, params_file, train
+from fcfunc._progress import ProgressBar
+
+STATE = train.init_state({"w": jnp.ones(1)}, optax.sgd(0.1), jax.random.key(0))
 ROOT = Path(__file__).parents[1]
 
 IMPORTS = """
@@ -46,3 +55,18 @@ def test_the_oldest_releases_are_those_of_pyproject():
     lines = result.stdout.split()
     assert {"jax==0.10", "jaxlib==0.10", "optax==0.2.8", "chex==0.1.92"} <= set(lines)
     assert all("==" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "call"),
+    [
+        ("tqdm", "tqdm", lambda path: ProgressBar(epochs=1, steps=1, first_step=0)),
+        ("sklearn.datasets", "scikit-learn", lambda path: data.digits()),
+        ("safetensors.numpy", "safetensors", lambda path: params_file.save(path, [{"w": jnp.ones(1)}])),
+        ("orbax.checkpoint", "orbax-checkpoint", lambda path: checkpoint.save(path, STATE)),
+    ],
+)
+def test_the_error_of_a_missing_package_names_it(module, package, call, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf"{package}.* is not installed; pip install {package}$"):
+        call(tmp_path)
