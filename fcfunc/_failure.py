@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fcfunc._loop import TrainState, guards, skips
+from fcfunc import _layout
+from fcfunc._loop import TrainState, guards, loss_and_metrics, skips
 
 
 class NonFiniteError(FloatingPointError):
@@ -64,6 +65,39 @@ def good(before: TrainState, state: TrainState, outcomes) -> bool:
     """
     stand = np.asarray(outcomes["finite"]) | np.asarray(outcomes["skipped"])
     return bool(np.all(stand)) and bool(still_finite(before, state))
+
+
+def advice(loss_fn: Callable, state: TrainState, data, indices: np.ndarray) -> str:
+    """What may be wrong where some examples have a loss that is not finite: a label, or the learning rate."""
+    lower = "try a lower learning rate"
+    if any(_layout.layouts(data)):
+        return lower
+    leaves = [(f"data{jax.tree_util.keystr(path)}", np.asarray(a)) for path, a in jax.tree.leaves_with_path(data)]
+
+    @jax.jit
+    def loss_of(*example):
+        example = jax.tree.unflatten(jax.tree.structure(data), example)
+        return loss_and_metrics(loss_fn, state.params, example, None, state.model_state)[0]
+
+    def is_finite(i, **swapped):
+        """Whether example i alone has a finite loss, with the named leaves taken from other examples."""
+        return bool(np.isfinite(loss_of(*(a[[swapped.get(name, i)]] for name, a in leaves))))
+
+    try:
+        bad = next((int(i) for i in indices if not is_finite(i)), None)
+        good = next((i for i in range(min(len(leaves[0][1]), 256)) if is_finite(i)), None)
+        if bad is not None and good is not None:
+            for name, a in leaves:
+                if np.issubdtype(a.dtype, np.integer) and a.ndim == 1 and is_finite(bad, **{name: good}):
+                    return (
+                        f"with another value than {name}[{bad}] = {a[bad]} the loss is finite: labels must lie in "
+                        "[0, classes), and num_classes= checks them before training"
+                    )
+        if bad is not None and good is None and not int(state.step):
+            return "no example has a finite loss with the initial parameters: check the labels and loss_fn"
+    except Exception:  # loss_fn takes no batch of one example, or none without a key
+        return lower
+    return lower
 
 
 def _probe_update(updates, state, params=None):

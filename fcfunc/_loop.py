@@ -11,7 +11,9 @@ import optax
 
 from fcfunc import _check, _layout
 from fcfunc._accumulate import accumulated, mean_dtype
+from fcfunc._captured import FunctionKey
 from fcfunc._permutation import permutation
+from fcfunc._rule import clipped
 
 
 class TrainState(NamedTuple):
@@ -45,41 +47,28 @@ class Layouts(NamedTuple):
     data: tuple
 
 
-class _Same:
-    """A key that is equal to that of the very same object, and keeps it alive."""
-
-    def __init__(self, it):
-        self.it = it
-
-    def __hash__(self):
-        return id(self.it)
-
-    def __eq__(self, other):
-        return isinstance(other, _Same) and self.it is other.it
-
-
 def remembered(make: Callable) -> Callable:
-    """`make`, which gives the program of before where it is called with the same objects; the last 32 are kept.
+    """`make`, which returns the same program for the same functions and numbers; the last 32 are kept.
 
-    The compiler's own memory of a function lasts as long as the function: a program made anew would be compiled anew.
+    JAX's own cache lives as long as a compiled function, so a program that is made anew would be compiled anew.
+    Functions are given as `FunctionKey`, by which they are told apart.
     """
 
     @functools.lru_cache(maxsize=32)
+    @functools.wraps(make)
     def cached(*args):
-        return make(*(a.it if isinstance(a, _Same) else a for a in args))
+        return make(*(a.function if isinstance(a, FunctionKey) else a for a in args))
 
-    # By identity: a callable object, or a method, may be equal to one that computes another loss, or have no hash.
-    return functools.wraps(make)(
-        lambda *args: cached(*(int(a) if isinstance(a, int | np.integer) else _Same(a) for a in args))
-    )
+    return cached
 
 
-def compiled(fun: Callable) -> Callable:
+def compiled(where: str, fun: Callable) -> Callable:
     """`fun(state, data)`, compiled for where its arguments lie: on an Auto mesh their types do not tell."""
     program = jax.jit(fun, donate_argnums=0, static_argnames="layouts")
 
     def located(run):
         def call(state, data, **more):
+            data = examples(where, data)
             of_data = _layout.layouts(data)
             # On one device a step may take less time than looking at all its arrays.
             if not any(of_data) and not any(_layout.layouts(state.step)):
@@ -243,14 +232,42 @@ def batch_sizes(n: int, batch_size: int) -> np.ndarray:
     return np.array([batch_size] * whole + [rest] * (rest > 0))
 
 
-def count(where: str, data, batch_size: int) -> int:
+def examples(where: str, data, name: str = "data"):
+    """`data`, ready for JAX: a NumPy integer too large for JAX's own becomes the largest one, not another number.
+
+    TypeError where a leaf is no array of numbers, with what to do about it.
+    """
+    leaves = jax.tree.leaves(data)
+    if all(isinstance(leaf, jax.Array) for leaf in leaves):
+        return data
+    for path, leaf in jax.tree.leaves_with_path(data):
+        here, kind = f"{name}{jax.tree_util.keystr(path)}", type(leaf)
+        if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "OSUMm":
+            hint = "np.unique(names, return_inverse=True)[1] makes labels of names"
+            raise TypeError(f"{where}: {here} must hold numbers, got dtype {leaf.dtype}; {hint}")
+        if not isinstance(leaf, jax.Array | np.ndarray):
+            hint = f"use {here}.toarray()" if hasattr(leaf, "toarray") else "np.asarray converts lists and tensors"
+            found = f"{kind.__module__.split('.')[0]} {kind.__name__}".removeprefix("builtins ")
+            raise TypeError(f"{where}: {here} must be an array, got {found}; {hint}")
+    return jax.tree.map(clipped, data)
+
+
+def count(where: str, data, batch_size: int, name: str = "data") -> int:
     """The number of examples, at least a batch of them."""
     leaves = jax.tree.leaves_with_path(data)
-    sizes = {jax.tree_util.keystr(path): jnp.shape(leaf)[:1] for path, leaf in leaves}
-    if len(set(sizes.values())) != 1 or () in sizes.values():
-        came = ", ".join(f"{path or 'data'} {list(size)}" for path, size in sizes.items()) or "no array"
-        raise ValueError(f"{where}: data of arrays with one first axis, the examples, expected, got {came}")
-    (n,) = next(iter(sizes.values()))
+    sizes = {f"{name}{jax.tree_util.keystr(path)}": jnp.shape(leaf) for path, leaf in leaves}
+    if not sizes:
+        raise ValueError(f"{where}: {name} must hold at least one array of examples, got none")
+    for path, shape in sizes.items():
+        if not shape:
+            raise ValueError(f"{where}: {path} must have a leading axis, the examples, got a scalar")
+    first, (n, *_) = next(iter(sizes.items()))
+    for path, shape in sizes.items():
+        if shape[0] != n:
+            raise ValueError(
+                f"{where}: all arrays in {name} must have the same leading axis, got {n} in {first} "
+                f"and {shape[0]} in {path}"
+            )
     if n < max(batch_size, 1):
         raise ValueError(f"{where}: at least {max(batch_size, 1)} examples (one batch) expected, got {n}")
     return n

@@ -10,13 +10,14 @@ from fcfunc._precision import wide
 from fcfunc._rule import as_array
 
 
-def classes_last(name: str, axis, scores, /, **beside) -> Any:
-    """`scores` with the classes as the last axis, and the arrays of the same rank with them; others are left alone."""
-    _check.array(name, scores=scores, **{other: a for other, a in beside.items() if a is not None})
-    ndim = jnp.ndim(scores)
+def classes_last(name: str, axis, /, **arrays) -> Any:
+    """The arrays with the classes as the last axis: the first, which has them, and the others of the same rank."""
+    (scores, first), *_ = arrays.items()
+    _check.array(name, **{other: a for other, a in arrays.items() if a is not None or other == scores})
+    ndim = jnp.ndim(first)
     if isinstance(axis, int) and axis in (-1, ndim - 1):
-        return scores, beside.values()
-    axes = _check.axes(name, axis, scores=scores)
+        return tuple(arrays.values())
+    axes = _check.axes(name, axis, **{scores: first})
     rows = [i for i in range(ndim) if i not in axes]
 
     def moved(a):
@@ -25,7 +26,7 @@ def classes_last(name: str, axis, scores, /, **beside) -> Any:
         a = jnp.transpose(as_array(a), (*rows, *axes))
         return a if len(axes) == 1 else a.reshape(*a.shape[: len(rows)], -1)
 
-    return moved(scores), [moved(a) for a in beside.values()]
+    return tuple(map(moved, arrays.values()))
 
 
 def hit(scores, labels, start=0):

@@ -49,11 +49,16 @@ def rule(fwd: Callable, bwd: Callable) -> Callable:
 
 
 def as_array(leaf):
-    """As `jnp.asarray`, but a NumPy integer too large for JAX's own becomes the largest one, not another number.
+    """As `jnp.asarray`, but a NumPy integer too large for JAX's own becomes the largest one, not another number."""
+    return jnp.asarray(clipped(leaf))
+
+
+def clipped(leaf):
+    """A NumPy array of integers within the range that JAX keeps; anything else as it is.
 
     Without x64 JAX keeps the lower 32 bits: the label 2**32 would silently be class 0.
     """
     if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "iu":
         limits = jnp.iinfo(jax.dtypes.canonicalize_dtype(leaf.dtype))
-        return jnp.asarray(np.clip(leaf, limits.min, limits.max))
-    return jnp.asarray(leaf)
+        return np.clip(leaf, limits.min, limits.max)
+    return leaf

@@ -93,7 +93,7 @@ def softmax_cross_entropy_with_integer_labels(
     name = "softmax_cross_entropy_with_integer_labels"
     label_smoothing = _check.number(name, label_smoothing=label_smoothing)
     _check.ignored_label(name, ignore_index)
-    logits, (where,) = classes_last(name, axis, logits, where=where)
+    logits, where = classes_last(name, axis, logits=logits, where=where)
     _check_labelled(name, logits, labels, where, weights, class_weights, label_smoothing)
     logits, (labels, weights), class_weights = _laid(logits, (labels, weights), class_weights)
     options = {"label_smoothing": label_smoothing}
@@ -200,7 +200,7 @@ def softmax_cross_entropy(
     _check.floating(name, logits=logits)
     labels = _check.real_labels(name, labels, like=logits)
     _check.one_shape(name, logits=logits, labels=labels)
-    logits, (labels, where) = classes_last(name, axis, logits, labels=labels, where=where)
+    logits, labels, where = classes_last(name, axis, logits=logits, labels=labels, where=where)
     _check_distribution(logits, labels, where, weights, class_weights, label_smoothing)
     logits, (weights,), class_weights = _laid(logits, (weights,), class_weights)
     labels = _layout.laid_like(labels, logits)

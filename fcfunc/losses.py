@@ -141,7 +141,7 @@ def negative_log_likelihood(
     """
     _check.ignored_label("negative_log_likelihood", ignore_index)
     _check.array("negative_log_likelihood", probs=probs, labels=labels)
-    probs, _ = classes_last("negative_log_likelihood", axis, probs)
+    (probs,) = classes_last("negative_log_likelihood", axis, probs=probs)
     probs, labels = _beside(probs, labels)
     return _negative_log_likelihood(probs, labels, ignore_index=ignore_index)
 
@@ -193,7 +193,7 @@ def multiclass_svm(
       Array([0.5], dtype=float32)
     """
     _check.array("multiclass_svm", scores=scores, labels=labels)
-    scores, _ = classes_last("multiclass_svm", axis, scores)
+    (scores,) = classes_last("multiclass_svm", axis, scores=scores)
     scores, labels = _beside(scores, labels)
     return _multiclass_svm(scores, labels, margin=_check.number("multiclass_svm", margin=margin))
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from fcfunc import _check, _layout
 from fcfunc import ops as hand_written
 from fcfunc._precision import accumulator
+from fcfunc._rule import as_array
 
 __all__ = [
     "ACTIVATIONS",
@@ -388,6 +389,7 @@ class _Resolved(NamedTuple):
 
 def _apply(net: _Network, params, state, x, activation, final_activation, flatten, head):
     _check_layers(net, params, state, x, flatten)
+    params, x = jax.tree.map(as_array, (params, x))
     if not 0 <= _check.number(net.where, dropout_rate=net.rate) <= 1:
         raise ValueError(f"{net.where}: dropout_rate must be in [0, 1], got {net.rate}")
     if net.key is not _MISSING and net.key is not None:

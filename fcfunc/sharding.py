@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fcfunc import _check, _layout
 from fcfunc._layout import mesh_axes
+from fcfunc._rule import clipped
 
 __all__ = ["MODES", "global_batch", "logical_specs", "make_mesh", "param_specs", "shard"]
 
@@ -210,7 +211,7 @@ def shard(tree: Any, specs: Any, mesh: Mesh) -> Any:
 
     def place(path, leaf, spec):
         _check_divides(f"shard: {jax.tree_util.keystr(path) or 'array'}", spec, np.shape(leaf), mesh)
-        return _layout.placed(leaf, NamedSharding(mesh, spec))
+        return _layout.placed(clipped(leaf), NamedSharding(mesh, spec))
 
     return jax.tree.map_with_path(place, tree, specs)
 
@@ -256,7 +257,7 @@ def global_batch(local: Any, mesh: Mesh, *, axis: str | tuple[str, ...] = "data"
     _check_equal_counts(counts.pop())
 
     def place(path, leaf):
-        leaf, where = np.asarray(leaf), f"global_batch: {jax.tree_util.keystr(path) or 'array'}"
+        leaf, where = np.asarray(clipped(leaf)), f"global_batch: {jax.tree_util.keystr(path) or 'array'}"
         if leaf.shape[0] % here:
             raise ValueError(
                 f"{where}: a number of examples that {here} devices divide expected (of {devices} along {axis!r}), "

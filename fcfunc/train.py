@@ -25,7 +25,8 @@ import numpy as np
 import optax
 
 from fcfunc import _check, _layout
-from fcfunc._failure import NonFiniteError, copied, good, outcome, replay, still_finite
+from fcfunc._captured import FunctionKey
+from fcfunc._failure import NonFiniteError, advice, copied, good, outcome, replay, still_finite
 from fcfunc._loop import (
     Layouts,
     TrainState,
@@ -34,6 +35,7 @@ from fcfunc._loop import (
     check_shares,
     compiled,
     count,
+    examples,
     loss_and_metrics,
     means,
     order_from,
@@ -45,6 +47,7 @@ from fcfunc._loop import (
 )
 from fcfunc._memory import check_fits
 from fcfunc._progress import ProgressBar, report
+from fcfunc._rule import as_array
 from fcfunc.data import check_values
 
 __all__ = [
@@ -119,7 +122,7 @@ def make_train_step(loss_fn: Callable, optimizer: optax.GradientTransformation, 
         state, metrics = take_step(loss_fn, optimizer, state, batch, accumulate, layouts)
         return state._replace(position=jnp.zeros((), jnp.int32)), metrics
 
-    return compiled(train_step)
+    return compiled("make_train_step", train_step)
 
 
 def make_train_epoch(
@@ -152,7 +155,7 @@ def make_train_epoch(
     def train_epoch(state, data, layouts=None):
         return take_epoch("make_train_epoch", loss_fn, optimizer, state, data, batch_size, accumulate, layouts)
 
-    return compiled(train_epoch)
+    return compiled("make_train_epoch", train_epoch)
 
 
 def make_fit(
@@ -202,11 +205,13 @@ def make_fit(
     sign = 1 if mode == "min" else -1
 
     def whole_fit(state, data, validation_data=None):
+        data = examples("make_fit", data)
         n = count("make_fit", data, batch_size)
         layouts = Layouts(_layout.layouts(state), _layout.layouts(data))
         if patience is not None and validation_data is None:
             raise ValueError("make_fit: patience needs validation_data to judge an epoch by, got None")
         if validation_data is not None:
+            validation_data = examples("make_fit", validation_data, "validation_data")
             _check_metrics("make_fit", eval_fn or loss_fn, state, validation_data, None, monitor)
         _check_metrics("make_fit", loss_fn, state, data, state.key, None)
 
@@ -282,7 +287,7 @@ def _part(loss_fn, optimizer, batch_size, accumulate, some):
 
         return take_epoch("fit", loss_fn, optimizer, state, data, batch_size, accumulate, layouts, some, after)
 
-    return compiled(train_part)
+    return compiled("fit", train_part)
 
 
 def evaluate(
@@ -307,7 +312,12 @@ def evaluate(
     """
     _check.function("evaluate", loss_fn=loss_fn)
     _check.positive("evaluate", batch_size=batch_size)
-    return _evaluation(loss_fn, batch_size)(params, model_state, data, layouts=Layouts((), _layout.layouts(data)))
+    return _evaluate(FunctionKey(loss_fn), params, examples("evaluate", data), int(batch_size), model_state)
+
+
+def _evaluate(loss_key, params, data, batch_size=1024, model_state=()):
+    evaluation = _evaluation(loss_key, batch_size)
+    return evaluation(params, model_state, data, layouts=Layouts((), _layout.layouts(data)))
 
 
 def fit(
@@ -338,8 +348,9 @@ def fit(
     the last `every` steps, began. To skip such steps instead, up to k in a row, guard the optimiser:
     `optax.apply_if_finite(optimizer, k)`. The step that optax would let through after them ends the run.
 
-    Called again with the same function, optimiser and shapes, it compiles nothing: what `loss_fn` captures is as it was
-    at the first call. The programs of the last functions are kept, with what they capture.
+    Called again with the same function, optimizer and shapes, it compiles nothing, unless values that `loss_fn` or the
+    optimizer captures have changed: arrays and numbers in closures, global names, defaults, attributes of objects. The
+    programs of the last functions are kept, with what they capture.
 
     Args:
       loss_fn: `(params, batch, key) -> loss` or `-> (loss, metrics)`.
@@ -365,9 +376,9 @@ def fit(
       on_steps: called with the state, to save a run whose epochs take long; as for `on_epoch`. A run that was
         interrupted and goes on from such a state, with the same `batch_size`, `accumulate` and `every`, takes the very
         steps that it would have taken.
-      progress: show a progress bar (needs tqdm, the extra `progress`). It moves some five times a second within an
-        epoch, by reports that the compiled epoch sends every so many steps; where several processes share a mesh,
-        after each epoch.
+      progress: show a progress bar on standard error (needs tqdm). It moves some five times a second within an epoch,
+        by reports that the compiled epoch sends every so many steps; where several processes share a mesh, after each
+        epoch. If standard error is not a terminal, each epoch prints a line instead.
 
     Returns:
       The state, and the history: one dict per epoch with `epoch`, `step`, `seconds`, the means of the training metrics
@@ -392,7 +403,10 @@ def fit(
         raise ValueError("fit: patience needs validation_data to judge an epoch by, got None")
     if (every is None) != (on_steps is None):
         raise ValueError("fit: every and on_steps go together: after how many steps, and what is called then")
+    examples("fit", data)
     n = count("fit", data, batch_size)
+    if validation_data is not None:
+        examples("fit", validation_data, "validation_data")
     if every is not None:
         _check.positive("fit", every=every)
     position = int(state.position)
@@ -400,16 +414,19 @@ def fit(
         raise ValueError(f"fit: the state is at example {position} of its epoch, and data has {n} of them")
     check_fits("fit", data=data, validation_data=validation_data)
     check_values(data, num_classes=num_classes, name="data")
-    data = jax.tree.map(jnp.asarray, data)
+    data = jax.tree.map(as_array, data)
     if validation_data is not None:
-        count("fit (validation_data)", validation_data, 1)
+        count("fit", validation_data, 1, "validation_data")
         check_values(validation_data, num_classes=num_classes, name="validation_data")
-        validation_data = jax.tree.map(jnp.asarray, validation_data)
+        validation_data = jax.tree.map(as_array, validation_data)
         _check_metrics("fit", eval_fn or loss_fn, state, validation_data, None, monitor)
     _check_metrics("fit", loss_fn, state, data, state.key, None)
 
-    def take_some(optimizer_, count, state, **address):
-        return _part(loss_fn, optimizer_ or optimizer, batch_size, accumulate, int(count))(state, data, **address)
+    loss_key, eval_key, optimizer_key = map(FunctionKey, (loss_fn, eval_fn or loss_fn, optimizer))
+
+    def take_some(probe, count, state, **address):
+        update = FunctionKey(probe) if probe else optimizer_key
+        return _part(loss_key, update, int(batch_size), int(accumulate), int(count))(state, data, **address)
 
     steps, first_step = len(batch_sizes(n, batch_size)), int(state.began if position else state.step)
     state = copied(state)
@@ -422,18 +439,19 @@ def fit(
             for sizes in _parts(n, position, batch_size, every):
                 before = copied(state)
                 # The processes that share a program would not agree on how often to report.
-                address = {"address": bar.address()} if bar and jax.process_count() == 1 else {}
+                reports = bar and bar.redraws and jax.process_count() == 1
+                address = {"address": bar.address()} if bar and reports else {}
                 state, (metrics, outcomes) = take_some(None, sizes.sum(), state, **address)
                 if not good(before, state, outcomes):
                     found = replay(take_some, copied(before), sizes)
-                    raise _non_finite(epoch, found, before, n, batch_size, history)
+                    raise _non_finite(epoch, found, before, n, batch_size, history, loss_fn, data)
                 parts.append((jax.tree.map(np.asarray, metrics), np.asarray(outcomes["skipped"]), sizes))
                 if on_steps is not None:
                     on_steps(state)
             position = 0
             record: dict[str, float] = {"epoch": epoch, "step": int(state.step), **_means_of_parts(parts)}
             if validation_data is not None:
-                scores = evaluate(eval_fn or loss_fn, state.params, validation_data, model_state=state.model_state)
+                scores = _evaluate(eval_key, state.params, validation_data, model_state=state.model_state)
                 record |= {f"validation_{name}": float(m) for name, m in scores.items()}
             record["seconds"] = time.perf_counter() - start
             history.append(record)
@@ -470,7 +488,7 @@ def _means_of_parts(parts) -> dict[str, float]:
     return {name: float(np.average(np.float64(m[taken]), weights=sizes[taken])) for name, m in metrics.items()}
 
 
-def _non_finite(epoch, found, good, n, batch_size, history):
+def _non_finite(epoch, found, good, n, batch_size, history, loss_fn, data):
     """The error of a run that is to end."""
     if found is None:  # taken one by one the steps are another program, whose last bits may differ
         message = (
@@ -484,7 +502,7 @@ def _non_finite(epoch, found, good, n, batch_size, history):
     shown = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
     message = (
         f"fit: {leaf} was not finite at step {step} (epoch {epoch}), with a loss of {loss:.6g} on "
-        f"the examples {shown}; the exception's state is of before this step; try a lower learning rate"
+        f"the examples {shown}; {advice(loss_fn, state, data, indices)}. The exception's state is that before this step"
     )
     return NonFiniteError(message, state, step, indices, leaf, history)
 

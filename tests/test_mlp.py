@@ -354,3 +354,12 @@ def test_scales_of_a_wrong_shape_or_dtype_name_their_layer(x):
         fcfunc.apply([params[0] | {"scale": jnp.ones(4)}, params[1]], x, norm="layer_norm")
     with pytest.raises(TypeError, match="layer 0: one dtype expected for all of w, b, scale, offset"):
         fcfunc.apply([params[0] | {"scale": jnp.ones(5, jnp.bfloat16)}, params[1]], x, norm="layer_norm")
+
+
+def test_numpy_float64_inputs_and_params_are_taken_without_a_warning():
+    params = fcfunc.init(jax.random.key(0), [4, 8, 3])
+    x = np.random.default_rng(0).standard_normal((6, 4))
+    wide = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+    expected = fcfunc.apply(params, jnp.asarray(x, jnp.float32))
+    np.testing.assert_array_equal(fcfunc.apply(params, x), expected)  # warnings are errors here
+    np.testing.assert_array_equal(fcfunc.apply(wide, x), expected)

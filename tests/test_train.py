@@ -1,6 +1,9 @@
 """The train step, the epoch, evaluation and fit."""
 
+import io
 import operator
+import re
+import sys
 
 import chex
 import jax
@@ -10,7 +13,7 @@ import optax
 import pytest
 
 import fcfunc
-from fcfunc import _memory, losses, sharding, train
+from fcfunc import _memory, _progress, losses, sharding, train
 from fcfunc._progress import ProgressBar
 from fcfunc.data import Dataset
 
@@ -293,7 +296,7 @@ def test_fit_refuses_options_out_of_range(options, message):
             lambda d: Dataset(np.where(d.x == d.x[4, 1], np.nan, d.x), d.y),
             r"data\.x\[4, 1\]: finite numbers expected, got nan",
         ),
-        (lambda d: Dataset(d.x[:40], d.y), r"one first axis.* \.x \[40\], \.y \[50\]"),
+        (lambda d: Dataset(d.x[:40], d.y), "same leading axis, got 40 in data.x and 50 in data.y"),
         (lambda d: Dataset(d.x[:0], d.y[:0]), "at least 16 examples"),
     ],
     ids=["label too large", "label negative", "nan", "lengths", "empty"],
@@ -715,6 +718,11 @@ def test_a_whole_fit_refuses_what_it_cannot_judge():
         train.make_fit(loss_fn, optimizer, epochs=1, batch_size=4, mode="less")
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
 @pytest.mark.parametrize("on_a_mesh", [False, True])
 def test_the_bar_moves_within_an_epoch_and_the_numbers_are_those_without_it(on_a_mesh, monkeypatch):
     moves, optimizer, data = [], optax.sgd(0.1), make_data(50)
@@ -722,6 +730,7 @@ def test_the_bar_moves_within_an_epoch_and_the_numbers_are_those_without_it(on_a
         data = sharding.global_batch(data, sharding.make_mesh(data=2, devices=jax.devices()[:2]))
     options = {"epochs": 3, "batch_size": 4}
     expected, _ = train.fit(loss_fn, optimizer, make_state(optimizer), data, **options)
+    monkeypatch.setattr(sys, "stderr", Terminal())
     move = ProgressBar.move
     monkeypatch.setattr(ProgressBar, "move", lambda bar, step: (moves.append(int(step)), move(bar, step)))
     address = ProgressBar.address
@@ -730,3 +739,132 @@ def test_the_bar_moves_within_an_epoch_and_the_numbers_are_those_without_it(on_a
     assert sorted(moves) == list(range(5, 40, 5))  # 13 steps an epoch, the last a short one
     chex.assert_trees_all_equal(state.params, expected.params)
     assert len(history) == 3
+
+
+def test_the_estimate_of_the_bar_leaves_compilation_out(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    monkeypatch.setattr(_progress.time, "time", lambda: now[0])
+    monkeypatch.setattr(_progress.time, "perf_counter", lambda: now[0])
+    with ProgressBar(epochs=10, steps=4, first_step=0) as bar:
+        monkeypatch.setattr(bar.bar, "_time", lambda: now[0])
+        now[0] += 60  # compilation
+        bar.move(1)
+        now[0] += 0.5
+        bar.move(2)
+        drawn = bar.bar.format_dict
+    assert (drawn["n"], drawn["initial"], drawn["elapsed"]) == (0.5, 0.25, 0.5)
+    assert "0.50/10 [00:00<00:19" in terminal.getvalue()  # 9.5 epochs at half a second for a quarter of one
+
+
+def test_outside_of_a_terminal_each_epoch_is_a_line_with_the_digits_of_small_numbers(capsys):
+    optimizer = optax.sgd(1e-9)
+
+    def tiny(params, batch, key):
+        return 1e-7 * loss_fn(params, batch, key)[0]
+
+    train.fit(tiny, optimizer, make_state(optimizer), make_data(50), epochs=2, batch_size=25, progress=True)
+    printed = capsys.readouterr().err
+    assert "\r" not in printed
+    lines = printed.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["epoch 1/2", "epoch 2/2"]
+    assert all(re.search(r"loss \d\.\d+e-07 ", line) for line in lines), lines
+
+
+@pytest.mark.parametrize("entry", ["fit", "evaluate", "make_train_step", "make_train_epoch", "make_fit"])
+def test_a_label_of_64_bits_is_not_wrapped_into_a_class(entry):
+    data, optimizer = make_data(16), optax.sgd(0.1)
+    data = data._replace(y=data.y.astype(np.int64) + 2**32)
+    state = make_state(optimizer)
+    if entry == "fit":
+        with pytest.raises(train.NonFiniteError, match="no example has a finite loss with the initial parameters"):
+            train.fit(loss_fn, optimizer, state, data, epochs=1, batch_size=8)
+        return
+    loss = {
+        "evaluate": lambda: train.evaluate(loss_fn, state.params, data)["loss"],
+        "make_train_step": lambda: train.make_train_step(loss_fn, optimizer)(state, data)[1]["loss"],
+        "make_train_epoch": lambda: train.make_train_epoch(loss_fn, optimizer, 8)(state, data)[1]["loss"],
+        "make_fit": lambda: train.make_fit(loss_fn, optimizer, epochs=1, batch_size=8)(state, data)[1]["loss"],
+    }[entry]()
+    assert np.isnan(loss).all()
+
+
+def test_a_label_of_64_bits_is_not_wrapped_on_its_way_to_a_mesh():
+    labels = sharding.global_batch(np.arange(8) + 2**32, sharding.make_mesh())
+    np.testing.assert_array_equal(labels, 2**31 - 1)
+
+
+def test_a_bad_label_is_named_and_not_taken_for_a_learning_rate():
+    data, optimizer = make_data(60), optax.sgd(0.1)
+    data.y[17] = 7
+    with pytest.raises(
+        train.NonFiniteError, match=r"with another value than data\.y\[17\] = 7 the loss is finite"
+    ) as e:
+        train.fit(loss_fn, optimizer, make_state(optimizer), data, epochs=1, batch_size=8)
+    assert "learning rate" not in str(e.value)
+    assert 17 in e.value.indices
+
+
+SCALE = 1.0
+
+
+def test_a_second_fit_uses_what_the_function_captures_now(monkeypatch):
+    optimizer, data = optax.sgd(0.1), make_data(32)
+    weights, box, settings = np.ones(3, np.float32), [1.0], {"scale": 1.0}
+
+    def weighted_loss(params, batch, key, *, of_class=weights):
+        logits = fcfunc.apply(params, batch.x) * jnp.broadcast_to(of_class, (len(batch.x), 3))
+        loss = jnp.mean(losses.softmax_cross_entropy_with_integer_labels(logits, batch.y))
+        return loss * (SCALE * box[0] * settings["scale"])
+
+    def run(function=weighted_loss):
+        return train.fit(function, optimizer, make_state(optimizer), data, epochs=1, batch_size=8, validation_data=data)
+
+    def anew():
+        return run(lambda *args: weighted_loss(*args))
+
+    params = run()[0].params
+    chex.assert_trees_all_equal(run()[0].params, params)
+    for change in (
+        lambda: weights.__setitem__(slice(None), [3, 0.5, 1]),  # in place
+        lambda: box.__setitem__(0, 2.0),
+        lambda: settings.update(scale=0.25),
+        lambda: monkeypatch.setitem(globals(), "SCALE", 3.0),
+    ):
+        before = run()
+        change()
+        after, expected = run(), anew()
+        chex.assert_trees_all_equal(after[0].params, expected[0].params)
+        assert after[1][0]["validation_loss"] == expected[1][0]["validation_loss"] != before[1][0]["validation_loss"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda x, y: (x.tolist(), y), r"data\[0\]\[0\]\[0\] must be an array, got float; np.asarray converts lists"),
+        (lambda x, y: (x, list("abc" * 4)), r"data\[1\]\[0\] must be an array, got str"),
+        (lambda x, y: (x, np.array(list("abc" * 4))), r"data\[1\] must hold numbers, got dtype <U1; np.unique"),
+        (lambda x, y: (x, np.array(list("abc" * 4), object)), r"data\[1\] must hold numbers, got dtype object"),
+        (lambda x, y: (Sparse(), y), r"data\[0\] must be an array, got tests Sparse; use data\[0\]\.toarray\(\)"),
+        (lambda x, y: (x, y[:5]), r"same leading axis, got 12 in data\[0\] and 5 in data\[1\]"),
+        (lambda x, y: (x, y[0]), r"data\[1\] must be an array, got numpy int32"),
+        (lambda x, y: (), "data must hold at least one array of examples, got none"),
+    ],
+    ids=["lists", "strings", "texts", "objects", "sparse", "lengths", "scalar", "nothing"],
+)
+@pytest.mark.parametrize("entry", ["fit", "evaluate", "make_train_step"])
+def test_data_that_is_no_array_is_a_short_error_that_names_it(entry, make, message):
+    optimizer, data = optax.sgd(0.1), make(*make_data(12))
+    call = {
+        "fit": lambda state: train.fit(loss_fn, optimizer, state, data, epochs=1, batch_size=4),
+        "evaluate": lambda state: train.evaluate(loss_fn, state.params, data),
+        "make_train_step": lambda state: train.make_train_step(loss_fn, optimizer)(state, data),
+    }[entry]
+    with pytest.raises((TypeError, ValueError), match=f"^{entry}: (a batch)?.*{message}") as e:
+        call(make_state(optimizer))
+    assert len(str(e.value)) < 200
+
+
+class Sparse:
+    def toarray(self):
+        raise AssertionError("nothing is converted silently")
