@@ -1,20 +1,26 @@
 PYTHON ?= python3
-BIN := .venv/bin
-STAMP := .venv/.installed
+# Another PYTHON gets an environment of its own.
+VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
 
-.PHONY: train test test-lowest bench lint dist clean
+.PHONY: train test test-all test-lowest bench lint dist clean
 
 train: $(STAMP)
 	@$(BIN)/python -m examples.train_classifier $(ARGS)
 
+# Every rule, loss, file format and page once, in a few minutes.
 test: $(STAMP)
+	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: $(STAMP)
 	@$(BIN)/python -m pytest $(ARGS)
 
 # With the oldest release of each dependency that pyproject.toml allows.
 test-lowest: $(STAMP)
-	@$(BIN)/python -m tests.lowest > .venv/lowest.txt
+	@$(BIN)/python -m tests.lowest > $(VENV)/lowest.txt
 	@$(PYTHON) -m venv .venv-lowest
-	@.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv/lowest.txt --editable ".[dev]"
+	@.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/lowest.txt --editable ".[dev]"
 	@.venv-lowest/bin/python -m pytest $(ARGS)
 
 bench: $(STAMP)
@@ -24,7 +30,7 @@ bench: $(STAMP)
 lint: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/pyright
+	@$(BIN)/pyright --pythonpath $(BIN)/python
 
 # The same bytes from the same commit: nothing of the time or of the machine is in them.
 dist: $(STAMP)
@@ -33,12 +39,12 @@ dist: $(STAMP)
 	@cd dist && sha256sum *
 
 clean:
-	rm -rf .venv .venv-lowest dist runs
+	rm -rf .venv .venv-* dist runs
 
 # Installed once: the stamp is newer than pyproject.toml until the requirements change.
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fcfunc needs Python 3.11 or newer; this is " + sys.version.split()[0] + " (choose another: make PYTHON=python3.12)")'
-	@echo "Making .venv and installing fcfunc with what its examples and tests need (about a minute, once)."
-	@$(PYTHON) -m venv .venv
+	@echo "Making $(VENV) and installing fcfunc with what its examples and tests need (about a minute, once)."
+	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --editable ".[dev]"
 	@touch $(STAMP)

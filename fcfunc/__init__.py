@@ -1,22 +1,13 @@
-"""Fully-connected networks as pure functions in JAX, with hand-written backward rules that are proven."""
+"""Fully-connected networks as pure functions in JAX, with hand-written backward rules that are tested."""
 
-from fcfunc import (
-    activations,
-    checkpoint,
-    cross_entropy,
-    data,
-    large_output,
-    losses,
-    mlp,
-    norms,
-    ops,
-    params_file,
-    reference,
-    sharding,
-    testing,
-    train,
-)
+import importlib
+from typing import TYPE_CHECKING
+
+from fcfunc import activations, cross_entropy, large_output, losses, mlp, norms, ops, reference, sharding, train
 from fcfunc.mlp import apply, apply_batch_norm, init, init_batch_norm_state
+
+if TYPE_CHECKING:
+    from fcfunc import checkpoint, data, params_file, testing
 
 __version__ = "0.1.0"
 
@@ -40,3 +31,14 @@ __all__ = [
     "testing",
     "train",
 ]
+
+
+def __getattr__(name: str):
+    """Imports the modules that a network and its training do not need when they are first used."""
+    if name in ("checkpoint", "data", "params_file", "testing"):
+        return importlib.import_module(f"fcfunc.{name}")
+    raise AttributeError(f"module 'fcfunc' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

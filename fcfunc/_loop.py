@@ -12,8 +12,8 @@ import optax
 from fcfunc import _check, _layout
 from fcfunc._accumulate import accumulated, mean_dtype
 from fcfunc._captured import FunctionKey
+from fcfunc._examples import count, examples
 from fcfunc._permutation import permutation
-from fcfunc._rule import clipped
 
 
 class TrainState(NamedTuple):
@@ -230,47 +230,6 @@ def batch_sizes(n: int, batch_size: int) -> np.ndarray:
     """The examples of each step of an epoch."""
     whole, rest = divmod(n, int(batch_size))
     return np.array([batch_size] * whole + [rest] * (rest > 0))
-
-
-def examples(where: str, data, name: str = "data"):
-    """`data`, ready for JAX: a NumPy integer too large for JAX's own becomes the largest one, not another number.
-
-    TypeError where a leaf is no array of numbers, with what to do about it.
-    """
-    leaves = jax.tree.leaves(data)
-    if all(isinstance(leaf, jax.Array) for leaf in leaves):
-        return data
-    for path, leaf in jax.tree.leaves_with_path(data):
-        here, kind = f"{name}{jax.tree_util.keystr(path)}", type(leaf)
-        if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "OSUMm":
-            hint = "np.unique(names, return_inverse=True)[1] makes labels of names"
-            raise TypeError(f"{where}: {here} must hold numbers, got dtype {leaf.dtype}; {hint}")
-        if not isinstance(leaf, jax.Array | np.ndarray):
-            hint = f"use {here}.toarray()" if hasattr(leaf, "toarray") else "np.asarray converts lists and tensors"
-            found = f"{kind.__module__.split('.')[0]} {kind.__name__}".removeprefix("builtins ")
-            raise TypeError(f"{where}: {here} must be an array, got {found}; {hint}")
-    return jax.tree.map(clipped, data)
-
-
-def count(where: str, data, batch_size: int, name: str = "data") -> int:
-    """The number of examples, at least a batch of them."""
-    leaves = jax.tree.leaves_with_path(data)
-    sizes = {f"{name}{jax.tree_util.keystr(path)}": jnp.shape(leaf) for path, leaf in leaves}
-    if not sizes:
-        raise ValueError(f"{where}: {name} must hold at least one array of examples, got none")
-    for path, shape in sizes.items():
-        if not shape:
-            raise ValueError(f"{where}: {path} must have a leading axis, the examples, got a scalar")
-    first, (n, *_) = next(iter(sizes.items()))
-    for path, shape in sizes.items():
-        if shape[0] != n:
-            raise ValueError(
-                f"{where}: all arrays in {name} must have the same leading axis, got {n} in {first} "
-                f"and {shape[0]} in {path}"
-            )
-    if n < max(batch_size, 1):
-        raise ValueError(f"{where}: at least {max(batch_size, 1)} examples (one batch) expected, got {n}")
-    return n
 
 
 def check_shares(what: str, n: int, layouts, parts: int) -> None:

@@ -92,7 +92,7 @@ def central_differences(case: Case, g: list, leaf: int, directions: np.ndarray) 
     signed = np.concatenate([[0.0], steps, -steps]).reshape(-1, *[1] * directions.ndim)
     points = (point[None, None] + signed * directions[None]).reshape(-1, *point.shape)
     with precision(case.dtype):
-        values = np.asarray(jax.vmap(value)(jnp.asarray(points))).reshape(-1, count)
+        values = np.asarray(jax.jit(jax.vmap(value))(jnp.asarray(points))).reshape(-1, count)
     centre, right, left = values[0], values[1:10].reshape(3, 3, count), values[10:].reshape(3, 3, count)
     size = np.abs(values).max(axis=0)
     for i in range(3):
@@ -187,7 +187,7 @@ def taylor(case: Case) -> Iterator[Finding]:
         for h in (0.0, *steps):
             moved = wide.fill([a + h * b for a, b in zip(wide.reals, v, strict=True)])
             with precision(np.float64):
-                outs = to_numpy(wide.fun(*moved))
+                outs = to_numpy(_vjp_case.compiled_outputs(fun, moved))
             out.append(sum(float(np.sum(a * b)) for a, b in zip(outs, g, strict=True)) - h * slope)
         return np.abs(np.array(out[1:]) - out[0]), abs(slope) + abs(out[0])
 
@@ -219,7 +219,7 @@ def forward_mode(case: Case) -> Iterator[Finding]:
 
     def push(fun):
         with precision(case.dtype):
-            return to_numpy(jax.jvp(lambda *r: fun(*case.fill(r)), to_jax(case.reals), to_jax(v))[1])
+            return to_numpy(_vjp_case.compiled_tangents(fun, case.args, to_jax(v)))
 
     expected = push(case.oracle)
     try:
@@ -239,7 +239,7 @@ def adjoint(case: Case) -> Iterator[Finding]:
         u, rng = wide.cotangent(50 + trial), case.rng(70 + trial)
         v = [rng.standard_normal(a.shape) for a in wide.reals]
         with precision(np.float64):
-            push = jax.jvp(lambda *r: wide.oracle(*wide.fill(r)), to_jax(wide.reals), to_jax(v))[1]
+            push = _vjp_case.compiled_tangents(wide.oracle, wide.args, to_jax(v))
         forward = [np.asarray(a) * b for a, b in zip(push, u, strict=True)]
         back = [a * b for a, b in zip(wide.pull(wide.fun, u), v, strict=True)]
         left, right = sum(map(np.sum, forward)), sum(map(np.sum, back))

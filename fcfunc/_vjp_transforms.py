@@ -9,16 +9,8 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from fcfunc import _layout, _vjp_case
-from fcfunc._vjp_case import Case, NotApplicable, precision, to_jax, to_numpy
+from fcfunc._vjp_case import Case, NotApplicable, in_float64_if_taken, precision, to_jax, to_numpy
 from fcfunc._vjp_checks import Finding, attempt, check, compare, full_only, rounding
-
-
-def _wide(case: Case) -> Case:
-    """In float64 where that is taken: there a difference is a difference, not rounding."""
-    try:
-        return case.in_float64
-    except NotApplicable:
-        return case
 
 
 def _batched(case: Case, leaves: list, axes: list) -> list[np.ndarray]:
@@ -29,7 +21,7 @@ def _batched(case: Case, leaves: list, axes: list) -> list[np.ndarray]:
         return _vjp_case.gradients(case.fun, case.fill(leaves[:count]), list(leaves[count:]))
 
     with precision(case.dtype):
-        return to_numpy(jax.vmap(pull, in_axes=axes)(*to_jax(leaves)))
+        return to_numpy(jax.jit(jax.vmap(pull, in_axes=axes))(*to_jax(leaves)))
 
 
 def _looped(case: Case, leaves: list, axes: list) -> list[np.ndarray]:
@@ -45,7 +37,7 @@ def _looped(case: Case, leaves: list, axes: list) -> list[np.ndarray]:
 def vmap_equals_loop(case: Case) -> Iterator[Finding]:
     """Batched over everything, and over one argument at a time, the gradients are those of a loop."""
     name, paths = "vmap_equals_loop", [*case.paths, "the cotangent"]
-    for at in {c.dtype: c for c in (_wide(case), case)}.values():
+    for at in {c.dtype: c for c in (in_float64_if_taken(case), *([] if case.fast else [case]))}.values():
         rng, g, count = at.rng(200), at.cotangent(201), len(at.reals)
         stacks = [
             np.stack([a + np.asarray(k / 4, a.dtype) * rng.standard_normal(a.shape).astype(a.dtype) for k in range(3)])
@@ -113,7 +105,7 @@ def scan_and_checkpoint(case: Case) -> Iterator[Finding]:
         )[0]
 
     def scanned():
-        return case.pull(twice, g)
+        return case.compile().pull(twice, g)
 
     got, _, raised = attempt("scan_and_checkpoint", case, scanned, lambda: None, "inside lax.scan the rule raises")
     if raised:
@@ -123,7 +115,7 @@ def scan_and_checkpoint(case: Case) -> Iterator[Finding]:
     yield from compare("scan_and_checkpoint", case, got, expected, rounding(case, expected), message)
 
     def remat():
-        return case.pull(jax.checkpoint(case.fun), g)
+        return case.compile().pull(jax.checkpoint(case.fun), g)
 
     got, _, raised = attempt("scan_and_checkpoint", case, remat, lambda: None, "under jax.checkpoint the rule raises")
     if raised:
@@ -143,7 +135,7 @@ def _second(case: Case, transform: Callable, name: str, message: str) -> Iterato
             return _vjp_case.gradients(fun, wide.fill(reals), weights)
 
         with precision(np.float64):
-            return to_numpy(transform(first, to_jax(wide.reals), to_jax(g)))
+            return to_numpy(jax.jit(functools.partial(transform, first))(to_jax(wide.reals), to_jax(g)))
 
     got, expected, raised = attempt(
         name, wide, lambda: derivative(wide.fun), lambda: derivative(wide.oracle), f"{message} raises"

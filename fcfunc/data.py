@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fcfunc import _check
+from fcfunc._examples import check_values
 
 __all__ = [
     "Dataset",
@@ -339,42 +339,6 @@ def standardizer(x: np.ndarray) -> Standardizer:
         raise TypeError(f"standardizer: x must be a NumPy array, got {type(x).__name__}")
     mean, scale = x.mean(axis=0, dtype=np.float64), x.std(axis=0, dtype=np.float64)
     return Standardizer(np.asarray(mean), np.where(scale > 0, scale, 1.0))
-
-
-def check_values(data: Any, *, num_classes: int | None = None, name: str = "data") -> None:
-    """Raises where a value cannot be trained on; runs on the host.
-
-    Args:
-      data: a tree of arrays with one first axis.
-      num_classes: where given, every integer array of one axis holds labels, which must lie in `[0, num_classes)`.
-      name: what the data is called in the message.
-
-    Raises:
-      ValueError: a NaN, an infinity or a label out of range, with the array's path and the index of the first.
-    """
-    if num_classes is not None:
-        _check.positive("check_values", num_classes=num_classes)
-    parts = [(path, start, part) for path, leaf in jax.tree.leaves_with_path(data) for start, part in _here(leaf)]
-    for path, start, a in parts:
-        where = f"{name}{jax.tree_util.keystr(path)}"
-        if jnp.issubdtype(a.dtype, jnp.inexact):  # NumPy's own test does not know bfloat16
-            bad, expected = ~np.isfinite(a), "finite numbers"
-        elif num_classes is not None and a.ndim == 1 and np.issubdtype(a.dtype, np.integer):
-            bad, expected = (a < 0) | (a >= num_classes), f"labels in [0, {num_classes})"
-        else:
-            continue
-        if bad.any():
-            at = tuple(int(i) for i in np.argwhere(bad)[0])
-            shown = ", ".join(str(i + first) for i, first in zip(at, start, strict=True))
-            raise ValueError(f"{where}[{shown}]: {expected} expected, got {a[at]}")
-
-
-def _here(leaf) -> list[tuple[tuple[int, ...], np.ndarray]]:
-    """The parts of an array that this process has, each with the index of its first element."""
-    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
-        return [((0,) * np.ndim(leaf), np.asarray(leaf))]
-    parts = {tuple(i.start or 0 for i in shard.index): shard.data for shard in leaf.addressable_shards}
-    return [(start, np.asarray(part)) for start, part in parts.items()]
 
 
 def regular_file(path: str | os.PathLike) -> Path:

@@ -26,6 +26,7 @@ import optax
 
 from fcfunc import _check, _layout
 from fcfunc._captured import FunctionKey
+from fcfunc._examples import check_values, count, examples
 from fcfunc._failure import NonFiniteError, advice, copied, good, outcome, replay, still_finite
 from fcfunc._loop import (
     Layouts,
@@ -34,8 +35,6 @@ from fcfunc._loop import (
     beside,
     check_shares,
     compiled,
-    count,
-    examples,
     loss_and_metrics,
     means,
     order_from,
@@ -48,7 +47,6 @@ from fcfunc._loop import (
 from fcfunc._memory import check_fits
 from fcfunc._progress import ProgressBar, report
 from fcfunc._rule import as_array
-from fcfunc.data import check_values
 
 __all__ = [
     "NonFiniteError",

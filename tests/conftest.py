@@ -1,6 +1,7 @@
 """Strict settings for every test: eight virtual devices, no implicit promotion of dtypes or ranks.
 
-Warnings are errors by `filterwarnings` in pyproject.toml.
+Warnings are errors by `filterwarnings` in pyproject.toml. `make test` leaves the tests that are marked slow to
+`make test-all`, and ends with a line that says so.
 """
 
 import os
@@ -14,6 +15,25 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+# Compiling is most of the time of the suite. XLA ends the process at a flag that it does not know.
+QUICK_FLAGS = {
+    (0, 11): "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+    (0, 13): "--xla_backend_optimization_level=0",
+}
+"""What `make test` compiles with, before each JAX release; `make test-all` compiles as users do."""
+
+
+def pytest_configure(config):
+    if quick(config) and not hasattr(config, "workerinput"):  # the workers inherit it
+        flags = next((flags for before, flags in QUICK_FLAGS.items() if jax.__version_info__ < before), "")
+        os.environ["XLA_FLAGS"] = f"{os.environ['XLA_FLAGS']} {flags}".strip()
+
+
+def quick(config):
+    """Whether this is `make test`, which leaves slow tests out."""
+    return config.option.markexpr == "not slow"
+
+
 @pytest.fixture
 def x64():
     """Float64 for one test."""
@@ -21,8 +41,41 @@ def x64():
         yield
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
+    for item in items:  # one process for each file, or each rule: what it compiles is compiled once
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
     if jax.default_backend() != "gpu":
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_deselected(items):
+    if items:
+        stash = items[0].config.stash
+        stash[LEFT_OUT] = stash.get(LEFT_OUT, 0) + len(items)
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = session.config.stash.get(LEFT_OUT, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    left_out = getattr(node, "workeroutput", {}).get("left_out", 0)
+    node.config.stash[LEFT_OUT] = max(left_out, node.config.stash.get(LEFT_OUT, 0))
+
+
+def pytest_unconfigure(config):
+    left_out = config.stash.get(LEFT_OUT, 0)
+    if left_out and quick(config) and not hasattr(config, "workerinput"):
+        print(
+            f"{left_out} slow tests were left to `make test-all`: every option and size of each rule, the full mode of "
+            "check_vjp, every sharding mode, several processes, and runs that are killed."
+        )

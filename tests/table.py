@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from fcfunc import losses, ops, reference
 
@@ -231,6 +232,20 @@ RULES = [
     _row(losses, "multiclass_svm", _labelled, variant=True, margin=0.25),
     _row(losses, "l2_penalty", _params),
 ]
+
+
+def slow(*values):
+    """Parameters of a test that `make test` leaves to `make test-all`."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def rows(*, variants_are_slow: bool = True):
+    """The rows as a parameter; tests of one row run in one process, which compiles its programs once."""
+
+    def marks(row):
+        return [pytest.mark.xdist_group(row.name), *([pytest.mark.slow] if row.variant and variants_are_slow else [])]
+
+    return pytest.mark.parametrize("row", [pytest.param(row, id=row.name, marks=marks(row)) for row in RULES])
 
 
 def split_real(args):

@@ -11,33 +11,41 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import fcfunc
 from fcfunc import losses, ops, reference
 from fcfunc.testing import assert_vjp, check_vjp, worst_relative_error
-from tests.table import RULES
+from tests.table import rows, slow
 
 
 def drawing(row):
     return lambda rng, n, d: row.draw(int(rng.integers(2**31)), n, d, np.float32)
 
 
-@pytest.mark.parametrize("row", RULES, ids=lambda row: row.name)
-def test_every_rule_of_the_table_is_proven(row):
-    skip = ("vmap_equals_loop", "reverse_over_reverse", "shape_sweep") if row.variant else ()
-    assert_vjp(row.fun, drawing(row), fast=row.variant, skip=skip)
+@rows()
+def test_every_rule_of_the_table_passes_the_fast_mode(row):
+    assert_vjp(row.fun, drawing(row), fast=True)
 
 
-@pytest.mark.parametrize("row", RULES, ids=lambda row: row.name)
-def test_every_rule_of_the_table_is_proven_against_its_independent_twin(row):
+@pytest.mark.slow
+@rows()
+def test_every_rule_of_the_table_passes_the_full_mode(row):
+    if row.variant:
+        pytest.skip("the full mode is left to the row with more options")
+    assert_vjp(row.fun, drawing(row))
+
+
+@pytest.mark.slow
+@rows()
+def test_every_rule_of_the_table_agrees_with_its_independent_twin(row):
     assert_vjp(
         row.fun, drawing(row), reference=row.reference, fast=True, dtype="float64", only=["oracle", "forward_output"]
     )
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("dtype", [slow("float64"), "float32", slow("bfloat16"), slow("float16")])
+@pytest.mark.parametrize("seed", [0, slow(1), slow(2)])
 def test_a_relu_of_64_by_256_raises_no_alarm(dtype, seed):
     assert_vjp(ops.relu, "64 256", at_kink={0.0: 0.0}, fast=True, dtype=dtype, seed=seed, skip=["shape_sweep"])
 
 
-def test_a_whole_network_is_proven_through_the_plain_functions_that_call_its_rules():
+def test_a_whole_network_passes_through_the_plain_functions_that_call_its_rules():
     params = fcfunc.init(jax.random.key(0), [3, 4, 2])
 
     @jax.jit
@@ -109,6 +117,7 @@ def scaled(x, power, name):
 scaled.defvjp(lambda x, power, name: (x**power, x), lambda power, name, x, g: (g * power * x ** (power - 1),))
 
 
+@pytest.mark.slow
 def test_static_arguments_keywords_closures_and_partials_are_held_fixed():
     x = np.linspace(0.5, 1.5, 6, dtype=np.float32).reshape(2, 3)
     report = check_vjp(scaled, (x, 3, "a name"), fast=True)

@@ -18,6 +18,7 @@ from jax.sharding import AxisType
 
 import fcfunc
 from fcfunc import checkpoint, sharding, train
+from tests.table import slow
 
 OPTIMIZER = optax.adam(1e-3)
 
@@ -53,7 +54,7 @@ def test_a_state_comes_back_to_the_bit_with_its_configuration(tmp_path, dtype):
     assert jax.tree.structure(back.state) == jax.tree.structure(state)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("kind", [AxisType.Explicit, slow(AxisType.Auto)])
 def test_a_state_of_one_mesh_is_restored_onto_another_and_onto_one_device(tmp_path, kind):
     eight = sharding.make_mesh(model=2, axis_type=kind)
     four = sharding.make_mesh(data=4, devices=jax.devices()[:4], axis_type=kind)

@@ -23,6 +23,7 @@ def free_port():
         return s.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_two_processes_of_four_devices_take_the_steps_of_one_device_in_every_mode():
     command = [sys.executable, "-m", "tests.process", f"127.0.0.1:{free_port()}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -51,6 +52,7 @@ def processes_of(launcher):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes in /proc")
 def test_when_a_process_is_killed_the_rest_ends_with_one_line_and_the_run_resumes_on_other_devices(tmp_path):
     run = [*EXAMPLE, "--epochs", "30", "--out", str(tmp_path)]
@@ -81,6 +83,7 @@ def test_when_a_process_is_killed_the_rest_ends_with_one_line_and_the_run_resume
     assert re.fullmatch(r"error: --out .*: holds checkpoints; go on with --resume, or choose .*\n", again.stderr)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_sigterm_saves_within_the_epoch_and_ends_with_a_status_of_its_own(tmp_path, processes):
     run = [*EXAMPLE, "--epochs", "2000", "--save-every", "3", "--out", str(tmp_path)]
@@ -101,6 +104,7 @@ def test_sigterm_saves_within_the_epoch_and_ends_with_a_status_of_its_own(tmp_pa
     assert int(said[1]) == checkpoint.steps(tmp_path)[-1]
 
 
+@pytest.mark.slow
 def test_runs_that_are_killed_at_random_moments_resume_to_the_bits_of_one_that_is_not(capfd):
     assert kill_and_resume.main(["--kills", "2", "--at-once", "2"]) == 0
     assert "2 of 2 runs end with the bits of the uninterrupted one" in capfd.readouterr().out

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import fcfunc
+from tests.table import slow
 
 ROOT = Path(fcfunc.__file__).parents[1]
 MODULES = [getattr(fcfunc, name) for name in fcfunc.__all__ if inspect.ismodule(getattr(fcfunc, name))]
@@ -26,7 +27,9 @@ def test_docstring_examples_print_what_they_say(module):
     assert runner.summarize(verbose=False).failed == 0
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page", [slow(p) if p.name == "precision-and-size.md" else p for p in PAGES], ids=[p.name for p in PAGES]
+)
 def test_python_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # as a reader would run them

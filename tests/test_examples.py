@@ -13,6 +13,7 @@ import pytest
 import fcfunc
 from examples import layer_list, layers_by_hand, one_neuron, sigmoid_network, sweep, train_classifier
 from fcfunc import data, mlp, params_file
+from tests.table import slow
 
 
 @pytest.fixture
@@ -35,6 +36,7 @@ def test_layers_chained_by_hand_have_the_gradients_of_jax_and_learn():
     assert figures["accuracy"] > 0.95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dims", ["64,10", "64,20,20,20,10"])
 def test_layers_chained_by_hand_take_any_depth(dims):
     assert layers_by_hand.main(["--dims", dims, "--epochs", "1"])["gradient_error"] < 1e-5
@@ -63,6 +65,7 @@ def test_the_sigmoid_network_has_the_loss_and_gradients_of_torch():
     assert figures["worst"] < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", ["10", "3"])
 def test_the_layer_list_learns_both_problems(batch_size, tmp_path):
     figures = layer_list.main(["--batch-size", batch_size, "--out", str(tmp_path)])
@@ -101,6 +104,7 @@ def test_the_neurons_gradients_agree_and_it_learns_and():
     assert figures["error_after"] < 0.01 < figures["error_before"]
 
 
+@pytest.mark.slow
 def test_norm_residual_dropout_and_bfloat16_are_options_of_the_classifier(run, tmp_path):
     options = ["--norm", "layer_norm", "--residual", "--dropout", "0.1", "--compute-dtype", "bfloat16"]
     status, out, _ = run(
@@ -146,6 +150,7 @@ def test_the_users_csv_is_classified_by_the_names_of_its_classes(run, tmp_path):
     assert float(out.split("test accuracy ")[1][:6]) > 0.85
 
 
+@pytest.mark.slow
 def test_the_users_npz_is_learned_as_a_regression_in_its_own_unit(run, tmp_path):
     rng = np.random.default_rng(0)
     x = rng.normal(50, 10, (400, 3))
@@ -172,10 +177,10 @@ def test_the_users_npz_is_learned_as_a_regression_in_its_own_unit(run, tmp_path)
         (["--task", "regression"], "digits has classes"),
         (["--activation", "swoosh"], "argument --activation: invalid choice: 'swoosh'"),
         (["--batch-size", "0"], "argument --batch-size: above 0 and below 1e.38 expected, got 0"),
-        (["--batch-size", "5000"], r"at least 5000 examples \(one batch\) expected, got 1258"),
+        slow(["--batch-size", "5000"], r"at least 5000 examples \(one batch\) expected, got 1258"),
         (["--learning-rate", "-1"], "argument --learning-rate: above 0 .* expected, got -1"),
         (["--learning-rate", "nan"], "argument --learning-rate: above 0"),
-        (
+        slow(
             ["--learning-rate", "1e30"],
             r"grads\[0\]\['b'\] was not finite at step \d+ \(epoch 1\).*; try a lower learning rate",
         ),
@@ -247,6 +252,7 @@ def test_help_reads_well(run, capsys):
     assert all(option in out for option in ("--data", "--l2", "--optimizer", "default: sgd", "regression"))
 
 
+@pytest.mark.slow
 def test_the_sweep_finds_a_learning_rate_that_recognises_the_digits_and_draws(tmp_path, capsys):
     figures = sweep.main(["--seeds", "2", "--rates", "3", "--epochs", "8", "--out", str(tmp_path)])
     assert figures["accuracy"] > 0.94

@@ -11,6 +11,7 @@ from jax.experimental import jet
 
 import fcfunc
 from fcfunc import mlp, reference
+from tests.table import slow
 
 X = jax.random.normal(jax.random.key(0), (3, 4))
 LABELS = jnp.array([0, 1, 1])
@@ -46,7 +47,10 @@ PLAIN = {name: network(name) for name in mlp.ACTIVATIONS} | {
 }
 
 
-@pytest.mark.parametrize("fun", PLAIN.values(), ids=PLAIN)
+SOME = ("gelu",)
+
+
+@pytest.mark.parametrize("fun", [PLAIN[name] if name in SOME else slow(PLAIN[name]) for name in PLAIN], ids=PLAIN)
 def test_the_twins_have_jvp_jacfwd_linearize_and_jet(fun):
     v = jax.random.normal(jax.random.key(3), X.shape)
     out, tangent = jax.jvp(fun, (X,), (v,))
@@ -75,6 +79,7 @@ def test_a_rule_says_that_it_has_no_forward_mode():
         jax.jvp(lambda x: fcfunc.apply(params, x), (X,), (X,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", [None, "layer_norm", "rms_norm"])
 def test_second_derivatives_of_a_whole_network_are_those_of_its_twin(norm, x64):
     params = fcfunc.init(jax.random.key(1), [3, 4, 4, 4, 2], norm=norm, param_dtype=jnp.float64)

@@ -11,6 +11,7 @@ import pytest
 
 import fcfunc
 from fcfunc import large_output, losses, mlp, reference, train
+from tests.table import slow
 
 
 def draw(n, d, classes, *, scale=1.0, seed=0):
@@ -36,12 +37,13 @@ def assert_equal(x, w, b, labels, *, rtol=1e-5, atol=1e-5, **options):
     chex.assert_trees_all_close(ours, pulled(dense), rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 3, 4, 7, 13, 14, 100])
-@pytest.mark.parametrize("n", [1, 6])
+@pytest.mark.parametrize("chunk_size", [slow(1), slow(3), 4, slow(7), slow(13), slow(14), slow(100)])
+@pytest.mark.parametrize("n", [slow(1), 6])
 def test_it_is_the_dense_loss_whatever_the_chunk(chunk_size, n):
     assert_equal(*draw(n, 5, 13), chunk_size=chunk_size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_size", [1, 4, 7])
 def test_logits_of_ten_thousand_are_no_less_exact(chunk_size, x64):
     x, w, b, labels = draw(6, 5, 13, scale=1e4)
@@ -70,6 +72,7 @@ def test_a_short_last_chunk_adds_no_column():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", [8, 9, 10])
 def test_a_label_on_the_last_partial_chunk_is_found(label):
     x, w, b, _ = draw(3, 4, 11)
@@ -91,8 +94,8 @@ def test_impossible_and_ignored_labels_are_as_in_the_plain_loss(chunk_size):
     np.testing.assert_array_equal(dx[4], 0)
 
 
-@pytest.mark.parametrize("hostile", [np.nan, np.inf])
-@pytest.mark.parametrize("chunk_size", [3, None])
+@pytest.mark.parametrize("hostile", [np.nan, slow(np.inf)])
+@pytest.mark.parametrize("chunk_size", [3, slow(None)])
 def test_a_row_that_does_not_count_leaks_nothing_not_even_into_the_weights(hostile, chunk_size):
     x, w, b, labels = draw(4, 3, 7)
     options = {"chunk_size": chunk_size, "where": jnp.array([True, False, True, True]), "ignore_index": 5}
@@ -106,12 +109,14 @@ def test_a_row_that_does_not_count_leaks_nothing_not_even_into_the_weights(hosti
     chex.assert_trees_all_equal(grad(dirty, w, b), grad(clean, w, b))
 
 
+@pytest.mark.slow
 def test_a_class_masked_by_a_bias_of_minus_infinity_stays_out():
     x, w, b, labels = draw(4, 3, 9)
     b = b.at[:4].set(-jnp.inf)  # the whole first chunk
     assert_equal(x, w, b, labels % 5 + 4, chunk_size=4)
 
 
+@pytest.mark.slow
 def test_bfloat16_operands_give_the_plain_losses_gradients_to_their_rounding():
     x, w, b, labels = draw(32, 16, 50)
     chunked = functools.partial(losses.linear_softmax_cross_entropy, chunk_size=16, compute_dtype="bfloat16")
@@ -213,6 +218,7 @@ def test_a_head_takes_the_place_of_the_final_activation():
         fcfunc.apply(params, jnp.ones((5, 3)), head=lambda h, w, b: h, final_activation="softmax")
 
 
+@pytest.mark.slow
 def test_a_stacked_network_feeds_it_too():
     params = mlp.stack(fcfunc.init(jax.random.key(0), [4, 4, 4, 4, 9]))
     x, labels = jnp.ones((3, 4)), jnp.array([0, 8, 4])

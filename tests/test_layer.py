@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import fcfunc
 from fcfunc import mlp, ops, reference
+from tests.table import slow
 
 NAMES = sorted(set(mlp.ACTIVATIONS) - {"linear"})
 
@@ -45,7 +46,7 @@ def test_the_others_save_their_output(activation, arguments):
     assert saved is out
 
 
-@pytest.mark.parametrize("fan_out", [1, 7, 8, 9, 40])
+@pytest.mark.parametrize("fan_out", [slow(1), slow(7), 8, 9, slow(40)])
 def test_bits_of_any_width_give_the_gradient_of_the_two_rules(fan_out):
     keys = jax.random.split(jax.random.key(fan_out), 4)
     shapes = [(6, 5), (5, fan_out), (fan_out,), (6, fan_out)]
@@ -91,8 +92,8 @@ def temporaries(fun, *args):
     [
         ("relu", jax.nn.relu, True, 0.87),
         ("gelu", jax.nn.gelu, True, 0.25),
-        ("relu", jax.nn.relu, False, 1.0),
-        ("gelu", jax.nn.gelu, False, 1.0),
+        slow("relu", jax.nn.relu, False, 1.0),
+        slow("gelu", jax.nn.gelu, False, 1.0),
     ],
 )
 def test_the_gradient_of_eight_layers_needs_less_memory_than_by_autodiff(activation, plain, scanned, at_most):
@@ -171,7 +172,7 @@ def test_elu_in_float16_reads_the_sign_of_a_tiny_input_right():
     assert float(jax.grad(total)(jnp.zeros(1, jnp.float16))[0]) == 1.0
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", [slow("float16"), "bfloat16"])
 def test_one_example_without_a_batch_has_gradients_in_half_precision(dtype):
     x, w, b = jnp.ones(3, dtype), jnp.ones((3, 4), dtype), jnp.zeros(4, dtype)
     for layer in (ops.affine, functools.partial(ops.layer, activation="relu")):
@@ -189,11 +190,12 @@ def test_options_of_a_layer_that_its_activation_does_not_know_are_refused(argume
             ops.layer(*arguments, activation="relu", out_dtype=wrong)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("kind", [slow(AxisType.Auto), AxisType.Explicit])
 @pytest.mark.parametrize(
-    "spec", [("data", None), (None, "data"), ("data", "model"), ("model", "data"), (None, "model")]
+    "spec",
+    [("data", None), slow((None, "data")), ("data", "model"), slow(("model", "data")), slow((None, "model"))],
 )
-@pytest.mark.parametrize("activation", ["relu", "gelu", "tanh"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", slow("tanh")])
 def test_gradients_on_a_mesh_are_those_of_one_device_and_lie_as_their_primals(kind, spec, activation):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
     keys = jax.random.split(jax.random.key(0), 4)

@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from fcfunc import losses, reference
+from tests.table import slow
 
 LABELLED = [losses.softmax_cross_entropy_with_integer_labels, losses.negative_log_likelihood, losses.multiclass_svm]
 IGNORING = LABELLED[:2]
@@ -470,7 +471,7 @@ def test_a_mask_of_logits_goes_with_the_other_options(scores):
     np.testing.assert_allclose(got, jnp.where(OF_MASK == 3, 0, own), rtol=1e-6)
 
 
-@pytest.mark.parametrize("axis", [0, 1, -1, -3, (0, 2), (2, 0), [1]])
+@pytest.mark.parametrize("axis", [0, slow(1), slow(-1), slow(-3), slow((0, 2)), (2, 0), slow([1])])
 @pytest.mark.parametrize("loss", [*LABELLED, losses.softmax_cross_entropy])
 def test_the_classes_may_lie_along_any_axis(loss, axis):
     rng = np.random.default_rng(0)

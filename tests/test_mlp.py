@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 import fcfunc
 from fcfunc import mlp, ops, reference
+from tests.table import slow
 
 
 @pytest.fixture
@@ -83,7 +84,9 @@ def test_an_activation_is_a_name_a_function_none_or_one_per_hidden_layer(params,
     np.testing.assert_array_equal(linear, fcfunc.apply(params, x, activation="linear"))
 
 
-@pytest.mark.parametrize("activation", mlp.ACTIVATIONS)
+@pytest.mark.parametrize(
+    "activation", [name if name in ("relu", "softmax") else slow(name) for name in mlp.ACTIVATIONS]
+)
 def test_the_plain_twins_give_the_same_network_and_forward_mode(activation, params, x):
     by_rules = lambda x: fcfunc.apply(params, x, activation=activation)
     by_twins = lambda x: fcfunc.apply(params, x, activation=activation, ops=reference)
@@ -241,9 +244,9 @@ def options_of(norm, residual, dropout, compute_dtype):
     return options | ({"dropout_rate": 0.3, "key": jax.random.key(5)} if dropout else {})
 
 
-@pytest.mark.parametrize("compute_dtype", [None, "bfloat16"])
-@pytest.mark.parametrize("norm", [None, "layer_norm", "rms_norm", "batch_norm"])
-@pytest.mark.parametrize(("residual", "dropout", "stacked"), [(False, True, True), (True, False, False)])
+@pytest.mark.parametrize("compute_dtype", [slow(None), "bfloat16"])
+@pytest.mark.parametrize("norm", [None, slow("layer_norm"), slow("rms_norm"), "batch_norm"])
+@pytest.mark.parametrize(("residual", "dropout", "stacked"), [slow(False, True, True), (True, False, False)])
 def test_rules_and_twins_agree_on_every_kind_of_network(norm, residual, dropout, compute_dtype, stacked):
     params = fcfunc.init(jax.random.key(0), [6, 6, 6, 6, 3], norm=norm)
     params = mlp.stack(params) if stacked else params

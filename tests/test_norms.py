@@ -68,6 +68,7 @@ def test_batch_norm_in_evaluation_uses_the_state_and_leaves_it(x64):
     assert new is state
 
 
+@pytest.mark.slow
 def test_the_running_statistics_have_their_gradients(x64):
     x, scale, offset = normal(0, 6, 3), normal(1, 3), normal(2, 3)
     state = {"mean": jnp.zeros(3), "var": jnp.ones(3)}

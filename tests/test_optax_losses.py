@@ -1,12 +1,14 @@
 """optax's own tests of its losses, from the installed package, pass with fcfunc's functions in place of optax's."""
 
 import functools
+import re
 import unittest
 
 import jax
 import pytest
 
 from fcfunc import losses
+from tests.table import slow
 
 classification = pytest.importorskip("optax.losses._classification_test", reason="this optax comes without its tests")
 regression = pytest.importorskip("optax.losses._regression_test")
@@ -33,7 +35,11 @@ REPLACED = {
 }
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id().removeprefix("optax.losses."))
+@pytest.mark.parametrize(
+    "case",
+    [slow(case) if re.search("PolyLoss|Focal|test_axes", case.id()) else case for case in CASES],
+    ids=[case.id().removeprefix("optax.losses.") for case in CASES],
+)
 @pytest.mark.filterwarnings("default")  # optax's tests hand float64 to JAX, which warns
 def test_it_passes_with_the_losses_of_fcfunc(case, monkeypatch):
     for module, functions in REPLACED.items():

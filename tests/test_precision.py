@@ -114,6 +114,7 @@ def dot_operands(text):
                 yield definitions[computation, operand][0], origin(computation, operand)
 
 
+@pytest.mark.slow
 def test_gradients_arrive_in_the_masters_dtype_unrounded():
     params = fcfunc.init(jax.random.key(0), DIMS)
     grads = jax.grad(loss_fn)(params, batch(0), None, compute_dtype="bfloat16")
@@ -142,6 +143,7 @@ def test_a_cotangent_is_rounded_or_not_as_asked():
             assert low <= error <= high
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ["relu", "gelu", "tanh"])
 @pytest.mark.parametrize("round_cotangent", [True, False])
 def test_gradients_are_at_most_a_fifth_further_from_float64_than_those_of_autodiff(activation, round_cotangent, x64):
@@ -188,6 +190,7 @@ def test_another_compute_dtype_is_refused(dtype, message):
         fcfunc.apply(params, jnp.ones((5, 3)), compute_dtype=dtype)
 
 
+@pytest.mark.slow
 def test_an_ensemble_trains_in_bfloat16():
     params = jax.vmap(lambda key: fcfunc.init(key, DIMS))(jax.random.split(jax.random.key(0), 3))
     grads = jax.vmap(lambda p: jax.grad(loss_fn)(p, batch(0), None, compute_dtype="bfloat16"))(params)

@@ -15,9 +15,12 @@ import fcfunc
 from benchmarks import plan
 from benchmarks.plan import compiled_collectives
 from fcfunc import losses, mlp, sharding, train
+from tests.table import slow
 
 P = PartitionSpec
 KINDS = [AxisType.Auto, AxisType.Explicit]
+SOME_KINDS = [slow(AxisType.Auto), AxisType.Explicit]
+SOME_MODES = [mode if mode in ("data", "fsdp+tensor") else slow(mode) for mode in sharding.MODES]
 DIMS = [16, 64, 32, 8]
 
 
@@ -45,9 +48,9 @@ def lie_alike(tree, like):
     return jax.tree.all(jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), tree, like))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mode", sharding.MODES)
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("kind", SOME_KINDS)
+@pytest.mark.parametrize("mode", SOME_MODES)
+@pytest.mark.parametrize("accumulate", [slow(1), 2])
 def test_a_step_is_that_of_one_device_and_the_state_stays_where_it_lies(kind, mode, accumulate):
     optimizer, data = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0, momentum=0.9)), make_data(32)
 
@@ -67,8 +70,8 @@ def test_a_step_is_that_of_one_device_and_the_state_stays_where_it_lies(kind, mo
     assert lie_alike(momentum, params)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mode", sharding.MODES)
+@pytest.mark.parametrize("kind", SOME_KINDS)
+@pytest.mark.parametrize("mode", [slow(mode) if mode != "fsdp+tensor" else mode for mode in sharding.MODES])
 def test_the_whole_epoch_and_fit_run_unchanged_on_a_mesh(kind, mode):
     optimizer, data = optax.adam(1e-3), make_data(88)  # batches of 32, and one of 24
 
@@ -88,8 +91,8 @@ def test_the_whole_epoch_and_fit_run_unchanged_on_a_mesh(kind, mode):
         )
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("kind", SOME_KINDS)
+@pytest.mark.parametrize("accumulate", [slow(1), 2])
 def test_a_mesh_of_one_device_is_a_mesh(kind, accumulate):
     optimizer, data = optax.sgd(0.1), make_data(40)
     mesh = sharding.make_mesh(devices=jax.devices()[:1], axis_type=kind)
@@ -103,7 +106,7 @@ def test_a_mesh_of_one_device_is_a_mesh(kind, accumulate):
     chex.assert_trees_all_close(there, run(params, data), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SOME_KINDS)
 def test_a_last_batch_that_the_devices_do_not_divide_is_taken_by_each_of_them(kind):
     optimizer, (x, labels) = optax.sgd(0.1), make_data(36)
     mesh = sharding.make_mesh(data=4, devices=jax.devices()[:4], axis_type=kind)
@@ -127,6 +130,7 @@ def test_params_that_lie_nowhere_in_particular_train_beside_data_on_a_mesh():
     assert got.params[0]["w"].sharding.is_fully_replicated
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "optimizer"),
     [
@@ -157,8 +161,8 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("kind", SOME_KINDS)
+@pytest.mark.parametrize("name", [slow(name) if "," in name else name for name in NETWORKS])
 def test_every_kind_of_network_has_the_gradients_of_one_device(kind, name):
     dims, network = NETWORKS[name]
     params = mlp.stack(fcfunc.init(jax.random.key(0), dims, norm=network.get("norm")))
@@ -224,7 +228,9 @@ def test_accumulated_parts_are_summed_before_anything_is_communicated():
     assert "all-reduce" not in others
 
 
-@pytest.mark.parametrize(("mode", "share"), [("data", 1.0), ("fsdp", 1 / 8), ("tensor", 1 / 2), ("fsdp+tensor", 1 / 8)])
+@pytest.mark.parametrize(
+    ("mode", "share"), [slow("data", 1.0), ("fsdp", 1 / 8), slow("tensor", 1 / 2), slow("fsdp+tensor", 1 / 8)]
+)
 def test_the_memory_of_the_state_per_device_falls_as_the_mode_promises(mode, share):
     compiled, params = compiled_step(mode, dims=[128, 512, 512, 128])
     state = 2 * 4 * sum(leaf.size for leaf in jax.tree.leaves(params))  # params and momentum
@@ -234,6 +240,7 @@ def test_the_memory_of_the_state_per_device_falls_as_the_mode_promises(mode, sha
     assert expected <= compiled.memory_analysis().argument_size_in_bytes <= expected + (state - of_weights) + 64
 
 
+@pytest.mark.slow
 def test_scanned_layers_that_are_fully_sharded_are_gathered_one_at_a_time():
     """All of them gathered would be eight weights; one and its gradient, forward and backward, are some three."""
     compiled, params = compiled_step("fsdp", dims=[512] * 9 + [8], stacked=True)
@@ -382,8 +389,8 @@ def test_each_part_and_device_draws_its_own_dropout():
     assert max(abs(float(m["loss"])) for m in (parts, shares)) < 4 / 64**0.5
 
 
-@pytest.mark.parametrize("mode", ["data", "fsdp+tensor"])
-@pytest.mark.parametrize("kind", [None, *KINDS])
+@pytest.mark.parametrize("mode", [slow("data"), "fsdp+tensor"])
+@pytest.mark.parametrize("kind", [slow(None), *SOME_KINDS])
 def test_accumulation_carries_a_model_state_through_the_parts_on_each_device_and_takes_the_mean(kind, mode):
     params = fcfunc.init(jax.random.key(0), DIMS, norm="batch_norm")
     data, optimizer, start = make_data(64), optax.sgd(0.1), fcfunc.init_batch_norm_state(params)

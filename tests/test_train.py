@@ -16,6 +16,7 @@ import fcfunc
 from fcfunc import _memory, _progress, losses, sharding, train
 from fcfunc._progress import ProgressBar
 from fcfunc.data import Dataset
+from tests.table import slow
 
 
 def make_data(n, seed=0):
@@ -59,13 +60,13 @@ def test_steps_donate_the_state_and_never_the_callers_params():
     "optimizer",
     [
         optax.sgd(0.1),
-        optax.sgd(0.1, momentum=0.9, nesterov=True),
+        slow(optax.sgd(0.1, momentum=0.9, nesterov=True)),
         optax.adamw(1e-2),
-        optax.chain(optax.clip_by_global_norm(1.0), optax.rmsprop(1e-2)),
-        optax.inject_hyperparams(optax.adam)(learning_rate=1e-2),
-        optax.MultiSteps(optax.sgd(0.1), 2),
+        slow(optax.chain(optax.clip_by_global_norm(1.0), optax.rmsprop(1e-2))),
+        slow(optax.inject_hyperparams(optax.adam)(learning_rate=1e-2)),
+        slow(optax.MultiSteps(optax.sgd(0.1), 2)),
         optax.chain(optax.adam(1e-2), optax.contrib.reduce_on_plateau()),
-        optax.lbfgs(),
+        slow(optax.lbfgs()),
     ],
     ids=["sgd", "nesterov", "adamw", "clip", "inject", "multi_steps", "plateau", "lbfgs"],
 )
@@ -316,7 +317,7 @@ def reciprocal(params, batch, key):
     return loss + jnp.mean(1 / batch.x[:, 0] * params[0]["b"][0]), metrics
 
 
-@pytest.mark.parametrize("on_a_mesh", [False, True])
+@pytest.mark.parametrize("on_a_mesh", [False, slow(True)])
 def test_fit_stops_at_a_step_that_is_not_finite_with_the_state_of_before_it(on_a_mesh):
     optimizer, data = optax.adam(0.01), make_data(50)
     data.x[17, 0] = 0.0
@@ -353,6 +354,7 @@ def test_fit_stops_where_parameters_overflow_after_a_finite_loss():
     chex.assert_trees_all_equal(e.value.state.params, make_state(optimizer).params)
 
 
+@pytest.mark.slow
 def test_a_guard_skips_steps_up_to_its_number_and_fit_stops_at_the_one_it_lets_through():
     data = make_data(50)
     data.x[17, 0] = 0.0
@@ -367,7 +369,7 @@ def test_a_guard_skips_steps_up_to_its_number_and_fit_stops_at_the_one_it_lets_t
     chex.assert_trees_all_equal(caught.value.state.params, make_state(guarded).params)
 
 
-@pytest.mark.parametrize("stop", [1, 3, 7, 12])
+@pytest.mark.parametrize("stop", [slow(1), 3, slow(7), slow(12)])
 def test_a_run_that_goes_on_in_the_middle_of_an_epoch_takes_the_steps_it_would_have_taken(stop):
     optimizer, data = optax.adam(1e-2), make_data(50)
     options = {"batch_size": 4, "every": 3}
@@ -387,6 +389,7 @@ def test_a_run_that_goes_on_in_the_middle_of_an_epoch_takes_the_steps_it_would_h
     chex.assert_trees_all_equal(resumed.opt_state, whole.opt_state)
 
 
+@pytest.mark.slow
 def test_an_epoch_in_parts_is_the_epoch_and_a_step_of_its_own_leaves_it():
     optimizer, data = optax.sgd(0.1), make_data(50)
     whole, records = train.fit(loss_fn, optimizer, make_state(optimizer), data, epochs=2, batch_size=4)
@@ -401,6 +404,7 @@ def test_an_epoch_in_parts_is_the_epoch_and_a_step_of_its_own_leaves_it():
     assert int(middle.position) == 0
 
 
+@pytest.mark.slow
 def test_a_run_repeats_to_the_bit():
     optimizer, data = optax.adam(1e-2), make_data(50)
 
@@ -415,6 +419,7 @@ def test_a_run_repeats_to_the_bit():
     chex.assert_trees_all_equal(run(), run())  # traced and compiled anew: the function is another one
 
 
+@pytest.mark.slow
 def test_an_epoch_goes_on_with_the_examples_that_are_left_whatever_the_batch_size():
     seen, optimizer = [], optax.sgd(0.1)
 
@@ -500,7 +505,8 @@ def test_a_guard_keeps_the_model_state_of_before_a_step_that_it_skips():
     assert np.isfinite(state.model_state["mean"])
 
 
-@pytest.mark.parametrize("every", [None, 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [slow(None), 1])
 def test_a_bad_step_is_found_whatever_others_a_guard_skips_and_wherever_its_trace_stays(every):
     """One step has a finite loss and no gradient, and is skipped; another a loss that is not finite and a gradient."""
 
@@ -654,7 +660,7 @@ def without_seconds(history):
     ]
 
 
-@pytest.mark.parametrize("patience", [None, 2])
+@pytest.mark.parametrize("patience", [slow(None), 2])
 def test_a_whole_fit_as_one_program_is_the_fit_of_the_host(patience):
     options = {"epochs": 12, "batch_size": 8, "monitor": "accuracy", "mode": "max", "patience": patience}
     data, validation_data, optimizer = make_data(50), make_data(30, 1), optax.adam(3e-2)
@@ -672,6 +678,7 @@ def test_a_whole_fit_as_one_program_is_the_fit_of_the_host(patience):
         chex.assert_trees_all_close({name: float(m[i]) for name, m in history.items()}, record, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_sweep_is_one_program_in_which_each_member_stops_for_itself_and_keeps_its_best():
     optimizer = lambda rate: optax.inject_hyperparams(optax.sgd)(learning_rate=rate)
     data, validation_data = make_data(50), make_data(30, 1)
@@ -723,7 +730,7 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize("on_a_mesh", [False, True])
+@pytest.mark.parametrize("on_a_mesh", [False, slow(True)])
 def test_the_bar_moves_within_an_epoch_and_the_numbers_are_those_without_it(on_a_mesh, monkeypatch):
     moves, optimizer, data = [], optax.sgd(0.1), make_data(50)
     if on_a_mesh:
