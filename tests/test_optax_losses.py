@@ -3,6 +3,7 @@
 import functools
 import re
 import unittest
+from typing import Any
 
 import jax
 import pytest
@@ -23,7 +24,7 @@ CLASSES = [
     regression.SquaredErrorTest,
     regression.L2LossTest,
 ]
-CASES = [case for cls in CLASSES for case in unittest.defaultTestLoader.loadTestsFromTestCase(cls)]
+CASES: list[Any] = [case for cls in CLASSES for case in unittest.defaultTestLoader.loadTestsFromTestCase(cls)]
 REPLACED = {
     classification._classification: {
         "softmax_cross_entropy": losses.softmax_cross_entropy,
