@@ -15,19 +15,30 @@ def examples(where: str, data, name: str = "data"):
 
     TypeError where a leaf is no array of numbers, with what to do about it.
     """
-    leaves = jax.tree.leaves(data)
+    leaves, treedef = jax.tree.flatten(data)
     if all(isinstance(leaf, jax.Array) for leaf in leaves):
         return data
-    for path, leaf in jax.tree.leaves_with_path(data):
-        here, kind = f"{name}{jax.tree_util.keystr(path)}", type(leaf)
-        if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "OSUMm":
-            hint = "np.unique(names, return_inverse=True)[1] makes labels of names"
-            raise TypeError(f"{where}: {here} must hold numbers, got dtype {leaf.dtype}; {hint}")
-        if not isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
-            hint = f"use {here}.toarray()" if hasattr(leaf, "toarray") else "np.asarray converts lists and tensors"
-            found = f"{kind.__module__.split('.')[0]} {kind.__name__}".removeprefix("builtins ")
-            raise TypeError(f"{where}: {here} must be an array, got {found}; {hint}")
-    return jax.tree.map(clipped, data)
+    if not all(map(_is_examples, leaves)):
+        raise _wrong_kind(where, data, name)
+    return jax.tree.unflatten(treedef, map(clipped, leaves))
+
+
+def _is_examples(leaf) -> bool:
+    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) or (
+        isinstance(leaf, np.ndarray) and leaf.dtype.kind not in "OSUMm"
+    )
+
+
+def _wrong_kind(where: str, data, name: str) -> TypeError:
+    """The error of the first leaf that is no array of numbers."""
+    path, leaf = next((path, leaf) for path, leaf in jax.tree.leaves_with_path(data) if not _is_examples(leaf))
+    here, kind = f"{name}{jax.tree_util.keystr(path)}", type(leaf)
+    if isinstance(leaf, np.ndarray):
+        hint = "np.unique(names, return_inverse=True)[1] makes labels of names"
+        return TypeError(f"{where}: {here} must hold numbers, got dtype {leaf.dtype}; {hint}")
+    hint = f"use {here}.toarray()" if hasattr(leaf, "toarray") else "np.asarray converts lists and tensors"
+    found = f"{kind.__module__.split('.')[0]} {kind.__name__}".removeprefix("builtins ")
+    return TypeError(f"{where}: {here} must be an array, got {found}; {hint}")
 
 
 def count(where: str, data, batch_size: int, name: str = "data") -> int:

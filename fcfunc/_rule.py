@@ -59,6 +59,7 @@ def clipped(leaf):
     Without x64 JAX keeps the lower 32 bits: the label 2**32 would silently be class 0.
     """
     if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "iu":
-        limits = jnp.iinfo(jax.dtypes.canonicalize_dtype(leaf.dtype))
-        return np.clip(leaf, limits.min, limits.max)
+        kept = jax.dtypes.canonicalize_dtype(leaf.dtype)
+        if kept != leaf.dtype:
+            return np.clip(leaf, jnp.iinfo(kept).min, jnp.iinfo(kept).max)
     return leaf
