@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fcfunc._precision import accumulator
+
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -88,7 +90,7 @@ def labels(where: str, labels, *, scores) -> None:
 
 
 def real_labels(where: str, labels, *, like, name: str = "labels"):
-    """Labels that enter a formula as numbers; integers and booleans are cast to the dtype of `like`.
+    """Labels that enter a formula as numbers; integers and booleans are cast to that of `like`, or float32.
 
     TypeError where they are not real numbers.
     """
@@ -97,7 +99,7 @@ def real_labels(where: str, labels, *, like, name: str = "labels"):
     if jnp.issubdtype(dtype, jnp.integer) or dtype == jnp.bool_:
         # Cast on the host where possible: JAX would first keep the lower 32 bits of an int64.
         numbers = labels if isinstance(labels, jax.Array) else np.asarray(labels)
-        return jnp.asarray(numbers.astype(jnp.result_type(like)))
+        return jnp.asarray(numbers.astype(accumulator(jnp.result_type(like))))
     floating(where, **{name: labels})
     return jnp.asarray(labels)
 
@@ -180,7 +182,7 @@ def ignored_label(where: str, ignore_index) -> None:
         return
     if not isinstance(ignore_index, int | np.integer) or isinstance(ignore_index, bool):
         raise TypeError(f"{where}: ignore_index must be an integer or None, got {ignore_index!r:.80}")
-    if not -(2**31) <= ignore_index < 2**31:
+    if not -(2**31) < ignore_index < 2**31 - 1:  # labels that are too large become the largest one
         raise ValueError(f"{where}: ignore_index must fit into 32 bits, got {ignore_index}")
 
 

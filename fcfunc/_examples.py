@@ -24,18 +24,21 @@ def examples(where: str, data, name: str = "data"):
 
 
 def _is_examples(leaf) -> bool:
-    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) or (
-        isinstance(leaf, np.ndarray) and leaf.dtype.kind not in "OSUMm"
-    )
+    if isinstance(leaf, np.ndarray):
+        known = jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == np.bool_
+        return known and not isinstance(leaf, np.ma.MaskedArray)
+    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
 
 
 def _wrong_kind(where: str, data, name: str) -> TypeError:
     """The error of the first leaf that is no array of numbers."""
     path, leaf = next((path, leaf) for path, leaf in jax.tree.leaves_with_path(data) if not _is_examples(leaf))
-    here, kind = f"{name}{jax.tree_util.keystr(path)}", type(leaf)
+    here, kind = f"{name}{jax.tree_util.keystr(path)!s:.80}", type(leaf)
+    if isinstance(leaf, np.ma.MaskedArray):
+        return TypeError(f"{where}: {here} must be an array, got a masked array; {here}.filled(...) makes one")
     if isinstance(leaf, np.ndarray):
-        hint = "np.unique(names, return_inverse=True)[1] makes labels of names"
-        return TypeError(f"{where}: {here} must hold numbers, got dtype {leaf.dtype}; {hint}")
+        hint = "; np.unique(names, return_inverse=True)[1] makes labels of names" if leaf.dtype.kind in "OSU" else ""
+        return TypeError(f"{where}: {here} must hold numbers, got dtype {leaf.dtype!s:.40}{hint}")
     hint = f"use {here}.toarray()" if hasattr(leaf, "toarray") else "np.asarray converts lists and tensors"
     found = f"{kind.__module__.split('.')[0]} {kind.__name__}".removeprefix("builtins ")
     return TypeError(f"{where}: {here} must be an array, got {found}; {hint}")

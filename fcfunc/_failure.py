@@ -9,6 +9,7 @@ import optax
 
 from fcfunc import _layout
 from fcfunc._loop import TrainState, guards, loss_and_metrics, skips
+from fcfunc._rule import clipped
 
 
 class NonFiniteError(FloatingPointError):
@@ -68,36 +69,54 @@ def good(before: TrainState, state: TrainState, outcomes) -> bool:
 
 
 def advice(loss_fn: Callable, state: TrainState, data, indices: np.ndarray) -> str:
-    """What may be wrong where some examples have a loss that is not finite: a label, or the learning rate."""
-    lower = "try a lower learning rate"
-    if any(_layout.layouts(data)):
-        return lower
+    """What may be wrong where some examples have a loss that is not finite: a label, or the learning rate.
+
+    `data` is as the caller gave it. A loss may need a random key, or none.
+    """
+    if not any(_layout.layouts(data)):
+        for key in (None, state.key):
+            try:
+                return _blame(loss_fn, state, data, indices, key) or "try a lower learning rate"
+            except Exception:  # nor may it take a batch of one example
+                continue
+    return "try a lower learning rate"
+
+
+def _blame(loss_fn, state, data, indices, key) -> str | None:
+    """The label without which an example's loss would not be NaN; None if there is none.
+
+    A label is to blame only if no other example has a finite loss with it: a loss that diverged may be NaN, or an
+    overflow, for some labels alone.
+    """
     leaves = [(f"data{jax.tree_util.keystr(path)}", np.asarray(a)) for path, a in jax.tree.leaves_with_path(data)]
 
     @jax.jit
     def loss_of(*example):
         example = jax.tree.unflatten(jax.tree.structure(data), example)
-        return loss_and_metrics(loss_fn, state.params, example, None, state.model_state)[0]
+        return loss_and_metrics(loss_fn, state.params, example, key, state.model_state)[0]
 
-    def is_finite(i, **swapped):
-        """Whether example i alone has a finite loss, with the named leaves taken from other examples."""
-        return bool(np.isfinite(loss_of(*(a[[swapped.get(name, i)]] for name, a in leaves))))
+    def loss(i, **swapped):
+        """The loss of example i alone, with the named leaves taken from other examples."""
+        return float(loss_of(*(clipped(a[[swapped.get(name, i)]]) for name, a in leaves)))
 
-    try:
-        bad = next((int(i) for i in indices if not is_finite(i)), None)
-        good = next((i for i in range(min(len(leaves[0][1]), 256)) if is_finite(i)), None)
-        if bad is not None and good is not None:
-            for name, a in leaves:
-                if np.issubdtype(a.dtype, np.integer) and a.ndim == 1 and is_finite(bad, **{name: good}):
-                    return (
-                        f"with another value than {name}[{bad}] = {a[bad]} the loss is finite: labels must lie in "
-                        "[0, classes), and num_classes= checks them before training"
-                    )
-        if bad is not None and good is None and not int(state.step):
-            return "no example has a finite loss with the initial parameters: check the labels and loss_fn"
-    except Exception:  # loss_fn takes no batch of one example, or none without a key
-        return lower
-    return lower
+    count = len(leaves[0][1])
+    bad = next((int(i) for i in indices if np.isnan(loss(i))), None)
+    good = next((i for i in range(min(count, 256)) if np.isfinite(loss(i))), None)
+    if bad is None:
+        return None
+    if good is None:
+        first = "no example has a finite loss with the initial parameters: check the labels and loss_fn"
+        return None if int(state.step) else first
+    for name, a in leaves:
+        if not np.issubdtype(a.dtype, np.integer) or a.ndim > 2 or not np.isfinite(loss(bad, **{name: good})):
+            continue
+        alike = [i for i in np.flatnonzero((a == a[bad]).reshape(count, -1).all(axis=1))[:16] if i != bad]
+        if not any(np.isfinite(loss(int(i))) for i in alike):
+            return (
+                f"with another value than {name}[{bad}] = {a[bad]!s:.40} the loss is finite: labels must lie in "
+                "[0, classes), and num_classes= checks them before training"
+            )
+    return None
 
 
 def _probe_update(updates, state, params=None):

@@ -21,7 +21,7 @@ class ProgressBar:
             from tqdm import tqdm
         except ImportError:
             raise ImportError("fit: progress=True needs tqdm, which is not installed; pip install tqdm") from None
-        self.redraws = sys.stderr.isatty()
+        self.redraws = sys.stderr is not None and sys.stderr.isatty()
         self.bar = tqdm(total=epochs, unit="epoch", dynamic_ncols=True, bar_format=BAR, disable=not self.redraws)
         self.steps, self.first_step = steps, first_step
         self.total, self.epochs, self.started, self.drawn = epochs, 0, time.perf_counter(), 0.0

@@ -58,6 +58,8 @@ def clipped(leaf):
 
     Without x64 JAX keeps the lower 32 bits: the label 2**32 would silently be class 0.
     """
+    if type(leaf) is int and not -(2**31) <= leaf < 2**31:
+        leaf = np.int64(max(-(2**63), min(leaf, 2**63 - 1)))
     if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "iu":
         kept = jax.dtypes.canonicalize_dtype(leaf.dtype)
         if kept != leaf.dtype:

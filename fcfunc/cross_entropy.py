@@ -97,7 +97,7 @@ def softmax_cross_entropy_with_integer_labels(
     _check_labelled(name, logits, labels, where, weights, class_weights, label_smoothing)
     logits, (labels, weights), class_weights = _laid(logits, (labels, weights), class_weights)
     options = {"label_smoothing": label_smoothing}
-    if where is not None and where.ndim == logits.ndim:
+    if where is not None and jnp.ndim(where) == logits.ndim:
         return _of_unmasked_classes(logits, labels, where, weights, class_weights, ignore_index, **options)
     _, (where,), _ = _laid(logits, (where,), None)
     logits = masked(logits, labels, ignore_index=ignore_index, where=where)
@@ -204,7 +204,7 @@ def softmax_cross_entropy(
     _check_distribution(logits, labels, where, weights, class_weights, label_smoothing)
     logits, (weights,), class_weights = _laid(logits, (weights,), class_weights)
     labels = _layout.laid_like(labels, logits)
-    if where is not None and where.ndim == logits.ndim:
+    if where is not None and jnp.ndim(where) == logits.ndim:
         logits, labels, where = _unmasked_classes(logits, labels, where, label_smoothing)
         label_smoothing = 0.0
     _, (where,), _ = _laid(logits, (where,), None)

@@ -58,7 +58,7 @@ def save(path: str | os.PathLike, params: Any, *, config: Any = None) -> None:
       ([{'b': (3,), 'w': (2, 3)}], {'activation': 'relu'})
     """
     _check.path("params_file.save", path=path)
-    if isinstance(params, jax.Array | np.ndarray):
+    if isinstance(params, jax.Array | np.ndarray | np.generic):
         raise TypeError("params_file.save: params of lists, dicts and arrays expected, got an array without a name")
     tensors = {name: _host(name, a) for name, a in _named(params, "").items()}
     text = json.dumps(_config.plain(config, "params_file.save: config"), sort_keys=True)

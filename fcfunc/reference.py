@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from fcfunc import _check
 from fcfunc._precision import accumulator, wide
+from fcfunc._rule import as_array
 
 
 def affine(x, w, b, *, flatten=False, compute_dtype=None, out_dtype=None, round_cotangent=True):
@@ -154,9 +155,10 @@ def softmax_cross_entropy_with_integer_labels(
     name = "softmax_cross_entropy_with_integer_labels"
     logits, where = _classes_last(_floating(name, logits), axis, where)
     _check.labels(name, labels, scores=logits)
-    classes = where if where is not None and where.ndim == logits.ndim else None
+    _check.counting(name, jnp.shape(labels), where, weights, label_smoothing, logits=logits.shape)
+    classes = where if where is not None and jnp.ndim(where) == logits.ndim else None
     rows = where if classes is None else jnp.any(classes, axis=-1)
-    logits, hit, ignored, poison = _labelled(logits, jnp.asarray(labels), ignore_index, rows)
+    logits, hit, ignored, poison = _labelled(logits, as_array(labels), ignore_index, rows)
     if classes is not None:
         poison = jnp.where(ignored | jnp.any(hit & classes, axis=-1), poison, jnp.nan)
     targets = hit.astype(logits.dtype)
@@ -172,7 +174,8 @@ def softmax_cross_entropy(
     _check.one_shape(name, logits=logits, labels=labels)
     logits, where = _classes_last(wide(_floating(name, logits)), axis, where)
     labels, _ = _classes_last(wide(_check.real_labels(name, labels, like=logits)), axis, None)
-    classes = where if where is not None and where.ndim == logits.ndim else None
+    _check.counting(name, logits.shape[:-1], where, weights, label_smoothing, logits=logits.shape)
+    classes = where if where is not None and jnp.ndim(where) == logits.ndim else None
     rows = where if classes is None else jnp.any(classes, axis=-1)
     if rows is None:
         return _cross_entropy(logits, labels, weights, class_weights, label_smoothing, classes)
@@ -199,6 +202,7 @@ def sigmoid_binary_cross_entropy(
     """Twin of `fcfunc.losses.sigmoid_binary_cross_entropy`."""
     name = "sigmoid_binary_cross_entropy"
     _check.one_shape(name, logits=logits, labels=labels)
+    _check.counting(name, jnp.shape(logits), where, weights, label_smoothing)
     z = wide(_floating(name, logits))
     t = wide(_check.real_labels(name, labels, like=logits)) * (1 - label_smoothing) + label_smoothing / 2
     if where is not None:
@@ -222,7 +226,7 @@ def negative_log_likelihood(probs, labels, axis=-1, *, ignore_index=None):
     """Twin of `fcfunc.losses.negative_log_likelihood`."""
     probs, _ = _classes_last(_floating("negative_log_likelihood", probs), axis, None)
     _check.labels("negative_log_likelihood", labels, scores=probs)
-    probs, hit, ignored, poison = _labelled(probs, jnp.asarray(labels), ignore_index)
+    probs, hit, ignored, poison = _labelled(probs, as_array(labels), ignore_index)
     # The sum before the logarithm: the logarithm of a probability of 0 that is not the label's stays out.
     picked = jnp.sum(jnp.where(hit, probs, 0), axis=-1)
     poison = jnp.where(picked < 0, jnp.nan, poison)
@@ -233,7 +237,7 @@ def multiclass_svm(scores, labels, axis=-1, *, margin=1.0):
     """Twin of `fcfunc.losses.multiclass_svm`."""
     scores, _ = _classes_last(_floating("multiclass_svm", scores), axis, None)
     _check.labels("multiclass_svm", labels, scores=scores)
-    scores, hit, _, poison = _labelled(scores, jnp.asarray(labels), None)
+    scores, hit, _, poison = _labelled(scores, as_array(labels), None)
 
     def excess(scores):
         own = jnp.sum(jnp.where(hit, scores, 0), axis=-1, keepdims=True)

@@ -25,7 +25,7 @@ import numpy as np
 import optax
 
 from fcfunc import _check, _layout
-from fcfunc._captured import FunctionKey
+from fcfunc._captured import FunctionKey, traced
 from fcfunc._examples import check_values, count, examples
 from fcfunc._failure import NonFiniteError, advice, copied, good, outcome, replay, still_finite
 from fcfunc._loop import (
@@ -191,7 +191,8 @@ def make_fit(
       of the training metrics over each epoch's examples, and of the validation metrics as `validation_<name>`, NaN for
       epochs that were not run; and the number of those that were, `epochs`. A loss, or an array of the state, that
       becomes not finite stops a run, with the state of before that epoch; with `patience` its best epoch is returned
-      all the same. Each call begins an epoch anew. No value of the data is checked.
+      all the same. Each call begins an epoch anew. No value of the data is checked, and `jax.jit` around it wraps NumPy
+      integers of 64 bits.
 
     Raises:
       ValueError: an option out of range; while tracing: as for `make_train_epoch` and `fit`.
@@ -310,7 +311,10 @@ def evaluate(
     """
     _check.function("evaluate", loss_fn=loss_fn)
     _check.positive("evaluate", batch_size=batch_size)
-    return _evaluate(FunctionKey(loss_fn), params, examples("evaluate", data), int(batch_size), model_state)
+    data = examples("evaluate", data)
+    count("evaluate", data, 1)
+    key = FunctionKey(loss_fn, _traced_loss(loss_fn, params, data, None, model_state)[0])
+    return _evaluate(key, params, data, int(batch_size), model_state)
 
 
 def _evaluate(loss_key, params, data, batch_size=1024, model_state=()):
@@ -347,8 +351,9 @@ def fit(
     `optax.apply_if_finite(optimizer, k)`. The step that optax would let through after them ends the run.
 
     Called again with the same function, optimizer and shapes, it compiles nothing, unless values that `loss_fn` or the
-    optimizer captures have changed: arrays and numbers in closures, global names, defaults, attributes of objects. The
-    programs of the last functions are kept, with what they capture.
+    optimizer captures have changed: each call traces them anew and compares. The exception is JAX's own: a function
+    that you compiled, with `jax.jit` say, keeps the values of its first call. The programs of the last functions are
+    kept, with what they capture.
 
     Args:
       loss_fn: `(params, batch, key) -> loss` or `-> (loss, metrics)`.
@@ -390,6 +395,7 @@ def fit(
         the step, the indices of its examples and the path of the first array that is not finite.
       MemoryError: the data are larger than what is free on the device; before anything is copied.
     """
+    eval_key = None
     given = {"eval_fn": eval_fn, "on_epoch": on_epoch, "on_steps": on_steps}
     _check.function("fit", loss_fn=loss_fn, **{name: f for name, f in given.items() if f is not None})
     _check.optimizer("fit", optimizer)
@@ -412,15 +418,14 @@ def fit(
         raise ValueError(f"fit: the state is at example {position} of its epoch, and data has {n} of them")
     check_fits("fit", data=data, validation_data=validation_data)
     check_values(data, num_classes=num_classes, name="data")
-    data = jax.tree.map(as_array, data)
+    given_data, data = data, jax.tree.map(as_array, data)
     if validation_data is not None:
         count("fit", validation_data, 1, "validation_data")
         check_values(validation_data, num_classes=num_classes, name="validation_data")
         validation_data = jax.tree.map(as_array, validation_data)
-        _check_metrics("fit", eval_fn or loss_fn, state, validation_data, None, monitor)
-    _check_metrics("fit", loss_fn, state, data, state.key, None)
-
-    loss_key, eval_key, optimizer_key = map(FunctionKey, (loss_fn, eval_fn or loss_fn, optimizer))
+        eval_key = _check_metrics("fit", eval_fn or loss_fn, state, validation_data, None, monitor)
+    loss_key = _check_metrics("fit", loss_fn, state, data, state.key, None)
+    optimizer_key = FunctionKey(optimizer, _traced_update(optimizer, state))
 
     def take_some(probe, count, state, **address):
         update = FunctionKey(probe) if probe else optimizer_key
@@ -442,13 +447,13 @@ def fit(
                 state, (metrics, outcomes) = take_some(None, sizes.sum(), state, **address)
                 if not good(before, state, outcomes):
                     found = replay(take_some, copied(before), sizes)
-                    raise _non_finite(epoch, found, before, n, batch_size, history, loss_fn, data)
+                    raise _non_finite(epoch, found, before, n, batch_size, history, loss_fn, given_data)
                 parts.append((jax.tree.map(np.asarray, metrics), np.asarray(outcomes["skipped"]), sizes))
                 if on_steps is not None:
                     on_steps(state)
             position = 0
             record: dict[str, float] = {"epoch": epoch, "step": int(state.step), **_means_of_parts(parts)}
-            if validation_data is not None:
+            if eval_key is not None:
                 scores = _evaluate(eval_key, state.params, validation_data, model_state=state.model_state)
                 record |= {f"validation_{name}": float(m) for name, m in scores.items()}
             record["seconds"] = time.perf_counter() - start
@@ -512,11 +517,25 @@ def _check_stopping(where: str, mode: str, patience: int | None) -> None:
         raise ValueError(f'{where}: mode must be "min" or "max", got {mode!r}')
 
 
-def _check_metrics(where, loss_fn, state, data, key, monitor):
-    """Refuses, before anything runs, what a history cannot hold; a metric of `make_train_epoch` may have any shape."""
-    _, (metrics, _) = jax.eval_shape(
-        lambda s, d, k: loss_and_metrics(loss_fn, s.params, d, k, s.model_state), state, data, key
-    )
+def _traced_loss(loss_fn, params, data, key, model_state):
+    return traced(functools.partial(loss_and_metrics, loss_fn), params, data, key, model_state)
+
+
+def _traced_update(optimizer, state):
+    """What the update computes, None if it needs more than the gradient: then the optimizer is told by identity."""
+    try:
+        with _layout.on_mesh_of(state.params), jax.numpy_dtype_promotion("standard"):
+            return traced(optimizer.update, state.params, state.opt_state, state.params)[0]
+    except Exception:
+        return None
+
+
+def _check_metrics(where, loss_fn, state, data, key, monitor) -> FunctionKey:
+    """Refuses, before anything runs, what a history cannot hold; a metric of `make_train_epoch` may have any shape.
+
+    Returns the key of the function.
+    """
+    computed, (_, (metrics, _)) = _traced_loss(loss_fn, state.params, data, key, state.model_state)
     for name, metric in metrics.items():
         if name in ("epoch", "epochs", "step", "seconds"):
             raise ValueError(f"{where}: a metric must not be called {name!r}, which the history holds already")
@@ -526,3 +545,4 @@ def _check_metrics(where, loss_fn, state, data, key, monitor):
             )
     if monitor is not None and monitor not in {"loss", *metrics}:
         raise ValueError(f"{where}: monitor {monitor!r} is not among the metrics: {', '.join(['loss', *metrics])}")
+    return FunctionKey(loss_fn, computed)

@@ -504,5 +504,22 @@ def test_an_integer_target_beyond_32_bits_is_not_another_number():
     np.testing.assert_allclose(losses.squared_error(jnp.zeros(1), np.array([2**33 + 1])), [2.0**66], rtol=1e-6)
 
 
+def test_integer_targets_of_low_precision_outputs_are_not_rounded():
+    np.testing.assert_array_equal(
+        losses.squared_error(jnp.zeros(2, jnp.bfloat16), np.array([257, 4095])), [257**2, 4095**2]
+    )
+
+
+def test_a_python_integer_beyond_64_bits_is_no_class():
+    assert np.isnan(losses.softmax_cross_entropy_with_integer_labels(jnp.zeros(3), 2**70))
+    assert np.isnan(reference.softmax_cross_entropy_with_integer_labels(jnp.zeros(3), np.int64(2**32 + 1)))
+
+
+@pytest.mark.parametrize("loss", [reference.softmax_cross_entropy, reference.sigmoid_binary_cross_entropy])
+def test_references_broadcast_no_weights(loss):
+    with pytest.raises(ValueError, match="weights must have the shape of the loss"):
+        loss(jnp.zeros((3, 2)), jnp.zeros((3, 2)), weights=jnp.ones((3, 1)))
+
+
 def test_targets_of_squared_error_default_to_zeros(scores):
     np.testing.assert_array_equal(losses.squared_error(scores), losses.squared_error(scores, jnp.zeros((5, 4))))

@@ -4,6 +4,7 @@ import io
 import operator
 import re
 import sys
+import types
 
 import chex
 import jax
@@ -813,36 +814,94 @@ def test_a_bad_label_is_named_and_not_taken_for_a_learning_rate():
 
 
 SCALE = 1.0
+SETTINGS = types.ModuleType("settings")
+SETTINGS.scale = 1.0  # type: ignore[attr-defined]
 
 
-def test_a_second_fit_uses_what_the_function_captures_now(monkeypatch):
-    optimizer, data = optax.sgd(0.1), make_data(32)
-    weights, box, settings = np.ones(3, np.float32), [1.0], {"scale": 1.0}
+class Scaled:
+    factor = 1.0
 
-    def weighted_loss(params, batch, key, *, of_class=weights):
+    def scale(self):
+        return SCALE * self.factor * SETTINGS.scale
+
+    def __call__(self, params, batch, key):
+        return loss_fn(params, batch, key)[0] * self.scale()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda patch, captured: captured["weights"].__setitem__(slice(None), [3, 0.5, 1]),  # in place
+        lambda patch, captured: captured["box"].__setitem__(0, 2.0),
+        lambda patch, captured: patch.setitem(globals(), "SCALE", 3.0),
+        lambda patch, captured: patch.setattr(Scaled, "factor", 3.0),
+        lambda patch, captured: patch.setattr(SETTINGS, "scale", 3.0),
+    ],
+    ids=["array in place", "list", "global name", "class attribute", "module attribute"],
+)
+def test_a_second_evaluation_uses_what_the_function_captures_now(change, monkeypatch):
+    params, data, traces, scaled = make_state(optax.sgd(0.1)).params, make_data(32), [], Scaled()
+    captured = {"weights": np.ones(3, np.float32), "box": [1.0]}
+
+    def weighted_loss(params, batch, key, *, of_class=captured["weights"]):
+        traces.append(None)
         logits = fcfunc.apply(params, batch.x) * jnp.broadcast_to(of_class, (len(batch.x), 3))
         loss = jnp.mean(losses.softmax_cross_entropy_with_integer_labels(logits, batch.y))
-        return loss * (SCALE * box[0] * settings["scale"])
+        return loss * captured["box"][0] + scaled(params, batch, key)
+
+    before = train.evaluate(weighted_loss, params, data)
+    assert train.evaluate(weighted_loss, params, data) == before
+    assert len(traces) == 3  # once compiled, and once traced for each call
+    change(monkeypatch, captured)
+    after = train.evaluate(weighted_loss, params, data)
+    assert after == train.evaluate(lambda *args: weighted_loss(*args), params, data) != before
+
+
+def test_a_second_fit_uses_what_its_loss_captures_now_and_compiles_nothing_if_that_is_the_same():
+    optimizer, data, weights = optax.adamw(optax.cosine_decay_schedule(0.1, 100)), make_data(32), np.ones(3, np.float32)
+
+    def weighted_loss(params, batch, key):
+        logits = fcfunc.apply(params, batch.x) * jnp.broadcast_to(weights, (len(batch.x), 3))
+        return jnp.mean(losses.softmax_cross_entropy_with_integer_labels(logits, batch.y))
 
     def run(function=weighted_loss):
-        return train.fit(function, optimizer, make_state(optimizer), data, epochs=1, batch_size=8, validation_data=data)
+        return train.fit(function, optimizer, make_state(optimizer), data, epochs=1, batch_size=8)[0].params
 
-    def anew():
-        return run(lambda *args: weighted_loss(*args))
+    params, compilations = run(), []
+    listen = lambda event, *_, **__: compilations.append(event) if "backend_compile" in event else None
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    chex.assert_trees_all_equal(run(), params)
+    assert not compilations
+    jax.monitoring.clear_event_listeners()
+    weights[:] = [3, 0.5, 1]
+    again = run()
+    chex.assert_trees_all_equal(again, run(lambda *args: weighted_loss(*args)))
+    assert not np.array_equal(again[0]["w"], params[0]["w"])
 
-    params = run()[0].params
-    chex.assert_trees_all_equal(run()[0].params, params)
-    for change in (
-        lambda: weights.__setitem__(slice(None), [3, 0.5, 1]),  # in place
-        lambda: box.__setitem__(0, 2.0),
-        lambda: settings.update(scale=0.25),
-        lambda: monkeypatch.setitem(globals(), "SCALE", 3.0),
-    ):
-        before = run()
-        change()
-        after, expected = run(), anew()
-        chex.assert_trees_all_equal(after[0].params, expected[0].params)
-        assert after[1][0]["validation_loss"] == expected[1][0]["validation_loss"] != before[1][0]["validation_loss"]
+
+def test_a_loss_that_diverges_is_not_blamed_on_a_valid_label():
+    optimizer, data = optax.sgd(1e4), make_data(60)
+
+    def plain(params, batch, key):
+        probs = jax.nn.softmax(fcfunc.apply(params, batch.x), axis=-1)
+        return -jnp.mean(jnp.log(jnp.take_along_axis(probs, batch.y[:, None], axis=-1)))
+
+    with pytest.raises(train.NonFiniteError, match="try a lower learning rate"):
+        train.fit(plain, optimizer, make_state(optimizer), data, epochs=3, batch_size=8)
+
+
+def test_a_bad_label_is_named_if_the_loss_needs_its_key_and_labels_are_a_column():
+    data, optimizer = make_data(60), optax.sgd(0.1)
+    data = data._replace(y=data.y[:, None].astype(np.int64))
+    data.y[17] = 2**32 + 1
+
+    def dropping(params, batch, key):
+        x = batch.x * jax.random.bernoulli(key, 0.9, batch.x.shape).astype(batch.x.dtype)
+        logits = fcfunc.apply(params, x)
+        return jnp.mean(losses.softmax_cross_entropy_with_integer_labels(logits, batch.y[:, 0]))
+
+    with pytest.raises(train.NonFiniteError, match=r"with another value than data\.y\[17\] = \[4294967297\] the loss"):
+        train.fit(dropping, optimizer, make_state(optimizer), data, epochs=1, batch_size=8)
 
 
 @pytest.mark.parametrize(
