@@ -373,7 +373,10 @@ def _unmasked_classes(logits, labels, where, label_smoothing):
     classes = jnp.maximum(jnp.sum(where, axis=-1, dtype=jnp.float32), 1)
     smoothed = _smoothed(wide(labels), label_smoothing, each_score(classes, logits).astype(wide(labels).dtype))
     labels = jnp.where(where, smoothed if label_smoothing else labels, 0)
-    return jnp.where(where, logits, jnp.where(each_score(rows, logits), -jnp.inf, 0)), labels, rows
+    # So far below the row's largest that its exponential is 0. With -inf a second derivative would meet 0 · inf.
+    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, initial=-jnp.inf, where=where))
+    far_below = each_score(jnp.where(rows, largest - (jnp.abs(largest) + 1e4), 0), logits)
+    return jnp.where(where, logits, far_below), labels, rows
 
 
 def _of_unmasked_classes(logits, labels, where, weights, class_weights, ignore_index, *, label_smoothing):

@@ -453,6 +453,17 @@ def test_masked_logits_have_gradient_zero_even_if_they_are_not_finite(loss, host
     assert np.abs(grad[MASK]).max() > 0.1
 
 
+@pytest.mark.parametrize("shift", [0.0, 1e30, -1e30])
+def test_second_derivatives_of_masked_logits_are_finite(shift, scores):
+    labels = jax.nn.one_hot(OF_MASK, 4)
+
+    def squared_gradient(g):
+        grads = jax.vjp(lambda z, t: losses.softmax_cross_entropy(z, t, where=MASK), scores + shift, labels)[1](g)
+        return sum(jnp.sum(jnp.where(MASK, grad, 0)) for grad in grads)
+
+    assert np.isfinite(jax.grad(squared_gradient)(jnp.ones(5))).all()
+
+
 def test_a_label_of_a_masked_class_is_impossible(scores):
     loss, grad = loss_and_gradient(
         losses.softmax_cross_entropy_with_integer_labels, scores, np.array([1, 0, 3, 1, 1]), where=MASK
