@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.extend.core as jex
 import numpy as np
 
-from fcfunc._jax_releases import jaxpr_and_consts
+from fcfunc._jax_releases import is_jaxpr, jaxpr_and_consts
 
 
 class FunctionKey:
@@ -50,7 +49,7 @@ def _constants(jaxpr) -> Iterator[Any]:
     for eqn in inner.eqns:
         for param in eqn.params.values():
             for part in param if isinstance(param, tuple | list) else (param,):
-                if isinstance(part, jex.ClosedJaxpr | jex.Jaxpr):
+                if is_jaxpr(part):
                     yield from _constants(part)
 
 

@@ -1,15 +1,22 @@
-"""What differs between the supported JAX releases. No other module asks which release is installed."""
+"""What differs between the supported JAX releases, 0.10 to 0.12. No other module asks which release is installed."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import jax.extend.core as jex
 
+ClosedJaxpr: Any = getattr(jex, "ClosedJaxpr", jex.Jaxpr)
+"""Before JAX 0.12 this class wraps a `Jaxpr` and the values of its constants; in 0.12 the two are one class."""
+
+
+def is_jaxpr(param: Any) -> bool:
+    """Whether a parameter of an equation is a jaxpr."""
+    return isinstance(param, ClosedJaxpr | jex.Jaxpr)
+
 
 def jaxpr_and_consts(jaxpr: Any) -> tuple[Any, Sequence]:
     """A jaxpr that an equation holds, and the values of its constants.
 
-    Before JAX 0.12 a `ClosedJaxpr` wraps a `Jaxpr`, and only the first has values. In 0.12 they are one class, so the
-    test for `ClosedJaxpr` comes first.
+    The test for `ClosedJaxpr` comes first, because only before 0.12 is there a `Jaxpr` without values.
     """
-    return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, jex.ClosedJaxpr) else (jaxpr, ())
+    return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, ClosedJaxpr) else (jaxpr, ())

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend.core as jex
 
-from fcfunc._jax_releases import jaxpr_and_consts
+from fcfunc._jax_releases import ClosedJaxpr, is_jaxpr, jaxpr_and_consts
 
 INLINED = ("custom_vjp_call", "jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2")
 
@@ -38,7 +38,7 @@ def _evaluate(jaxpr, consts, args):
     for eqn in jaxpr.eqns:
         values = [read(atom) for atom in eqn.invars]
         if eqn.primitive.name in INLINED:
-            inner = next(p for p in eqn.params.values() if isinstance(p, jex.ClosedJaxpr | jex.Jaxpr))
+            inner = next(p for p in eqn.params.values() if is_jaxpr(p))
             outs = _evaluate(*jaxpr_and_consts(inner), values)
         elif eqn.primitive.name == "shard_map":
             inner, options = (
@@ -59,13 +59,14 @@ def _evaluate_open(jaxpr, *args):
     return tuple(_evaluate(jaxpr, (), list(args)))
 
 
-def _undone(param):
+def _undone(param: Any) -> Any:
     """A parameter of an equation, with the rules undone in any jaxpr that it holds (the body of a loop, a branch)."""
-    if isinstance(param, tuple) and any(isinstance(p, jex.ClosedJaxpr) for p in param):
-        return tuple(_undone(p) for p in param)
-    if isinstance(param, jex.ClosedJaxpr) and "custom_vjp_call" in str(param):
-        avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in param.jaxpr.invars]
-        return jax.make_jaxpr(lambda *args: _evaluate(param.jaxpr, param.consts, list(args)))(*avals)
+    if isinstance(param, tuple) and any(isinstance(p, ClosedJaxpr) for p in param):
+        return tuple(map(_undone, param))
+    closed: Any = param if isinstance(param, ClosedJaxpr) else None
+    if closed is not None and "custom_vjp_call" in str(closed):
+        avals = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in closed.in_avals]
+        return jax.make_jaxpr(lambda *args: _evaluate(closed.jaxpr, closed.consts, list(args)))(*avals)
     return param
 
 
