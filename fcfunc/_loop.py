@@ -198,7 +198,8 @@ def order_from(state: TrainState, n: int, some: int) -> jax.Array:
     _, order_key = jax.random.split(state.key)
     with jax.named_scope("order"):
         places = state.position + jnp.arange(some, dtype=jnp.int32)
-        return permutation(jax.random.fold_in(order_key, state.began), n, places)
+        # The barrier keeps XLA from fusing the order into the step: with one step, JAX 0.12 would compile for minutes.
+        return jax.lax.optimization_barrier(permutation(jax.random.fold_in(order_key, state.began), n, places))
 
 
 def over_batches(step, carry, indices, batch_size):
