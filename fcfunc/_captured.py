@@ -11,8 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from fcfunc._jax_releases import is_jaxpr, jaxpr_and_consts
-
 
 class FunctionKey:
     """Equal to another key of the same object, if what was traced of it is the same; it keeps the object alive.
@@ -44,6 +42,8 @@ def traced(function: Callable, *args) -> tuple[list, Any]:
 
 def _constants(jaxpr) -> Iterator[Any]:
     """The constants of a jaxpr and of those inside it."""
+    from fcfunc._jax_releases import is_jaxpr, jaxpr_and_consts  # here: jax.extend takes as long to import as fcfunc
+
     inner, consts = jaxpr_and_consts(jaxpr)
     yield from consts
     for eqn in inner.eqns:
