@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 import fcfunc
-from fcfunc import losses, mlp, norms, ops, reference
+from fcfunc import losses, mlp, ops, reference
 
 N, D = 2048, 512
 UNIT = 4 * N * D
@@ -40,9 +40,9 @@ SAVED = {
     "softmax": (ops.softmax, jax.nn.softmax),
     "log_softmax": (ops.log_softmax, jax.nn.log_softmax),
     "dropout": tuple(functools.partial(m.dropout, rate=0.5, key=KEY) for m in (ops, reference)),
-    "layer_norm": tuple(lambda x, f=f: f(x, b, b) for f in (norms.layer_norm, reference.layer_norm)),
-    "rms_norm": tuple(lambda x, f=f: f(x, b) for f in (norms.rms_norm, reference.rms_norm)),
-    "batch_norm": tuple(lambda x, m=m: m.batch_norm(x, b, b, STATE, training=True)[0] for m in (norms, reference)),
+    "layer_norm": tuple(lambda x, f=f: f(x, b, b) for f in (ops.layer_norm, reference.layer_norm)),
+    "rms_norm": tuple(lambda x, f=f: f(x, b) for f in (ops.rms_norm, reference.rms_norm)),
+    "batch_norm": tuple(lambda x, m=m: m.batch_norm(x, b, b, STATE, training=True)[0] for m in (ops, reference)),
     "softmax cross-entropy, labels": tuple(
         lambda x, m=m: m.softmax_cross_entropy_with_integer_labels(x, LABELS) for m in (losses, reference)
     ),

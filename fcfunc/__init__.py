@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from fcfunc import activations, cross_entropy, large_output, losses, mlp, norms, ops, reference, sharding, train
+from fcfunc import cross_entropy, large_output, losses, mlp, ops, reference, sharding, train
 from fcfunc.mlp import apply, apply_batch_norm, init, init_batch_norm_state
 
 if TYPE_CHECKING:
@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "activations",
     "apply",
     "apply_batch_norm",
     "checkpoint",
@@ -23,7 +22,6 @@ __all__ = [
     "large_output",
     "losses",
     "mlp",
-    "norms",
     "ops",
     "params_file",
     "reference",

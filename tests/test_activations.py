@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fcfunc import activations, ops, reference
+from fcfunc import ops, reference
 
 SMOOTH = ["elu", "gelu", "sigmoid", "silu", "softplus", "tanh"]
 
@@ -102,11 +102,6 @@ def test_slopes_at_the_kink_are_as_declared():
 def test_a_negative_alpha_is_refused():
     with pytest.raises(ValueError, match="elu: alpha must be at least 0, got -1"):
         ops.elu(jnp.ones(3), alpha=-1)
-
-
-def test_the_namespace_of_operations_holds_them_all():
-    assert set(activations.__all__) < set(ops.__all__)
-    assert all(getattr(ops, name) is getattr(activations, name) for name in activations.__all__)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.25, 0.5, 1.0])

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import fcfunc
-from fcfunc import checkpoint, data, losses, mlp, norms, ops, params_file, sharding, testing, train
+from fcfunc import checkpoint, data, losses, mlp, ops, params_file, sharding, testing, train
 
 FAST = {f"testing.{name}": {"only": ("oracle",)} for name in ("check_vjp", "assert_vjp")}
 UNCHECKED = {"digits"}
@@ -114,10 +114,10 @@ def twice(_):
 AXIS = [word, seven, twice]
 
 CALLS = {
-    **{f"activations.{name}": ({"x": X}, {"x": ALONE}) for name in ("relu", "silu", "sigmoid", "softplus", "tanh")},
-    "activations.elu": ({"x": X, "alpha": 1.0}, {"x": ALONE, "alpha": NUMBER}),
-    "activations.gelu": ({"x": X, "approximate": True}, {"x": ALONE}),
-    "activations.leaky_relu": ({"x": X, "negative_slope": 0.1}, {"x": ALONE, "negative_slope": NUMBER}),
+    **{f"ops.{name}": ({"x": X}, {"x": ALONE}) for name in ("relu", "silu", "sigmoid", "softplus", "tanh")},
+    "ops.elu": ({"x": X, "alpha": 1.0}, {"x": ALONE, "alpha": NUMBER}),
+    "ops.gelu": ({"x": X, "approximate": True}, {"x": ALONE}),
+    "ops.leaky_relu": ({"x": X, "negative_slope": 0.1}, {"x": ALONE, "negative_slope": NUMBER}),
     "ops.affine": (
         {"x": X, "w": W, "b": B, "compute_dtype": None, "out_dtype": None},
         {"x": TOGETHER, "w": TOGETHER, "b": TOGETHER, "compute_dtype": [word, seven], "out_dtype": [word, seven]},
@@ -129,15 +129,15 @@ CALLS = {
     "ops.softmax": ({"x": X, "axis": -1, "where": X > 0}, {"x": ALONE, "axis": AXIS, "where": MASKED}),
     "ops.log_softmax": ({"x": X, "axis": -1, "where": X > 0}, {"x": ALONE, "axis": AXIS, "where": MASKED}),
     "ops.dropout": ({"x": X, "rate": 0.5, "key": KEY}, {"x": ALONE, "rate": [above, below, word], "key": KEYED}),
-    "norms.layer_norm": (
+    "ops.layer_norm": (
         {"x": X, "scale": X[0], "offset": X[0], "eps": 1e-5},
         {"x": [*ALONE, wider], "scale": TOGETHER, "offset": TOGETHER, "eps": [below, word]},
     ),
-    "norms.rms_norm": (
+    "ops.rms_norm": (
         {"x": X, "scale": X[0], "eps": 1e-5},
         {"x": [*ALONE, wider], "scale": [*ALONE, wider], "eps": [below, word]},
     ),
-    "norms.batch_norm": (
+    "ops.batch_norm": (
         {"x": X, "scale": X[0], "offset": X[0], "state": {"mean": X[0], "var": X[0]}, "training": True, "decay": 0.9},
         {
             "x": [*ALONE, wider],
@@ -382,7 +382,7 @@ CALLS = {
 
 MODULES = {
     m.__name__.rpartition(".")[2]: m for m in (
-        fcfunc.activations, checkpoint, data, losses, mlp, norms, ops, params_file, sharding, testing, train
+        checkpoint, data, losses, mlp, ops, params_file, sharding, testing, train
     )
 }  # fmt: skip
 

@@ -14,18 +14,6 @@ from fcfunc import _check, _layout
 from fcfunc._precision import wide
 from fcfunc._rule import as_array, rule
 
-__all__ = [
-    "batch_norm",
-    "batch_norm_bwd",
-    "batch_norm_fwd",
-    "layer_norm",
-    "layer_norm_bwd",
-    "layer_norm_fwd",
-    "rms_norm",
-    "rms_norm_bwd",
-    "rms_norm_fwd",
-]
-
 
 def layer_norm(x: jax.Array, scale: jax.Array, offset: jax.Array, *, eps: float = 1e-5) -> jax.Array:
     r"""Layer normalisation: :math:`y = s ∘ \hat x + o`, :math:`\hat x = (x - μ) / \sqrt{σ^2 + ε}` over the last axis.

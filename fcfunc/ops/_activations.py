@@ -13,33 +13,6 @@ from fcfunc import _check
 from fcfunc._precision import wide
 from fcfunc._rule import rule
 
-__all__ = [
-    "elu",
-    "elu_bwd",
-    "elu_fwd",
-    "gelu",
-    "gelu_bwd",
-    "gelu_fwd",
-    "leaky_relu",
-    "leaky_relu_bwd",
-    "leaky_relu_fwd",
-    "relu",
-    "relu_bwd",
-    "relu_fwd",
-    "sigmoid",
-    "sigmoid_bwd",
-    "sigmoid_fwd",
-    "silu",
-    "silu_bwd",
-    "silu_fwd",
-    "softplus",
-    "softplus_bwd",
-    "softplus_fwd",
-    "tanh",
-    "tanh_bwd",
-    "tanh_fwd",
-]
-
 
 def relu(x: jax.Array) -> jax.Array:
     r"""The rectifier: :math:`y = \max(x, 0)`.

@@ -1,0 +1,128 @@
+"""Softmax and its logarithm."""
+
+import jax
+import jax.numpy as jnp
+
+from fcfunc import _check, _layout
+from fcfunc._precision import wide
+from fcfunc._rule import rule
+
+
+def softmax(x: jax.Array, axis: int | tuple[int, ...] | None = -1, where: jax.Array | None = None) -> jax.Array:
+    r"""Softmax: :math:`p_i = e^{x_i} / \sum_k e^{x_k}`, computed from `x - max(x)`.
+
+    The Jacobian is full, :math:`∂p_i/∂x_j = p_i (δ_{ij} - p_j)`: its diagonal `p (1 - p)` alone is not the gradient.
+    An element of -inf has probability 0; a slice of nothing but -inf, or with +inf or NaN in it, is NaN.
+
+    Args:
+      x: logits, any shape of at least one axis.
+      axis: the axis, or the axes together, along which the output sums to 1; None for all.
+      where: booleans that can be broadcast to the shape of `x`. Masked elements take no part: their output and their
+        gradient are 0, even if they are NaN.
+
+    Returns:
+      The shape and dtype of `x`. Saved for the backward pass: the output.
+
+    Raises:
+      TypeError: `x` is not of a floating-point dtype; `where` that is not boolean.
+      ValueError: `x` has no axis of that number; `where` cannot be broadcast to `x`.
+
+    Source: derived in docs/derivations.md#softmax.
+
+    Example:
+      >>> softmax(jnp.array([1e8, 1e8]))
+      Array([0.5, 0.5], dtype=float32)
+    """
+    _check.floating("softmax", x=x)
+    axes = _check.axes("softmax", axis, x=x)
+    if where is None:
+        return _softmax(x, axis=axes)
+    x, where = _unmasked("softmax", x, axes, where)
+    return jnp.where(where, _softmax(x, axis=axes), 0)
+
+
+def softmax_fwd(x, *, axis=-1):
+    """`(out, residuals)` of `softmax`."""
+    _check.floating("softmax", x=x)
+    e = jnp.exp(_shifted(x, axis))
+    out = (e / jnp.sum(e, axis=axis, keepdims=True)).astype(x.dtype)
+    return out, out
+
+
+def softmax_bwd(out, g, *, axis=-1):
+    """Cotangent `(dx,)` of `softmax`."""
+    p, wide_g = wide(out), wide(g)
+    # dx_j = Σ_i g_i p_i (δ_ij − p_j), that is, dx = p ∘ (g − Σ p g)
+    return ((p * (wide_g - jnp.sum(p * wide_g, axis=axis, keepdims=True))).astype(g.dtype),)
+
+
+_softmax = rule(softmax_fwd, softmax_bwd)
+
+
+def log_softmax(x: jax.Array, axis: int | tuple[int, ...] | None = -1, where: jax.Array | None = None) -> jax.Array:
+    r"""The logarithm of softmax: :math:`\log p_i = x_i - \log \sum_k e^{x_k}`, computed from `x - max(x)`.
+
+    Args:
+      x: logits, any shape of at least one axis.
+      axis: the axis, or the axes together, along which the probabilities sum to 1; None for all.
+      where: booleans that can be broadcast to the shape of `x`. Masked elements take no part: their output is -inf and
+        their gradient 0, even if they are NaN.
+
+    Returns:
+      The shape and dtype of `x`. Saved for the backward pass: the output.
+
+    Raises:
+      TypeError: `x` is not of a floating-point dtype; `where` that is not boolean.
+      ValueError: `x` has no axis of that number; `where` cannot be broadcast to `x`.
+
+    Source: derived in docs/derivations.md#log-softmax.
+
+    Example:
+      >>> log_softmax(jnp.array([0., 0.]))
+      Array([-0.6931472, -0.6931472], dtype=float32)
+    """
+    _check.floating("log_softmax", x=x)
+    axes = _check.axes("log_softmax", axis, x=x)
+    if where is None:
+        return _log_softmax(x, axis=axes)
+    x, where = _unmasked("log_softmax", x, axes, where)
+    return jnp.where(where, _log_softmax(x, axis=axes), -jnp.inf)
+
+
+def log_softmax_fwd(x, *, axis=-1):
+    """`(out, residuals)` of `log_softmax`."""
+    _check.floating("log_softmax", x=x)
+    shifted = _shifted(x, axis)
+    out = (shifted - jnp.log(jnp.sum(jnp.exp(shifted), axis=axis, keepdims=True))).astype(x.dtype)
+    return out, out
+
+
+def log_softmax_bwd(out, g, *, axis=-1):
+    """Cotangent `(dx,)` of `log_softmax`."""
+    p, wide_g = jnp.exp(wide(out)), wide(g)
+    # dx_j = Σ_i g_i (δ_ij − p_j), that is, dx = g − p Σ g
+    return ((wide_g - p * jnp.sum(wide_g, axis=axis, keepdims=True)).astype(g.dtype),)
+
+
+_log_softmax = rule(log_softmax_fwd, log_softmax_bwd)
+
+
+def _unmasked(name, x, axes, where):
+    """`x` with -inf where it is masked, which has probability 0; slices that are masked whole are set to 0."""
+    _check.array(name, where=where)
+    if jnp.result_type(where) != jnp.bool_:
+        raise TypeError(f"{name}: where must be booleans, got {_check.describe(where)}")
+    x = jnp.asarray(x)
+    try:
+        where = jnp.broadcast_to(where, x.shape)
+    except ValueError:
+        shapes = f"{list(x.shape)}, got {list(jnp.shape(where))}"
+        raise ValueError(f"{name}: where must be broadcastable to the shape of x, {shapes}") from None
+    where = _layout.laid_like(where, x)
+    return jnp.where(where, x, jnp.where(jnp.any(where, axis=axes, keepdims=True), -jnp.inf, 0)), where
+
+
+def _shifted(x, axis):
+    """`x - max(x)`: the largest exponential is 1. The shift cancels, so its derivative is stopped, not computed."""
+    x = wide(x)
+    return x - jax.lax.stop_gradient(jnp.max(x, axis=axis, keepdims=True, initial=-jnp.inf))
