@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from fcfunc import cross_entropy, large_output, losses, mlp, ops, reference, sharding, train
+from fcfunc import losses, mlp, ops, reference, sharding, train
 from fcfunc.mlp import apply, apply_batch_norm, init, init_batch_norm_state
 
 if TYPE_CHECKING:
@@ -15,11 +15,9 @@ __all__ = [
     "apply",
     "apply_batch_norm",
     "checkpoint",
-    "cross_entropy",
     "data",
     "init",
     "init_batch_norm_state",
-    "large_output",
     "losses",
     "mlp",
     "ops",

@@ -10,7 +10,8 @@ import optax
 import pytest
 
 import fcfunc
-from fcfunc import large_output, losses, mlp, reference, train
+from fcfunc import losses, mlp, reference, train
+from fcfunc.losses import _large_output
 from tests.table import slow
 
 
@@ -162,7 +163,7 @@ def test_few_logits_are_taken_densely_and_many_by_chunks():
         return "scan" in str(jax.make_jaxpr(losses.linear_softmax_cross_entropy)(x, w, b, labels))
 
     assert not scans(128, 1000)
-    assert scans(2048, large_output.DENSE_ELEMENTS // 2048 + 1)
+    assert scans(2048, _large_output.DENSE_ELEMENTS // 2048 + 1)
 
 
 def test_apply_and_the_train_step_use_it_by_one_argument():

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 
 from fcfunc import _check, _layout
 from fcfunc._precision import accumulator, product
-from fcfunc._rows import (
+from fcfunc._rule import as_array, rule
+from fcfunc.losses._cross_entropy import softmax_cross_entropy_with_integer_labels
+from fcfunc.losses._labels import (
     each_score,
     hit,
     label_targets,
@@ -25,15 +27,7 @@ from fcfunc._rows import (
     times_class,
     weighted,
 )
-from fcfunc._rule import as_array, rule
-from fcfunc.cross_entropy import softmax_cross_entropy_with_integer_labels
 from fcfunc.ops import affine
-
-__all__ = [
-    "linear_softmax_cross_entropy",
-    "linear_softmax_cross_entropy_bwd",
-    "linear_softmax_cross_entropy_fwd",
-]
 
 DENSE_ELEMENTS = 2**24
 """Up to so many logits the dense loss is the faster one; measured by benchmarks/large_output.py."""

@@ -1,42 +1,12 @@
-"""Per-example losses and a penalty, with hand-written backward rules.
-
-A loss is one number per example; the mean is taken where the loss is used: `jnp.mean(loss(...))`. Losses are
-computed and returned in at least float32, whatever the dtype of the network's output; gradients come back in that
-output's dtype. Names and order of arguments are optax's where optax has the loss. Nothing is broadcast: `[N]`
-against `[N, 1]` raises.
-
-**Impossible labels.** A label outside `[0, classes)` makes the loss AND the gradient of its row NaN: never another
-class, never a finite number. Only the label given as `ignore_index` stands for "no loss": its row has loss 0 and
-gradient 0, whatever its scores are. The mean over the other rows is then `sum(loss) / sum(labels != ignore_index)`.
-"""
+"""Squared error, negative log-likelihood, the multiclass hinge loss and the L2 penalty."""
 
 import jax
 import jax.numpy as jnp
 
-from fcfunc import _check, _layout, cross_entropy, large_output
+from fcfunc import _check, _layout
 from fcfunc._precision import wide
-from fcfunc._rows import classes_last, each_score, hit, settle
 from fcfunc._rule import as_array, rule
-from fcfunc.cross_entropy import *  # noqa: F403
-from fcfunc.large_output import *  # noqa: F403
-
-__all__ = [
-    "l2_penalty",
-    "l2_penalty_bwd",
-    "l2_penalty_fwd",
-    "mean",
-    "multiclass_svm",
-    "multiclass_svm_bwd",
-    "multiclass_svm_fwd",
-    "negative_log_likelihood",
-    "negative_log_likelihood_bwd",
-    "negative_log_likelihood_fwd",
-    "squared_error",
-    "squared_error_bwd",
-    "squared_error_fwd",
-]
-__all__ += cross_entropy.__all__
-__all__ += large_output.__all__
+from fcfunc.losses._labels import classes_last, each_score, hit, settle
 
 
 def mean(loss: jax.Array, *, over: jax.Array) -> jax.Array:

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from fcfunc import _check, _layout
 from fcfunc._precision import wide
-from fcfunc._rows import (
+from fcfunc._rule import as_array, rule
+from fcfunc.losses._labels import (
     classes_last,
     counts,
     each_score,
@@ -29,19 +30,6 @@ from fcfunc._rows import (
     times_class,
     weighted,
 )
-from fcfunc._rule import as_array, rule
-
-__all__ = [
-    "sigmoid_binary_cross_entropy",
-    "sigmoid_binary_cross_entropy_bwd",
-    "sigmoid_binary_cross_entropy_fwd",
-    "softmax_cross_entropy",
-    "softmax_cross_entropy_bwd",
-    "softmax_cross_entropy_fwd",
-    "softmax_cross_entropy_with_integer_labels",
-    "softmax_cross_entropy_with_integer_labels_bwd",
-    "softmax_cross_entropy_with_integer_labels_fwd",
-]
 
 
 def softmax_cross_entropy_with_integer_labels(
