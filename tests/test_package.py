@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from fcfunc import checkpoint, data, params_file, train
-from fcfunc._progress import ProgressBar
+from fcfunc.train._progress import ProgressBar
 
 STATE = train.init_state({"w": jnp.ones(1)}, optax.sgd(0.1), jax.random.key(0))
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fcfunc._permutation import permutation
+from fcfunc.train._permutation import permutation
 from tests.table import slow
 
 

@@ -15,8 +15,8 @@ import pytest
 
 import fcfunc
 from fcfunc import _memory, _progress, losses, sharding, train
-from fcfunc._progress import ProgressBar
 from fcfunc.data import Dataset
+from fcfunc.train._progress import ProgressBar
 from tests.table import slow
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 
 from fcfunc import _layout
-from fcfunc._loop import TrainState, guards, loss_and_metrics, skips
 from fcfunc._rule import clipped
+from fcfunc.train._epoch import TrainState, guards, loss_and_metrics, skips
 
 
 class NonFiniteError(FloatingPointError):

@@ -10,10 +10,10 @@ import numpy as np
 import optax
 
 from fcfunc import _check, _layout
-from fcfunc._accumulate import accumulated, mean_dtype
-from fcfunc._captured import FunctionKey
 from fcfunc._examples import count, examples
-from fcfunc._permutation import permutation
+from fcfunc.train._accumulate import accumulated, mean_dtype
+from fcfunc.train._captured import FunctionKey
+from fcfunc.train._permutation import permutation
 
 
 class TrainState(NamedTuple):
