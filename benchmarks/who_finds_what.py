@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.test_util import check_grads
 
-from fcfunc._vjp_case import Shapes, base_sizes, is_real
 from fcfunc.testing import check_vjp
+from fcfunc.testing._case import Shapes, base_sizes, is_real
 from tests.planted import PLANTED, RIGHT, Planted
 
 

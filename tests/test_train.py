@@ -14,8 +14,9 @@ import optax
 import pytest
 
 import fcfunc
-from fcfunc import _memory, _progress, losses, sharding, train
+from fcfunc import losses, sharding, train
 from fcfunc.data import Dataset
+from fcfunc.train import _memory, _progress
 from fcfunc.train._progress import ProgressBar
 from tests.table import slow
 

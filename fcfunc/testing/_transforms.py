@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from fcfunc import _layout, _vjp_case
-from fcfunc._vjp_case import Case, NotApplicable, in_float64_if_taken, precision, to_jax, to_numpy
-from fcfunc._vjp_checks import Finding, attempt, check, compare, full_only, rounding
+from fcfunc import _layout
+from fcfunc.testing import _case
+from fcfunc.testing._case import Case, NotApplicable, in_float64_if_taken, precision, to_jax, to_numpy
+from fcfunc.testing._numbers import Finding, attempt, check, compare, full_only, rounding
 
 
 def _batched(case: Case, leaves: list, axes: list) -> list[np.ndarray]:
@@ -18,7 +19,7 @@ def _batched(case: Case, leaves: list, axes: list) -> list[np.ndarray]:
     count = len(case.reals)
 
     def pull(*leaves):
-        return _vjp_case.gradients(case.fun, case.fill(leaves[:count]), list(leaves[count:]))
+        return _case.gradients(case.fun, case.fill(leaves[:count]), list(leaves[count:]))
 
     with precision(case.dtype):
         return to_numpy(jax.jit(jax.vmap(pull, in_axes=axes))(*to_jax(leaves)))
@@ -64,7 +65,7 @@ def _compiled_forward(fun: Callable, args: tuple):
 
 @jax.jit
 def _compiled_backward(back, g: list):
-    return _vjp_case.only_real(back(g))
+    return _case.only_real(back(g))
 
 
 @check
@@ -75,7 +76,7 @@ def compiled_equals_eager(case: Case) -> Iterator[Finding]:
 
     def whole():
         with precision(case.dtype):
-            return to_numpy(_vjp_case.compiled_gradients(case.fun, case.args, to_jax(g)))
+            return to_numpy(_case.compiled_gradients(case.fun, case.args, to_jax(g)))
 
     def apart():
         with precision(case.dtype):
@@ -132,7 +133,7 @@ def _second(case: Case, transform: Callable, name: str, message: str) -> Iterato
 
     def derivative(fun):
         def first(reals, weights):
-            return _vjp_case.gradients(fun, wide.fill(reals), weights)
+            return _case.gradients(fun, wide.fill(reals), weights)
 
         with precision(np.float64):
             return to_numpy(jax.jit(functools.partial(transform, first))(to_jax(wide.reals), to_jax(g)))
@@ -207,7 +208,7 @@ def _sharded(fun: Callable, case: Case, g: list, mesh, specs: list) -> list[np.n
 
     def pull(args, g):
         out, back = jax.vjp(fun, *args)
-        return _vjp_case.only_real(back([_layout.laid_like(a, o) for a, o in zip(g, out, strict=True)]))
+        return _case.only_real(back([_layout.laid_like(a, o) for a, o in zip(g, out, strict=True)]))
 
     leaves, treedef = jax.tree.flatten(case.args)
     with precision(case.dtype), jax.set_mesh(mesh):
@@ -258,12 +259,12 @@ def shard_map_equals_unsharded(case: Case) -> Iterator[Finding]:
         raise NotApplicable("the outputs do not have the rows of the first argument, or their number is odd")
     leaves, treedef = jax.tree.flatten(case.args)
     specs = [PartitionSpec("x") if leaf.ndim and leaf.shape[0] == rows else PartitionSpec() for leaf in leaves]
-    real_specs = [s for leaf, s in zip(leaves, specs, strict=True) if _vjp_case.is_real(leaf)]
+    real_specs = [s for leaf, s in zip(leaves, specs, strict=True) if _case.is_real(leaf)]
     mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,), devices=devices)
 
     def run(fun):
         local = jax.shard_map(
-            lambda args, g: _vjp_case.gradients(fun, args, g),
+            lambda args, g: _case.gradients(fun, args, g),
             mesh=mesh,
             in_specs=(jax.tree.unflatten(treedef, specs), PartitionSpec("x")),
             out_specs=real_specs,

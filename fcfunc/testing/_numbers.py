@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcfunc import _vjp_case, _vjp_oracle
-from fcfunc._vjp_case import Case, NotApplicable, first_line, precision, to_jax, to_numpy
-from fcfunc._vjp_findings import (
+from fcfunc.testing import _case, _oracle
+from fcfunc.testing._case import Case, NotApplicable, first_line, precision, to_jax, to_numpy
+from fcfunc.testing._compare import (
     NONE,
     Finding,
     agrees,
@@ -187,7 +187,7 @@ def taylor(case: Case) -> Iterator[Finding]:
         for h in (0.0, *steps):
             moved = wide.fill([a + h * b for a, b in zip(wide.reals, v, strict=True)])
             with precision(np.float64):
-                outs = to_numpy(_vjp_case.compiled_outputs(fun, moved))
+                outs = to_numpy(_case.compiled_outputs(fun, moved))
             out.append(sum(float(np.sum(a * b)) for a, b in zip(outs, g, strict=True)) - h * slope)
         return np.abs(np.array(out[1:]) - out[0]), abs(slope) + abs(out[0])
 
@@ -219,7 +219,7 @@ def forward_mode(case: Case) -> Iterator[Finding]:
 
     def push(fun):
         with precision(case.dtype):
-            return to_numpy(_vjp_case.compiled_tangents(fun, case.args, to_jax(v)))
+            return to_numpy(_case.compiled_tangents(fun, case.args, to_jax(v)))
 
     expected = push(case.oracle)
     try:
@@ -239,7 +239,7 @@ def adjoint(case: Case) -> Iterator[Finding]:
         u, rng = wide.cotangent(50 + trial), case.rng(70 + trial)
         v = [rng.standard_normal(a.shape) for a in wide.reals]
         with precision(np.float64):
-            push = _vjp_case.compiled_tangents(wide.oracle, wide.args, to_jax(v))
+            push = _case.compiled_tangents(wide.oracle, wide.args, to_jax(v))
         forward = [np.asarray(a) * b for a, b in zip(push, u, strict=True)]
         back = [a * b for a, b in zip(wide.pull(wide.fun, u), v, strict=True)]
         left, right = sum(map(np.sum, forward)), sum(map(np.sum, back))
@@ -255,10 +255,10 @@ def watched_gradients(case: Case, fun: Callable):
     g, types = case.cotangent(0), []
 
     def pull(args, g):
-        types.extend(jax.typeof(a) for a in _vjp_case.gradients(fun, args, g))
+        types.extend(jax.typeof(a) for a in _case.gradients(fun, args, g))
 
     with precision(case.dtype):
-        calls, raised = _vjp_oracle.watch(pull, case.args, to_jax(g))
+        calls, raised = _oracle.watch(pull, case.args, to_jax(g))
     return calls, types, raised
 
 
@@ -397,7 +397,7 @@ def partial_cotangents(case: Case) -> Iterator[Finding]:
         def pulled(fun, i=i):
             with precision(case.dtype):
                 out, back = jax.vjp(lambda *args: fun(*args)[i], *case.args)
-                return to_numpy(_vjp_case.only_real(back(jnp.asarray(g[i], out.dtype))))
+                return to_numpy(_case.only_real(back(jnp.asarray(g[i], out.dtype))))
 
         expected = pulled(case.oracle)
         message = f"with output {i} differentiated alone the gradient is wrong"
@@ -566,7 +566,7 @@ def interleaved(case: Case) -> Iterator[Finding]:
     apart = [c.pull(c.fun, g) for c in (case, other)]
     with precision(case.dtype):
         backs = [jax.vjp(c.fun, *c.args)[1] for c in (case, other)]
-        together = [to_numpy(_vjp_case.only_real(back(to_jax(g)))) for back in backs]
+        together = [to_numpy(_case.only_real(back(to_jax(g)))) for back in backs]
     for got, expected in zip(together, apart, strict=True):
         yield from compare(
             "interleaved", case, got, expected, 0.0, "a second forward pass changes the first one's gradient"

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from fcfunc._vjp_case import Case, NotApplicable, first_line
+from fcfunc.testing._case import Case, NotApplicable, first_line
 
 CHECKS: dict[str, Callable[[Case], Iterator["Finding"]]] = {}
 FULL_ONLY: set[str] = set()

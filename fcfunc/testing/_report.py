@@ -1,8 +1,4 @@
-"""The proof of a hand-written rule, for this library's rules and for anyone's.
-
-`check_vjp(fun, args)` runs every check on a function that has a `custom_vjp` rule, or that calls some, and reports what
-it found; `assert_vjp` raises where it found something. docs/checking-rules.md is the guide.
-"""
+"""`check_vjp`, which runs the checks on a function, and the report that it returns."""
 
 import dataclasses
 import functools
@@ -12,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcfunc import _check, _vjp_checks, _vjp_oracle, _vjp_transforms
+from fcfunc import _check
 from fcfunc._check import FLOATS
-from fcfunc._vjp_case import (
+from fcfunc.testing import _numbers, _oracle, _transforms
+from fcfunc.testing._case import (
     Case,
     Drawn,
     NotApplicable,
@@ -26,11 +23,9 @@ from fcfunc._vjp_case import (
     precision,
     swept_sizes,
 )
-from fcfunc._vjp_findings import CHECKS, FULL_ONLY, NONE, Finding, agrees, check
+from fcfunc.testing._compare import CHECKS, FULL_ONLY, NONE, Finding, agrees, check
 
-__all__ = ["Finding", "Report", "Result", "assert_vjp", "check_vjp", "worst_relative_error"]
-
-del _vjp_checks, _vjp_transforms  # imported for the checks that they register
+del _numbers, _transforms  # imported for the checks that they register
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,7 +251,7 @@ def _case(fun, args, source, reference, kwargs, fast, seed, dtype, at_kink, size
         bind = bound.__wrapped__  # what cannot be hashed cannot be kept for the next call
     call = bind(fun, statics, options)
     oracle = bind(reference, statics, options) if reference is not None else call
-    case = Case(call, _vjp_oracle.without_rules(oracle), free, seed, dict(sizes), fast, at_kink, reference is not None)
+    case = Case(call, _oracle.without_rules(oracle), free, seed, dict(sizes), fast, at_kink, reference is not None)
     if source:
         case = case.cast(jnp.dtype(dtype))
     if any(not np.isfinite(leaf.astype(np.float64)).all() for leaf in case.reals):
@@ -268,7 +263,7 @@ def _case(fun, args, source, reference, kwargs, fast, seed, dtype, at_kink, size
 
 def _rules_called(fun: Callable, case: Case) -> tuple[str, ...]:
     with precision(case.dtype):
-        calls, raised = _vjp_oracle.watch(case.fun, *case.args)
+        calls, raised = _oracle.watch(case.fun, *case.args)
         if raised is not None:
             raise raised
         outs = jax.eval_shape(case.fun, *case.args)

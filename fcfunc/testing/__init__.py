@@ -1,0 +1,10 @@
+"""The proof of a hand-written rule, for this library's rules and for anyone's.
+
+`check_vjp(fun, args)` runs every check on a function that has a `custom_vjp` rule, or that calls some, and reports what
+it found; `assert_vjp` raises where it found something. docs/checking-rules.md is the guide.
+"""
+
+from fcfunc.testing._compare import Finding
+from fcfunc.testing._report import Report, Result, assert_vjp, check_vjp, worst_relative_error
+
+__all__ = ["Finding", "Report", "Result", "assert_vjp", "check_vjp", "worst_relative_error"]
