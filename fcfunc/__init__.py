@@ -3,8 +3,9 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from fcfunc import losses, mlp, ops, reference, sharding, train
-from fcfunc.mlp import apply, apply_batch_norm, init, init_batch_norm_state
+from fcfunc import losses, ops, reference, sharding, train
+from fcfunc import network as mlp
+from fcfunc.network import apply, apply_batch_norm, init, init_batch_norm_state
 
 if TYPE_CHECKING:
     from fcfunc import checkpoint, data, params_file, testing

@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fcfunc import _layout
+from fcfunc._arguments import as_array
 
 
 def rule(fwd: Callable, bwd: Callable) -> Callable:
@@ -48,20 +48,11 @@ def rule(fwd: Callable, bwd: Callable) -> Callable:
     return call
 
 
-def as_array(leaf):
-    """As `jnp.asarray`, but a NumPy integer too large for JAX's own becomes the largest one, not another number."""
-    return jnp.asarray(clipped(leaf))
+def accumulator(dtype) -> jnp.dtype:
+    """The dtype of sums and products over arrays of `dtype`: float32, or float64 for float64."""
+    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
 
 
-def clipped(leaf):
-    """A NumPy array of integers within the range that JAX keeps; anything else as it is.
-
-    Without x64 JAX keeps the lower 32 bits: the label 2**32 would silently be class 0.
-    """
-    if type(leaf) is int and not -(2**31) <= leaf < 2**31:
-        leaf = np.int64(max(-(2**63), min(leaf, 2**63 - 1)))
-    if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "iu":
-        kept = jax.dtypes.canonicalize_dtype(leaf.dtype)
-        if kept != leaf.dtype:
-            return np.clip(leaf, jnp.iinfo(kept).min, jnp.iinfo(kept).max)
-    return leaf
+def wide(x: jax.Array) -> jax.Array:
+    """`x` in its accumulator's dtype."""
+    return x.astype(accumulator(x.dtype))

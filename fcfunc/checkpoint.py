@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fcfunc import _check, _config, _layout
+from fcfunc import _arguments, _files, _layout
 
 __all__ = ["Checkpoint", "restore", "save", "steps"]
 
@@ -68,8 +68,8 @@ def save(folder: Any, state: Any, *, config: Any = None, keep: int = 3, score: f
         (the same arrays and config again are no error).
       OSError: it cannot be written, naming the checkpoint; those that were in the folder before are as they were.
     """
-    _check.positive("checkpoint.save", keep=keep)
-    if score is not None and not np.isfinite(_check.number("checkpoint.save", score=score)):
+    _arguments.positive("checkpoint.save", keep=keep)
+    if score is not None and not np.isfinite(_arguments.number("checkpoint.save", score=score)):
         raise ValueError(f"checkpoint.save: a finite score expected, got {score}")
     step = _step_of(state)
     arrays, keys = _named(state)
@@ -83,7 +83,7 @@ def save(folder: Any, state: Any, *, config: Any = None, keep: int = 3, score: f
         "devices": len(set().union(*(a.sharding.device_set for a in arrays.values()))),
         "keys": keys,
         "arrays": described,
-        "config": _config.plain(config, "checkpoint.save: config"),
+        "config": _files.plain(config, "checkpoint.save: config"),
     }
     folder = _local(folder)
     where, unfinished = folder / str(step), folder / f".{step}.unfinished"
@@ -105,7 +105,7 @@ def save(folder: Any, state: Any, *, config: Any = None, keep: int = 3, score: f
             checkpointer.save(unfinished / ARRAYS, args=ocp.args.StandardSave(full))
         with _agreed():
             if first:
-                _write(unfinished / MANIFEST, _bytes(manifest | {"files": _files(unfinished, kept=True)}))
+                _write(unfinished / MANIFEST, _bytes(manifest | {"files": _hashes(unfinished, kept=True)}))
                 os.rename(unfinished, where)
                 _sync(folder)
     with _agreed():
@@ -136,7 +136,7 @@ def restore(folder: Any, like: Any, *, step: int | None = None, allowed: Mapping
     """
     folder = _local(folder)
     if step is not None:
-        _check.integer("checkpoint.restore", step=step)
+        _arguments.integer("checkpoint.restore", step=step)
     found = steps(folder)
     if not found or (step is not None and step not in found):
         wanted = "a checkpoint" if step is None else f"the checkpoint {step}"
@@ -147,7 +147,7 @@ def restore(folder: Any, like: Any, *, step: int | None = None, allowed: Mapping
     earlier = [other for other in found if other < step]
     with _error_adds(f"; the checkpoint before it is step={earlier[-1]}" if earlier else ""):
         manifest = _manifest(where)
-        _config.check_allowed(str(where), manifest["config"], allowed)
+        _files.check_allowed(str(where), manifest["config"], allowed)
         _check_alike(where, manifest, arrays, keys)
         _check_files(where, manifest["files"])
         full = {
@@ -248,7 +248,7 @@ def _begin(folder: Path, where: Path, unfinished: Path) -> None:
     unfinished.mkdir(exist_ok=True)
 
 
-def _files(where: Path, *, kept: bool = False) -> dict[str, dict]:
+def _hashes(where: Path, *, kept: bool = False) -> dict[str, dict]:
     """The size and SHA-256 of every file of a checkpoint, by its path; `kept`: once they are on the disk."""
     found = {}
     for path in sorted(p for p in (where / ARRAYS).rglob("*") if p.is_file()):
@@ -377,7 +377,7 @@ def _is_step(d: Path) -> bool:
 
 
 def _local(folder) -> Path:
-    _check.path("checkpoint", folder=folder)
+    _arguments.path("checkpoint", folder=folder)
     if "://" in str(folder):
         raise ValueError(f"checkpoint: a folder of a file system expected, got {folder}")
     folder = Path(folder).absolute()

@@ -22,8 +22,8 @@ from typing import Any, BinaryIO, NamedTuple
 import jax
 import numpy as np
 
-from fcfunc import _check
-from fcfunc._examples import check_values
+from fcfunc import _arguments
+from fcfunc._arguments import check_values
 
 __all__ = [
     "Dataset",
@@ -106,7 +106,7 @@ def fashion_mnist(folder: str | os.PathLike = FASHION_MNIST_FOLDER) -> tuple[Dat
 
     Source: H. Xiao, K. Rasul and R. Vollgraf 2017, Fashion-MNIST. MIT licence.
     """
-    _check.path("fashion_mnist", folder=folder)
+    _arguments.path("fashion_mnist", folder=folder)
     folder = Path(folder)
     parts = []
     for part in ("train", "t10k"):
@@ -134,7 +134,7 @@ def read_idx(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> np.ndarr
 
     Source: Y. LeCun, The MNIST database, for the format.
     """
-    _check.positive("read_idx", max_bytes=max_bytes)
+    _arguments.positive("read_idx", max_bytes=max_bytes)
     path = regular_file(path)
     with open(path, "rb") as raw:
         zipped = raw.read(2) == b"\x1f\x8b"
@@ -162,7 +162,7 @@ def read_npz(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> dict[str
       FileNotFoundError: there is no such file.
       ValueError: it is no NPZ file, holds anything but arrays of numbers, is damaged or too large.
     """
-    _check.positive("read_npz", max_bytes=max_bytes)
+    _arguments.positive("read_npz", max_bytes=max_bytes)
     path = regular_file(path)
     size = path.stat().st_size
     if size > max_bytes + MEMBER_BYTES:
@@ -209,7 +209,7 @@ def read_csv(path: str | os.PathLike, *, target: str | None = None, max_bytes: i
       ValueError: the file is empty or too large, a row has another number of cells than the first, a cell is no finite
         number, or the target is not in the header; each with the line.
     """
-    _check.positive("read_csv", max_bytes=max_bytes)
+    _arguments.positive("read_csv", max_bytes=max_bytes)
     path = regular_file(path)
     size = path.stat().st_size
     if size > max_bytes:
@@ -280,7 +280,7 @@ def split(data: Any, fractions: Sequence[float], *, seed: int) -> tuple[Any, ...
         fractions = [float(f) for f in fractions]
     except (TypeError, ValueError):
         raise TypeError(f"split: fractions must be numbers, got {fractions!r:.80}") from None
-    _check.integer("split", seed=seed)
+    _arguments.integer("split", seed=seed)
     if not fractions or min(fractions) <= 0 or not math.isclose(sum(fractions), 1.0):
         raise ValueError(f"split: positive fractions with a sum of 1 expected, got {fractions}")
     counts = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(data)}
@@ -343,7 +343,7 @@ def standardizer(x: np.ndarray) -> Standardizer:
 
 def regular_file(path: str | os.PathLike) -> Path:
     """The path of a file that can be read, without waiting for anyone to write it."""
-    _check.path("reading a file", path=path)
+    _arguments.path("reading a file", path=path)
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcfunc import _check, _config, _layout
+from fcfunc import _arguments, _files, _layout
 from fcfunc.data import MAX_BYTES, regular_file
 
 __all__ = ["load", "save"]
@@ -57,11 +57,11 @@ def save(path: str | os.PathLike, params: Any, *, config: Any = None) -> None:
       >>> jax.tree.map(jnp.shape, params), config
       ([{'b': (3,), 'w': (2, 3)}], {'activation': 'relu'})
     """
-    _check.path("params_file.save", path=path)
+    _arguments.path("params_file.save", path=path)
     if isinstance(params, jax.Array | np.ndarray | np.generic):
         raise TypeError("params_file.save: params of lists, dicts and arrays expected, got an array without a name")
     tensors = {name: _host(name, a) for name, a in _named(params, "").items()}
-    text = json.dumps(_config.plain(config, "params_file.save: config"), sort_keys=True)
+    text = json.dumps(_files.plain(config, "params_file.save: config"), sort_keys=True)
     metadata = {"config": text, "sha256": _digest(tensors, text)}
     content = _library().numpy.save(tensors, metadata=metadata)
     path = Path(path).resolve()  # a link stays one
@@ -97,7 +97,7 @@ def load(
       ValueError: it is no whole safetensors file, is too large, is not as it was saved, or holds a configuration that
         is not allowed; naming the file and the entry.
     """
-    _check.positive("params_file.load", max_bytes=max_bytes)
+    _arguments.positive("params_file.load", max_bytes=max_bytes)
     path = regular_file(path)
     size = path.stat().st_size
     if size > max_bytes:
@@ -122,7 +122,7 @@ def load(
         config = json.loads(text)
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path}: its config is not JSON ({e!s:.80})") from None
-    _config.check_allowed(str(path), config, allowed)
+    _files.check_allowed(str(path), config, allowed)
     kept = {name: jax.dtypes.canonicalize_dtype(a.dtype) == a.dtype for name, a in tensors.items()}
     return _tree(path, {name: jax.device_put(a) if kept[name] else a for name, a in tensors.items()}), config
 

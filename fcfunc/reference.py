@@ -11,9 +11,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from fcfunc import _check
-from fcfunc._precision import accumulator, wide
-from fcfunc._rule import as_array
+from fcfunc import _arguments
+from fcfunc._arguments import as_array
+from fcfunc._rule import accumulator, wide
 
 
 def affine(x, w, b, *, flatten=False, compute_dtype=None, out_dtype=None, round_cotangent=True):
@@ -154,8 +154,8 @@ def softmax_cross_entropy_with_integer_labels(
     """Twin of `fcfunc.losses.softmax_cross_entropy_with_integer_labels`."""
     name = "softmax_cross_entropy_with_integer_labels"
     logits, where = _classes_last(_floating(name, logits), axis, where)
-    _check.labels(name, labels, scores=logits)
-    _check.counting(name, jnp.shape(labels), where, weights, label_smoothing, logits=logits.shape)
+    _arguments.labels(name, labels, scores=logits)
+    _arguments.counting(name, jnp.shape(labels), where, weights, label_smoothing, logits=logits.shape)
     classes = where if where is not None and jnp.ndim(where) == logits.ndim else None
     rows = where if classes is None else jnp.any(classes, axis=-1)
     logits, hit, ignored, poison = _labelled(logits, as_array(labels), ignore_index, rows)
@@ -171,10 +171,10 @@ def softmax_cross_entropy(
 ):
     """Twin of `fcfunc.losses.softmax_cross_entropy`."""
     name = "softmax_cross_entropy"
-    _check.one_shape(name, logits=logits, labels=labels)
+    _arguments.one_shape(name, logits=logits, labels=labels)
     logits, where = _classes_last(wide(_floating(name, logits)), axis, where)
-    labels, _ = _classes_last(wide(_check.real_labels(name, labels, like=logits)), axis, None)
-    _check.counting(name, logits.shape[:-1], where, weights, label_smoothing, logits=logits.shape)
+    labels, _ = _classes_last(wide(_arguments.real_labels(name, labels, dtype=logits.dtype)), axis, None)
+    _arguments.counting(name, logits.shape[:-1], where, weights, label_smoothing, logits=logits.shape)
     classes = where if where is not None and jnp.ndim(where) == logits.ndim else None
     rows = where if classes is None else jnp.any(classes, axis=-1)
     if rows is None:
@@ -201,10 +201,13 @@ def sigmoid_binary_cross_entropy(
 ):
     """Twin of `fcfunc.losses.sigmoid_binary_cross_entropy`."""
     name = "sigmoid_binary_cross_entropy"
-    _check.one_shape(name, logits=logits, labels=labels)
-    _check.counting(name, jnp.shape(logits), where, weights, label_smoothing)
+    _arguments.one_shape(name, logits=logits, labels=labels)
+    _arguments.counting(name, jnp.shape(logits), where, weights, label_smoothing)
     z = wide(_floating(name, logits))
-    t = wide(_check.real_labels(name, labels, like=logits)) * (1 - label_smoothing) + label_smoothing / 2
+    t = (
+        wide(_arguments.real_labels(name, labels, dtype=accumulator(jnp.result_type(logits)))) * (1 - label_smoothing)
+        + label_smoothing / 2
+    )
     if where is not None:
         z, t = jnp.where(where, z, 0), jnp.where(where, t, 0)
     positive = t if positive_weights is None else t * jnp.broadcast_to(positive_weights.astype(t.dtype), t.shape)
@@ -216,16 +219,17 @@ def sigmoid_binary_cross_entropy(
 def squared_error(predictions, targets=None):
     """Twin of `fcfunc.losses.squared_error`."""
     predictions = _floating("squared_error", predictions)
+    y = wide(predictions)
     if targets is None:
-        return wide(predictions) ** 2
-    _check.one_shape("squared_error", predictions=predictions, targets=targets)
-    return (wide(predictions) - wide(_check.real_labels("squared_error", targets, like=predictions))) ** 2
+        return y**2
+    _arguments.one_shape("squared_error", predictions=predictions, targets=targets)
+    return (y - wide(_arguments.real_labels("squared_error", targets, dtype=y.dtype))) ** 2
 
 
 def negative_log_likelihood(probs, labels, axis=-1, *, ignore_index=None):
     """Twin of `fcfunc.losses.negative_log_likelihood`."""
     probs, _ = _classes_last(_floating("negative_log_likelihood", probs), axis, None)
-    _check.labels("negative_log_likelihood", labels, scores=probs)
+    _arguments.labels("negative_log_likelihood", labels, scores=probs)
     probs, hit, ignored, poison = _labelled(probs, as_array(labels), ignore_index)
     # The sum before the logarithm: the logarithm of a probability of 0 that is not the label's stays out.
     picked = jnp.sum(jnp.where(hit, probs, 0), axis=-1)
@@ -236,7 +240,7 @@ def negative_log_likelihood(probs, labels, axis=-1, *, ignore_index=None):
 def multiclass_svm(scores, labels, axis=-1, *, margin=1.0):
     """Twin of `fcfunc.losses.multiclass_svm`."""
     scores, _ = _classes_last(_floating("multiclass_svm", scores), axis, None)
-    _check.labels("multiclass_svm", labels, scores=scores)
+    _arguments.labels("multiclass_svm", labels, scores=scores)
     scores, hit, _, poison = _labelled(scores, as_array(labels), None)
 
     def excess(scores):
@@ -255,7 +259,7 @@ def l2_penalty(params):
 
 def _floating(where, x):
     """`x` as an array; TypeError if it is not of a floating-point dtype."""
-    _check.floating(where, x=x)
+    _arguments.floating(where, x=x)
     return jnp.asarray(x)
 
 

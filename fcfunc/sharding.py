@@ -14,9 +14,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from fcfunc import _check, _layout
+from fcfunc import _arguments, _layout
+from fcfunc._arguments import clipped
 from fcfunc._layout import mesh_axes
-from fcfunc._rule import clipped
 
 __all__ = ["MODES", "global_batch", "logical_specs", "make_mesh", "param_specs", "shard"]
 
@@ -66,7 +66,7 @@ def make_mesh(
       ('data', 'model')
     """
     devices = jax.devices() if devices is None else list(devices)
-    _check.positive("make_mesh", model=model, **({} if data is None else {"data": data}))
+    _arguments.positive("make_mesh", model=model, **({} if data is None else {"data": data}))
     rows = len(devices) // model if data is None else data
     if rows * model != len(devices) or not devices:
         came = f"model={model}, which does not divide it" if data is None else f"data={data}, model={model}"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import kill_and_resume
 from fcfunc import checkpoint
+from proofs import kill_and_resume
 
 EXAMPLE = [sys.executable, "-m", "examples.train_distributed", "--data", "digits", "--batch-size", "64"]
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import fuzz
+from proofs import fuzz
 
 
 def test_no_reader_lets_a_malformed_file_through_hangs_or_takes_more_memory_than_its_limit():
     """In a process of its own, whose memory it limits."""
-    command = [sys.executable, "-m", "benchmarks.fuzz", "--files", "1500", "--seed", "7"]
+    command = [sys.executable, "-m", "proofs.fuzz", "--files", "1500", "--seed", "7"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert result.returncode == 0, result.stdout + result.stderr
     counts = [line.split() for line in result.stdout.splitlines()]

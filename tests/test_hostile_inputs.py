@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import hostile_inputs as hostile
+from proofs import hostile_inputs as hostile
 from tests.table import slow
 
 PAGE = (Path(__file__).parents[1] / "docs" / "hostile-inputs.md").read_text()

@@ -12,9 +12,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import fcfunc
-from benchmarks import plan
-from benchmarks.plan import compiled_collectives
 from fcfunc import losses, mlp, sharding, train
+from proofs import plan
+from proofs.plan import compiled_collectives
 from tests.table import slow
 
 P = PartitionSpec

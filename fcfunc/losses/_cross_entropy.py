@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fcfunc import _check, _layout
-from fcfunc._precision import wide
-from fcfunc._rule import as_array, rule
+from fcfunc import _arguments, _layout
+from fcfunc._arguments import as_array
+from fcfunc._rule import accumulator, rule, wide
 from fcfunc.losses._labels import (
     classes_last,
     counts,
@@ -79,8 +79,8 @@ def softmax_cross_entropy_with_integer_labels(
       Array([0.6931472,       nan], dtype=float32)
     """
     name = "softmax_cross_entropy_with_integer_labels"
-    label_smoothing = _check.number(name, label_smoothing=label_smoothing)
-    _check.ignored_label(name, ignore_index)
+    label_smoothing = _arguments.number(name, label_smoothing=label_smoothing)
+    _arguments.ignored_label(name, ignore_index)
     logits, where = classes_last(name, axis, logits=logits, where=where)
     _check_labelled(name, logits, labels, where, weights, class_weights, label_smoothing)
     logits, (labels, weights), class_weights = _laid(logits, (labels, weights), class_weights)
@@ -184,10 +184,10 @@ def softmax_cross_entropy(
       Array([0.6931472], dtype=float32)
     """
     name = "softmax_cross_entropy"
-    label_smoothing = _check.number(name, label_smoothing=label_smoothing)
-    _check.floating(name, logits=logits)
-    labels = _check.real_labels(name, labels, like=logits)
-    _check.one_shape(name, logits=logits, labels=labels)
+    label_smoothing = _arguments.number(name, label_smoothing=label_smoothing)
+    _arguments.floating(name, logits=logits)
+    labels = _arguments.real_labels(name, labels, dtype=accumulator(jnp.result_type(logits)))
+    _arguments.one_shape(name, logits=logits, labels=labels)
     logits, labels, where = classes_last(name, axis, logits=logits, labels=labels, where=where)
     _check_distribution(logits, labels, where, weights, class_weights, label_smoothing)
     logits, (weights,), class_weights = _laid(logits, (weights,), class_weights)
@@ -278,9 +278,9 @@ def sigmoid_binary_cross_entropy(
       Array([0.6931472, 0.       ], dtype=float32)
     """
     name = "sigmoid_binary_cross_entropy"
-    label_smoothing = _check.number(name, label_smoothing=label_smoothing)
-    _check.floating(name, logits=logits)
-    labels = _check.real_labels(name, labels, like=logits)
+    label_smoothing = _arguments.number(name, label_smoothing=label_smoothing)
+    _arguments.floating(name, logits=logits)
+    labels = _arguments.real_labels(name, labels, dtype=accumulator(jnp.result_type(logits)))
     _check_binary(logits, labels, where, weights, positive_weights, label_smoothing)
     logits, _, positive_weights = _laid(logits, (), positive_weights)
     _, (labels, where, weights), _ = _laid(logits, (labels, where, weights), None, axes=logits.ndim)
@@ -325,30 +325,30 @@ _sigmoid_binary_cross_entropy = rule(sigmoid_binary_cross_entropy_fwd, sigmoid_b
 
 
 def _check_labelled(name, logits, labels, where, weights, class_weights, label_smoothing):
-    _check.floating(name, logits=logits)
-    _check.labels(name, labels, scores=logits)
-    _check.counting(name, jnp.shape(labels), where, weights, label_smoothing, logits=jnp.shape(logits))
-    _check.class_weights(name, class_weights, jnp.shape(logits)[-1])
+    _arguments.floating(name, logits=logits)
+    _arguments.labels(name, labels, scores=logits)
+    _arguments.counting(name, jnp.shape(labels), where, weights, label_smoothing, logits=jnp.shape(logits))
+    _arguments.class_weights(name, class_weights, jnp.shape(logits)[-1])
 
 
 def _check_distribution(logits, labels, where, weights, class_weights, label_smoothing):
     name = "softmax_cross_entropy"
-    _check.floating(name, logits=logits, labels=labels)
-    _check.one_shape(name, logits=logits, labels=labels)
-    _check.axis(name, -1, logits=logits)
+    _arguments.floating(name, logits=logits, labels=labels)
+    _arguments.one_shape(name, logits=logits, labels=labels)
+    _arguments.axis(name, -1, logits=logits)
     shape = jnp.shape(logits)
-    _check.counting(name, shape[:-1], where, weights, label_smoothing, logits=shape)
-    _check.class_weights(name, class_weights, shape[-1])
+    _arguments.counting(name, shape[:-1], where, weights, label_smoothing, logits=shape)
+    _arguments.class_weights(name, class_weights, shape[-1])
 
 
 def _check_binary(logits, labels, where, weights, positive_weights, label_smoothing):
     name = "sigmoid_binary_cross_entropy"
-    _check.floating(name, logits=logits, labels=labels)
-    _check.one_shape(name, logits=logits, labels=labels)
-    _check.counting(name, jnp.shape(logits), where, weights, label_smoothing)
+    _arguments.floating(name, logits=logits, labels=labels)
+    _arguments.one_shape(name, logits=logits, labels=labels)
+    _arguments.counting(name, jnp.shape(logits), where, weights, label_smoothing)
     if positive_weights is not None:
-        _check.axis(name, -1, logits=logits)
-        _check.class_weights(name, positive_weights, jnp.shape(logits)[-1], name="positive_weights")
+        _arguments.axis(name, -1, logits=logits)
+        _arguments.class_weights(name, positive_weights, jnp.shape(logits)[-1], name="positive_weights")
 
 
 def _unmasked_classes(logits, labels, where, label_smoothing):

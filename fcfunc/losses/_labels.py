@@ -5,19 +5,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fcfunc import _check, _layout
-from fcfunc._precision import wide
-from fcfunc._rule import as_array
+from fcfunc import _arguments, _layout
+from fcfunc._arguments import as_array
+from fcfunc._rule import wide
 
 
 def classes_last(name: str, axis, /, **arrays) -> Any:
     """The arrays with the classes as the last axis: the first, which has them, and the others of the same rank."""
     (scores, first), *_ = arrays.items()
-    _check.array(name, **{other: a for other, a in arrays.items() if a is not None or other == scores})
+    _arguments.array(name, **{other: a for other, a in arrays.items() if a is not None or other == scores})
     ndim = jnp.ndim(first)
     if isinstance(axis, int) and axis in (-1, ndim - 1):
         return tuple(arrays.values())
-    axes = _check.axes(name, axis, **{scores: first})
+    axes = _arguments.axes(name, axis, **{scores: first})
     rows = [i for i in range(ndim) if i not in axes]
 
     def moved(a):

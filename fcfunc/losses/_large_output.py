@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fcfunc import _check, _layout
-from fcfunc._precision import accumulator, product
-from fcfunc._rule import as_array, rule
+from fcfunc import _arguments, _layout
+from fcfunc._arguments import as_array
+from fcfunc._rule import accumulator, rule
 from fcfunc.losses._cross_entropy import softmax_cross_entropy_with_integer_labels
 from fcfunc.losses._labels import (
     each_score,
@@ -28,6 +28,7 @@ from fcfunc.losses._labels import (
     weighted,
 )
 from fcfunc.ops import affine
+from fcfunc.ops._affine import product
 
 DENSE_ELEMENTS = 2**24
 """Up to so many logits the dense loss is the faster one; measured by benchmarks/large_output.py."""
@@ -86,8 +87,8 @@ def linear_softmax_cross_entropy(
       >>> linear_softmax_cross_entropy(x, w, b, jnp.array([4]), chunk_size=2)
       Array([1.609438], dtype=float32)
     """
-    label_smoothing = _check.number("linear_softmax_cross_entropy", label_smoothing=label_smoothing)
-    _check.ignored_label("linear_softmax_cross_entropy", ignore_index)
+    label_smoothing = _arguments.number("linear_softmax_cross_entropy", label_smoothing=label_smoothing)
+    _arguments.ignored_label("linear_softmax_cross_entropy", ignore_index)
     operands = _checked(x, w, b, labels, where, weights, class_weights, label_smoothing, compute_dtype)
     options = {"label_smoothing": label_smoothing, "ignore_index": ignore_index}
     products = {"compute_dtype": compute_dtype, "round_cotangent": round_cotangent}
@@ -133,7 +134,7 @@ def linear_softmax_cross_entropy_fwd(
     """`(loss, residuals)` of `linear_softmax_cross_entropy`, by chunks."""
     del round_cotangent
     operands = _checked(x, w, b, labels, where, weights, class_weights, label_smoothing, compute_dtype)
-    _check.positive("linear_softmax_cross_entropy", chunk_size=chunk_size)
+    _arguments.positive("linear_softmax_cross_entropy", chunk_size=chunk_size)
     classes = w.shape[1]
 
     def take(sums, start, size):
@@ -255,16 +256,16 @@ def _put(whole, part, start):
 def _checked(x, w, b, labels, where, weights, class_weights, label_smoothing, compute_dtype):
     """The operands' dtype, after the checks of all arguments."""
     name = "linear_softmax_cross_entropy"
-    operands = _check.operands(name, compute_dtype, x=x, w=w, b=b)
+    operands = _arguments.operands(name, compute_dtype, x=x, w=w, b=b)
     shape, kernel = jnp.shape(x), jnp.shape(w)
     if len(shape) < 1 or len(kernel) != 2 or jnp.shape(b) != kernel[1:] or shape[-1] != kernel[0]:
         raise ValueError(
             f"{name}: x [..., fan_in], w [fan_in, classes] and b [classes] expected, "
             f"got x {list(shape)}, w {list(kernel)}, b {list(jnp.shape(b))}"
         )
-    _check.labels(name, labels, scores=jax.ShapeDtypeStruct((*shape[:-1], kernel[1]), operands))
-    _check.counting(name, shape[:-1], where, weights, label_smoothing)
-    _check.class_weights(name, class_weights, kernel[1])
+    _arguments.labels(name, labels, scores=jax.ShapeDtypeStruct((*shape[:-1], kernel[1]), operands))
+    _arguments.counting(name, shape[:-1], where, weights, label_smoothing)
+    _arguments.class_weights(name, class_weights, kernel[1])
     return operands
 
 

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from fcfunc import _check, _layout
-from fcfunc._precision import wide
-from fcfunc._rule import as_array, rule
+from fcfunc import _arguments, _layout
+from fcfunc._arguments import as_array
+from fcfunc._rule import accumulator, rule, wide
 from fcfunc.losses._labels import classes_last, each_score, hit, settle
 
 
@@ -29,8 +29,8 @@ def mean(loss: jax.Array, *, over: jax.Array) -> jax.Array:
       >>> mean(jnp.array([2., 0., 4.]), over=jnp.array([True, False, True]))
       Array(3., dtype=float32)
     """
-    _check.floating("mean", loss=loss)
-    _check.one_shape("mean", loss=loss, over=over)
+    _arguments.floating("mean", loss=loss)
+    _arguments.one_shape("mean", loss=loss, over=over)
     total = jnp.sum(wide(jnp.asarray(loss)))
     count = jnp.sum(jnp.asarray(over).astype(total.dtype))
     return jnp.where(count == 0, 0, total / jnp.where(count == 0, 1, count))
@@ -56,18 +56,20 @@ def squared_error(predictions: jax.Array, targets: jax.Array | None = None) -> j
       >>> squared_error(jnp.array([1., 3.]), jnp.array([1., 1.]))
       Array([0., 4.], dtype=float32)
     """
-    _check.floating("squared_error", predictions=predictions)
+    _arguments.floating("squared_error", predictions=predictions)
     predictions = as_array(predictions)
     if targets is None:
         targets = jnp.zeros_like(predictions)
-    targets = _check.real_labels("squared_error", targets, like=predictions, name="targets")
+    targets = _arguments.real_labels(
+        "squared_error", targets, dtype=accumulator(jnp.result_type(predictions)), name="targets"
+    )
     return _squared_error(predictions, _layout.laid_along(targets, predictions, tuple(range(predictions.ndim))))
 
 
 def squared_error_fwd(predictions, targets):
     """`(loss, residuals)` of `squared_error`."""
-    _check.floating("squared_error", predictions=predictions, targets=targets)
-    _check.one_shape("squared_error", predictions=predictions, targets=targets)
+    _arguments.floating("squared_error", predictions=predictions, targets=targets)
+    _arguments.one_shape("squared_error", predictions=predictions, targets=targets)
     return (wide(predictions) - wide(targets)) ** 2, (predictions, targets)
 
 
@@ -109,8 +111,8 @@ def negative_log_likelihood(
       >>> negative_log_likelihood(jnp.array([[0.25, 0.75]]), jnp.array([1]))
       Array([0.2876821], dtype=float32)
     """
-    _check.ignored_label("negative_log_likelihood", ignore_index)
-    _check.array("negative_log_likelihood", probs=probs, labels=labels)
+    _arguments.ignored_label("negative_log_likelihood", ignore_index)
+    _arguments.array("negative_log_likelihood", probs=probs, labels=labels)
     (probs,) = classes_last("negative_log_likelihood", axis, probs=probs)
     probs, labels = _beside(probs, labels)
     return _negative_log_likelihood(probs, labels, ignore_index=ignore_index)
@@ -118,8 +120,8 @@ def negative_log_likelihood(
 
 def negative_log_likelihood_fwd(probs, labels, *, ignore_index=None):
     """`(loss, residuals)` of `negative_log_likelihood`."""
-    _check.floating("negative_log_likelihood", probs=probs)
-    _check.labels("negative_log_likelihood", labels, scores=probs)
+    _arguments.floating("negative_log_likelihood", probs=probs)
+    _arguments.labels("negative_log_likelihood", labels, scores=probs)
     picked = jnp.sum(jnp.where(hit(probs, labels), wide(probs), 0), axis=-1)
     return settle(-jnp.log(picked), labels, probs.shape[-1], ignore_index=ignore_index), (probs, labels)
 
@@ -162,16 +164,16 @@ def multiclass_svm(
       >>> multiclass_svm(jnp.array([[3., 2.5, 0.]]), jnp.array([0]))
       Array([0.5], dtype=float32)
     """
-    _check.array("multiclass_svm", scores=scores, labels=labels)
+    _arguments.array("multiclass_svm", scores=scores, labels=labels)
     (scores,) = classes_last("multiclass_svm", axis, scores=scores)
     scores, labels = _beside(scores, labels)
-    return _multiclass_svm(scores, labels, margin=_check.number("multiclass_svm", margin=margin))
+    return _multiclass_svm(scores, labels, margin=_arguments.number("multiclass_svm", margin=margin))
 
 
 def multiclass_svm_fwd(scores, labels, *, margin=1.0):
     """`(loss, residuals)` of `multiclass_svm`."""
-    _check.floating("multiclass_svm", scores=scores)
-    _check.labels("multiclass_svm", labels, scores=scores)
+    _arguments.floating("multiclass_svm", scores=scores)
+    _arguments.labels("multiclass_svm", labels, scores=scores)
     own, s = hit(scores, labels), wide(scores)
     right = jnp.sum(jnp.where(own, s, 0), axis=-1, keepdims=True)
     excess = jnp.where(own, 0, s - right + margin)
@@ -226,7 +228,7 @@ def l2_penalty(params) -> jax.Array:
 def l2_penalty_fwd(weights):
     """`(penalty, residuals)` of `l2_penalty`, for the list of weights."""
     for i, w in enumerate(weights):
-        _check.floating(f"l2_penalty, weight {i}", w=w)
+        _arguments.floating(f"l2_penalty, weight {i}", w=w)
     return 0.5 * sum(jnp.sum(wide(w) ** 2) for w in weights), weights
 
 

@@ -9,9 +9,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from fcfunc import _check
-from fcfunc._precision import wide
-from fcfunc._rule import rule
+from fcfunc import _arguments
+from fcfunc._rule import rule, wide
 
 
 def relu(x: jax.Array) -> jax.Array:
@@ -40,7 +39,7 @@ def relu(x: jax.Array) -> jax.Array:
 
 def relu_fwd(x):
     """`(out, residuals)` of `relu`."""
-    _check.floating("relu", x=x)
+    _arguments.floating("relu", x=x)
     out = jnp.where(x <= 0, 0, x)
     return out, out <= 0  # false for a NaN, which so stays alive; from the output, so that the input is not kept for it
 
@@ -77,7 +76,7 @@ def sigmoid(x: jax.Array) -> jax.Array:
 
 def sigmoid_fwd(x):
     """`(out, residuals)` of `sigmoid`."""
-    _check.floating("sigmoid", x=x)
+    _arguments.floating("sigmoid", x=x)
     out = jax.lax.logistic(wide(x)).astype(x.dtype)
     return out, out
 
@@ -115,7 +114,7 @@ def tanh(x: jax.Array) -> jax.Array:
 
 def tanh_fwd(x):
     """`(out, residuals)` of `tanh`."""
-    _check.floating("tanh", x=x)
+    _arguments.floating("tanh", x=x)
     out = jnp.tanh(wide(x)).astype(x.dtype)
     return out, out
 
@@ -153,7 +152,7 @@ def softplus(x: jax.Array) -> jax.Array:
 
 def softplus_fwd(x):
     """`(out, residuals)` of `softplus`."""
-    _check.floating("softplus", x=x)
+    _arguments.floating("softplus", x=x)
     out = jax.nn.softplus(wide(x)).astype(x.dtype)
     return out, out
 
@@ -188,12 +187,12 @@ def leaky_relu(x: jax.Array, *, negative_slope: float = 0.01) -> jax.Array:
       >>> leaky_relu(jnp.array([-1., 0., 2.]))
       Array([-0.01,  0.  ,  2.  ], dtype=float32)
     """
-    return _leaky_relu(x, negative_slope=_check.number("leaky_relu", negative_slope=negative_slope))
+    return _leaky_relu(x, negative_slope=_arguments.number("leaky_relu", negative_slope=negative_slope))
 
 
 def leaky_relu_fwd(x, *, negative_slope=0.01):
     """`(out, residuals)` of `leaky_relu`."""
-    _check.floating("leaky_relu", x=x)
+    _arguments.floating("leaky_relu", x=x)
     dead, z = x <= 0, wide(x)
     below = negative_slope * z if negative_slope else 0  # 0 · -inf is no number
     return jnp.where(dead, below, z).astype(x.dtype), dead
@@ -230,12 +229,12 @@ def elu(x: jax.Array, *, alpha: float = 1.0) -> jax.Array:
       >>> elu(jnp.array([-jnp.inf, 0., 2.]))
       Array([-1.,  0.,  2.], dtype=float32)
     """
-    return _elu(x, alpha=_check.number("elu", alpha=alpha))
+    return _elu(x, alpha=_arguments.number("elu", alpha=alpha))
 
 
 def elu_fwd(x, *, alpha=1.0):
     """`(out, residuals)` of `elu`."""
-    _check.floating("elu", x=x)
+    _arguments.floating("elu", x=x)
     if not alpha >= 0:
         raise ValueError(f"elu: alpha must be at least 0, got {alpha}")
     z = wide(x)
@@ -277,7 +276,7 @@ def silu(x: jax.Array) -> jax.Array:
 
 def silu_fwd(x):
     """`(out, residuals)` of `silu`."""
-    _check.floating("silu", x=x)
+    _arguments.floating("silu", x=x)
     z = _above_minus_inf(wide(x))
     return (z * jax.lax.logistic(z)).astype(x.dtype), x
 
@@ -321,7 +320,7 @@ def gelu(x: jax.Array, *, approximate: bool = True) -> jax.Array:
 
 def gelu_fwd(x, *, approximate=True):
     """`(out, residuals)` of `gelu`."""
-    _check.floating("gelu", x=x)
+    _arguments.floating("gelu", x=x)
     z = _above_minus_inf(wide(x))
     cdf = jax.lax.logistic(2 * _gelu_u(z)[0]) if approximate else _normal_cdf(z)
     return (z * cdf).astype(x.dtype), x

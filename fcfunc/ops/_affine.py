@@ -4,10 +4,10 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
-from fcfunc import _check, _layout
-from fcfunc._precision import accumulator, product
-from fcfunc._rule import rule
+from fcfunc import _arguments, _layout
+from fcfunc._rule import accumulator, rule
 
 
 def affine(
@@ -54,7 +54,7 @@ def affine(
       >>> affine(jnp.array([[1., 2.]]), jnp.array([[1., 0.], [0., 3.]]), jnp.array([0.5, 0.5]))
       Array([[1.5, 6.5]], dtype=float32)
     """
-    _check.dtype("affine", out_dtype=out_dtype)
+    _arguments.dtype("affine", out_dtype=out_dtype)
     b = _bias_along(x, w, b, flatten)
     return _affine(
         x, w, b, flatten=flatten, compute_dtype=compute_dtype, out_dtype=out_dtype, round_cotangent=round_cotangent
@@ -64,7 +64,7 @@ def affine(
 def affine_fwd(x, w, b, *, flatten=False, compute_dtype=None, out_dtype=None, round_cotangent=True):
     """`(out, residuals)` of `affine`."""
     del round_cotangent  # the backward pass alone rounds it
-    operands = _check.operands("affine", compute_dtype, x=x, w=w, b=b)
+    operands = _arguments.operands("affine", compute_dtype, x=x, w=w, b=b)
     features = x.shape[1:] if flatten else x.shape[-1:]
     if x.ndim < 1 or w.ndim != 2 or b.shape != w.shape[1:] or math.prod(features) != w.shape[0]:
         raise ValueError(
@@ -108,3 +108,20 @@ def _bias_along(x, w, b, flatten):
         return b
     sharding = _layout.product_sharding(x, w, 1 if flatten else x.ndim - 1)
     return b if sharding is None else _layout.laid(b, sharding, (-1,))
+
+
+def product(x: jax.Array, y: jax.Array, dims, *, accumulate, out_sharding=None) -> jax.Array:
+    """`lax.dot_general` of operands of one dtype, accumulated and returned in another.
+
+    Where XLA's CPU backend lacks a product of two bfloat16 operands into float32 is one form: a matrix, by its first
+    axis, with a stack of matrices, which an ensemble under `vmap` makes. Given a batch of one the product is simplified
+    into a form that every backend has.
+    """
+    ((x_by, y_by), _) = dims
+    if x.dtype == accumulate or not x_by or x_by[0] != 0:
+        return jax.lax.dot_general(x, y, dims, preferred_element_type=accumulate, out_sharding=out_sharding)
+    if out_sharding is not None:
+        out_sharding = NamedSharding(out_sharding.mesh, PartitionSpec(None, *out_sharding.spec))
+    dims = ((tuple(i + 1 for i in x_by), tuple(i + 1 for i in y_by)), ((0,), (0,)))
+    x, y = jnp.expand_dims(x, 0), jnp.expand_dims(y, 0)
+    return jax.lax.dot_general(x, y, dims, preferred_element_type=accumulate, out_sharding=out_sharding)[0]

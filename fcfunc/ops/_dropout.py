@@ -3,9 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from fcfunc import _check, _layout
-from fcfunc._precision import wide
-from fcfunc._rule import rule
+from fcfunc import _arguments, _layout
+from fcfunc._rule import rule, wide
 
 
 def dropout(x: jax.Array, *, rate: float, key: jax.Array) -> jax.Array:
@@ -32,13 +31,13 @@ def dropout(x: jax.Array, *, rate: float, key: jax.Array) -> jax.Array:
       >>> jnp.unique(dropout(jnp.ones(100), rate=0.5, key=jax.random.key(0)))
       Array([0., 2.], dtype=float32)
     """
-    return _dropout(x, key, rate=_check.number("dropout", rate=rate))
+    return _dropout(x, key, rate=_arguments.number("dropout", rate=rate))
 
 
 def dropout_fwd(x, key, *, rate):
     """`(out, residuals)` of `dropout`."""
-    _check.floating("dropout", x=x)
-    _check.key("dropout", key)
+    _arguments.floating("dropout", x=x)
+    _arguments.key("dropout", key)
     if not 0 <= rate <= 1:
         raise ValueError(f"dropout: rate, the probability to drop, must be in [0, 1], got {rate}")
     return _thinned(x, key, rate), key

@@ -5,9 +5,8 @@ import inspect
 import jax
 import jax.numpy as jnp
 
-from fcfunc import _check, _layout
-from fcfunc._precision import accumulator, wide
-from fcfunc._rule import rule
+from fcfunc import _arguments, _layout
+from fcfunc._rule import accumulator, rule, wide
 from fcfunc.ops import _activations as activations
 from fcfunc.ops._affine import _bias_along, affine_bwd, affine_fwd
 from fcfunc.ops._softmax import log_softmax_bwd, log_softmax_fwd, softmax_bwd, softmax_fwd
@@ -64,7 +63,7 @@ def layer(
         raise ValueError(f"layer: unknown activation {activation!r}; known are {', '.join(_LAYERS)}")
     for name in options.keys() - inspect.signature(_LAYERS[activation][0]).parameters.keys():
         raise ValueError(f"layer: {activation} has no option {name!r}")
-    _check.dtype("layer", out_dtype=out_dtype)
+    _arguments.dtype("layer", out_dtype=out_dtype)
     b = _bias_along(x, w, b, flatten)
     return _layer(
         x,
@@ -95,7 +94,7 @@ def layer_fwd(
 ):
     """`(out, residuals)` of `layer`."""
     del round_cotangent
-    operands = _check.operands("layer", compute_dtype, x=x, w=w, b=b)
+    operands = _arguments.operands("layer", compute_dtype, x=x, w=w, b=b)
     z, _ = affine_fwd(x, w, b, flatten=flatten, compute_dtype=compute_dtype, out_dtype=accumulator(operands))
     forward, _, saves = _LAYERS[activation]
     wide_out, residuals = forward(z, **options)

@@ -10,9 +10,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from fcfunc import _check, _layout
-from fcfunc._precision import wide
-from fcfunc._rule import as_array, rule
+from fcfunc import _arguments, _layout
+from fcfunc._arguments import as_array
+from fcfunc._rule import rule, wide
 
 
 def layer_norm(x: jax.Array, scale: jax.Array, offset: jax.Array, *, eps: float = 1e-5) -> jax.Array:
@@ -39,9 +39,9 @@ def layer_norm(x: jax.Array, scale: jax.Array, offset: jax.Array, *, eps: float 
       >>> layer_norm(jnp.array([[1., 3.]]), jnp.ones(2), jnp.zeros(2)).round(3)
       Array([[-1.,  1.]], dtype=float32)
     """
-    _check.array("layer_norm", x=x, scale=scale, offset=offset)
+    _arguments.array("layer_norm", x=x, scale=scale, offset=offset)
     scale, offset = (_layout.laid_along(as_array(a), as_array(x), (-1,)) for a in (scale, offset))
-    return _layer_norm(x, scale, offset, eps=_check.number("layer_norm", eps=eps))
+    return _layer_norm(x, scale, offset, eps=_arguments.number("layer_norm", eps=eps))
 
 
 def layer_norm_fwd(x, scale, offset, *, eps=1e-5):
@@ -93,9 +93,9 @@ def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float = 1e-5) -> jax.Array:
       >>> rms_norm(jnp.array([[5., -5.]]), jnp.ones(2)).round(3)
       Array([[ 1., -1.]], dtype=float32)
     """
-    _check.array("rms_norm", x=x, scale=scale)
+    _arguments.array("rms_norm", x=x, scale=scale)
     scale = _layout.laid_along(as_array(scale), as_array(x), (-1,))
-    return _rms_norm(x, scale, eps=_check.number("rms_norm", eps=eps))
+    return _rms_norm(x, scale, eps=_arguments.number("rms_norm", eps=eps))
 
 
 def rms_norm_fwd(x, scale, *, eps=1e-5):
@@ -165,7 +165,7 @@ def batch_norm(
       >>> state
       {'mean': Array([0.2], dtype=float32), 'var': Array([1.1], dtype=float32)}
     """
-    decay, eps = _check.number("batch_norm", decay=decay), _check.number("batch_norm", eps=eps)
+    decay, eps = _arguments.number("batch_norm", decay=decay), _arguments.number("batch_norm", eps=eps)
     if not 0 <= decay <= 1:
         raise ValueError(f"batch_norm: decay must be in [0, 1], got {decay}")
     if not isinstance(state, dict) or state.keys() != {"mean", "var"}:
@@ -173,7 +173,7 @@ def batch_norm(
     _check_norm("batch_norm", x, eps, scale=scale, offset=offset)
     _check_norm("batch_norm", x, eps, mean=state["mean"], var=state["var"])
     if any(jnp.result_type(a) in (jnp.bfloat16, jnp.float16) for a in state.values()):
-        raise TypeError(f"batch_norm: the state must be in at least float32, got {_check.describe(state['mean'])}")
+        raise TypeError(f"batch_norm: the state must be in at least float32, got {_arguments.describe(state['mean'])}")
     x = as_array(x)
     scale, offset, mean, var = (
         _layout.laid_along(as_array(a), x, (-1,)) for a in (scale, offset, state["mean"], state["var"])
@@ -246,8 +246,8 @@ def _broadcast(features, like):
 
 
 def _check_norm(where: str, x, eps, **features) -> None:
-    _check.floating(where, x=x)
-    _check.one_dtype(where, **features)
+    _arguments.floating(where, x=x)
+    _arguments.one_dtype(where, **features)
     if not eps > 0:
         raise ValueError(f"{where}: eps must be above 0, got {eps}")
     for name, f in features.items():

@@ -3,9 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from fcfunc import _check, _layout
-from fcfunc._precision import wide
-from fcfunc._rule import rule
+from fcfunc import _arguments, _layout
+from fcfunc._rule import rule, wide
 
 
 def softmax(x: jax.Array, axis: int | tuple[int, ...] | None = -1, where: jax.Array | None = None) -> jax.Array:
@@ -33,8 +32,8 @@ def softmax(x: jax.Array, axis: int | tuple[int, ...] | None = -1, where: jax.Ar
       >>> softmax(jnp.array([1e8, 1e8]))
       Array([0.5, 0.5], dtype=float32)
     """
-    _check.floating("softmax", x=x)
-    axes = _check.axes("softmax", axis, x=x)
+    _arguments.floating("softmax", x=x)
+    axes = _arguments.axes("softmax", axis, x=x)
     if where is None:
         return _softmax(x, axis=axes)
     x, where = _unmasked("softmax", x, axes, where)
@@ -43,7 +42,7 @@ def softmax(x: jax.Array, axis: int | tuple[int, ...] | None = -1, where: jax.Ar
 
 def softmax_fwd(x, *, axis=-1):
     """`(out, residuals)` of `softmax`."""
-    _check.floating("softmax", x=x)
+    _arguments.floating("softmax", x=x)
     e = jnp.exp(_shifted(x, axis))
     out = (e / jnp.sum(e, axis=axis, keepdims=True)).astype(x.dtype)
     return out, out
@@ -81,8 +80,8 @@ def log_softmax(x: jax.Array, axis: int | tuple[int, ...] | None = -1, where: ja
       >>> log_softmax(jnp.array([0., 0.]))
       Array([-0.6931472, -0.6931472], dtype=float32)
     """
-    _check.floating("log_softmax", x=x)
-    axes = _check.axes("log_softmax", axis, x=x)
+    _arguments.floating("log_softmax", x=x)
+    axes = _arguments.axes("log_softmax", axis, x=x)
     if where is None:
         return _log_softmax(x, axis=axes)
     x, where = _unmasked("log_softmax", x, axes, where)
@@ -91,7 +90,7 @@ def log_softmax(x: jax.Array, axis: int | tuple[int, ...] | None = -1, where: ja
 
 def log_softmax_fwd(x, *, axis=-1):
     """`(out, residuals)` of `log_softmax`."""
-    _check.floating("log_softmax", x=x)
+    _arguments.floating("log_softmax", x=x)
     shifted = _shifted(x, axis)
     out = (shifted - jnp.log(jnp.sum(jnp.exp(shifted), axis=axis, keepdims=True))).astype(x.dtype)
     return out, out
@@ -109,9 +108,9 @@ _log_softmax = rule(log_softmax_fwd, log_softmax_bwd)
 
 def _unmasked(name, x, axes, where):
     """`x` with -inf where it is masked, which has probability 0; slices that are masked whole are set to 0."""
-    _check.array(name, where=where)
+    _arguments.array(name, where=where)
     if jnp.result_type(where) != jnp.bool_:
-        raise TypeError(f"{name}: where must be booleans, got {_check.describe(where)}")
+        raise TypeError(f"{name}: where must be booleans, got {_arguments.describe(where)}")
     x = jnp.asarray(x)
     try:
         where = jnp.broadcast_to(where, x.shape)

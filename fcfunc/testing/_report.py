@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcfunc import _check
-from fcfunc._check import FLOATS
+from fcfunc import _arguments
+from fcfunc._arguments import FLOATS
 from fcfunc.testing import _numbers, _oracle, _transforms
 from fcfunc.testing._case import (
     Case,
@@ -217,8 +217,8 @@ def worst_relative_error(fun: Callable, reference: Callable, args: tuple, *, key
       The largest difference between elements of two gradients, over the largest element of the reference's, the
       worst of all arguments; 0 where both gradients are 0.
     """
-    _check.function("worst_relative_error", fun=fun, reference=reference)
-    _check.key("worst_relative_error", key)
+    _arguments.function("worst_relative_error", fun=fun, reference=reference)
+    _arguments.key("worst_relative_error", key)
     out, pull = jax.vjp(fun, *args)
     g = jax.random.normal(key, out.shape, out.dtype)
     got, expected = jax.tree.leaves(pull(g)), jax.tree.leaves(jax.vjp(reference, *args)[1](g))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fcfunc import _layout
-from fcfunc._precision import accumulator
+from fcfunc._rule import accumulator
 
 
 def accumulated(gradient: Callable, parts: int, layouts: Any, params: Any, batch: Any, key, model_state: Any):

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fcfunc import _check, _layout
-from fcfunc._examples import count, examples
+from fcfunc import _arguments, _layout
+from fcfunc._arguments import count, examples
 from fcfunc.train._accumulate import accumulated, mean_dtype
 from fcfunc.train._captured import FunctionKey
 from fcfunc.train._permutation import permutation
@@ -151,11 +151,11 @@ def loss_and_metrics(loss_fn, params, batch, key, model_state):
     else:
         result = loss_fn(params, batch, key)
         loss, metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
-    if not isinstance(loss, _check.ARRAYS) or not isinstance(metrics, dict):
+    if not isinstance(loss, _arguments.ARRAYS) or not isinstance(metrics, dict):
         raise TypeError(f"loss_fn must return a loss or (loss, dict of metrics), got {result!r:.200}")
     if jnp.shape(loss) != ():
         raise ValueError(
-            f"loss_fn must return one number, the mean over the batch, got {_check.describe(loss)}; "
+            f"loss_fn must return one number, the mean over the batch, got {_arguments.describe(loss)}; "
             "take jnp.mean of the per-example losses"
         )
     if "loss" in metrics:
@@ -165,7 +165,7 @@ def loss_and_metrics(loss_fn, params, batch, key, model_state):
 
 def _check_same_kind(before, after) -> None:
     """A state that changes its shapes or dtypes in a step would be another program in the next."""
-    kinds = [jax.tree.map(_check.describe, tree) for tree in (before, after)]
+    kinds = [jax.tree.map(_arguments.describe, tree) for tree in (before, after)]
     if kinds[0] != kinds[1]:
         raise ValueError(f"loss_fn must return a model_state like the one it was given, {kinds[0]}, got {kinds[1]}")
 

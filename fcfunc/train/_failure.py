@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from fcfunc import _layout
-from fcfunc._rule import clipped
+from fcfunc._arguments import clipped
 from fcfunc.train._epoch import TrainState, guards, loss_and_metrics, skips
 
 

@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fcfunc import _check, _layout
-from fcfunc._examples import check_values, count, examples
-from fcfunc._rule import as_array
+from fcfunc import _arguments, _layout
+from fcfunc._arguments import as_array, check_values, count, examples
 from fcfunc.train._captured import FunctionKey, traced
 from fcfunc.train._epoch import (
     Layouts,
@@ -55,12 +54,12 @@ def init_state(
     Raises:
       TypeError: no key.
     """
-    _check.optimizer("init_state", optimizer)
-    _check.key("init_state", key)
+    _arguments.optimizer("init_state", optimizer)
+    _arguments.key("init_state", key)
     if not jax.tree.leaves(params):
         raise ValueError(f"init_state: params hold no array, got {params!r:.80}")
     for path, leaf in jax.tree.leaves_with_path(params):
-        _check.array("init_state", **{f"params{jax.tree_util.keystr(path)}": leaf})
+        _arguments.array("init_state", **{f"params{jax.tree_util.keystr(path)}": leaf})
     with _layout.on_mesh_of(params):
         opt_state = optimizer.init(params)
     state = TrainState(params, opt_state, jnp.int32(0), key, model_state, jnp.int32(0), jnp.int32(0))
@@ -88,9 +87,9 @@ def make_train_step(loss_fn: Callable, optimizer: optax.GradientTransformation, 
     Raises:
       ValueError: `accumulate` below 1; while tracing: a loss that is no scalar, a batch that cannot be taken in parts.
     """
-    _check.function("make_train_step", loss_fn=loss_fn)
-    _check.optimizer("make_train_step", optimizer)
-    _check.positive("make_train_step", accumulate=accumulate)
+    _arguments.function("make_train_step", loss_fn=loss_fn)
+    _arguments.optimizer("make_train_step", optimizer)
+    _arguments.positive("make_train_step", accumulate=accumulate)
 
     def train_step(state, batch, layouts=None):
         check_shares("make_train_step: a batch", count("make_train_step", batch, 1), layouts, accumulate)
@@ -123,9 +122,9 @@ def make_train_epoch(
         whose arrays disagree about the number of examples; a loss that is no scalar; a `batch_size` that the devices
         over which the examples lie do not divide, or that cannot be taken in `accumulate` parts.
     """
-    _check.function("make_train_epoch", loss_fn=loss_fn)
-    _check.optimizer("make_train_epoch", optimizer)
-    _check.positive("make_train_epoch", batch_size=batch_size, accumulate=accumulate)
+    _arguments.function("make_train_epoch", loss_fn=loss_fn)
+    _arguments.optimizer("make_train_epoch", optimizer)
+    _arguments.positive("make_train_epoch", batch_size=batch_size, accumulate=accumulate)
 
     def train_epoch(state, data, layouts=None):
         return take_epoch("make_train_epoch", loss_fn, optimizer, state, data, batch_size, accumulate, layouts)
@@ -174,9 +173,9 @@ def make_fit(
     Raises:
       ValueError: an option out of range; while tracing: as for `make_train_epoch` and `fit`.
     """
-    _check.function("make_fit", loss_fn=loss_fn, **({} if eval_fn is None else {"eval_fn": eval_fn}))
-    _check.optimizer("make_fit", optimizer)
-    _check.positive("make_fit", epochs=epochs, batch_size=batch_size, accumulate=accumulate)
+    _arguments.function("make_fit", loss_fn=loss_fn, **({} if eval_fn is None else {"eval_fn": eval_fn}))
+    _arguments.optimizer("make_fit", optimizer)
+    _arguments.positive("make_fit", epochs=epochs, batch_size=batch_size, accumulate=accumulate)
     _check_stopping("make_fit", mode, patience)
     sign = 1 if mode == "min" else -1
 
@@ -286,8 +285,8 @@ def evaluate(
     Raises:
       ValueError: `batch_size` below 1, data that is empty or disagrees about the number of examples.
     """
-    _check.function("evaluate", loss_fn=loss_fn)
-    _check.positive("evaluate", batch_size=batch_size)
+    _arguments.function("evaluate", loss_fn=loss_fn)
+    _arguments.positive("evaluate", batch_size=batch_size)
     data = examples("evaluate", data)
     count("evaluate", data, 1)
     key = FunctionKey(loss_fn, _traced_loss(loss_fn, params, data, None, model_state)[0])
@@ -374,11 +373,11 @@ def fit(
     """
     eval_key = None
     given = {"eval_fn": eval_fn, "on_epoch": on_epoch, "on_steps": on_steps}
-    _check.function("fit", loss_fn=loss_fn, **{name: f for name, f in given.items() if f is not None})
-    _check.optimizer("fit", optimizer)
+    _arguments.function("fit", loss_fn=loss_fn, **{name: f for name, f in given.items() if f is not None})
+    _arguments.optimizer("fit", optimizer)
     if not isinstance(state, TrainState):
         raise TypeError(f"fit: state must be a TrainState, as from init_state, got {type(state).__name__}")
-    _check.positive("fit", epochs=epochs, batch_size=batch_size, accumulate=accumulate)
+    _arguments.positive("fit", epochs=epochs, batch_size=batch_size, accumulate=accumulate)
     _check_stopping("fit", mode, patience)
     if patience is not None and validation_data is None:
         raise ValueError("fit: patience needs validation_data to judge an epoch by, got None")
@@ -389,7 +388,7 @@ def fit(
     if validation_data is not None:
         examples("fit", validation_data, "validation_data")
     if every is not None:
-        _check.positive("fit", every=every)
+        _arguments.positive("fit", every=every)
     position = int(state.position)
     if not 0 <= position < n:
         raise ValueError(f"fit: the state is at example {position} of its epoch, and data has {n} of them")
@@ -489,7 +488,7 @@ def _non_finite(epoch, found, good, n, batch_size, history, loss_fn, data):
 
 def _check_stopping(where: str, mode: str, patience: int | None) -> None:
     if patience is not None:
-        _check.positive(where, patience=patience)
+        _arguments.positive(where, patience=patience)
     if mode not in ("min", "max"):
         raise ValueError(f'{where}: mode must be "min" or "max", got {mode!r}')
 

@@ -1,6 +1,6 @@
 """`check_vjp` on rules that nobody here wrote: optax, JAX and equinox.
 
-python -m benchmarks.others_rules
+python -m proofs.others_rules
 """
 
 import importlib.util

@@ -1,6 +1,6 @@
 """Kills real training runs with SIGKILL at random moments, resumes each to its end, and compares the last checkpoints.
 
-python -m benchmarks.kill_and_resume --kills 100
+python -m proofs.kill_and_resume --kills 100
 
 The run is `examples.train_distributed` on the digits, which saves every few steps, so that many kills meet a save. What
 is compared is the SHA-256 of every array of the last checkpoint, with those of a run that nothing interrupted.

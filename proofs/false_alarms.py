@@ -1,6 +1,6 @@
 """Draws over right rules in four dtypes: `check_vjp` must say nothing.
 
-    python -m benchmarks.false_alarms --draws 1000
+    python -m proofs.false_alarms --draws 1000
 
 Each draw has a seed of its own; rule and dtype go round. The size sweep and the checks that only compile again are left
 out, so that a thousand draws end in minutes; the tests run them.

@@ -1,12 +1,11 @@
-"""Checks of arguments, made while tracing: the message says what was expected, what came, and where."""
+"""Checks and conversions of arguments. A message says where, what was expected, and what was given."""
 
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from fcfunc._precision import accumulator
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -89,8 +88,8 @@ def labels(where: str, labels, *, scores) -> None:
         )
 
 
-def real_labels(where: str, labels, *, like, name: str = "labels"):
-    """Labels that enter a formula as numbers; integers and booleans are cast to that of `like`, or float32.
+def real_labels(where: str, labels, *, dtype, name: str = "labels"):
+    """Labels that enter a formula as numbers; integers and booleans are cast to `dtype`.
 
     TypeError where they are not real numbers.
     """
@@ -99,7 +98,7 @@ def real_labels(where: str, labels, *, like, name: str = "labels"):
     if jnp.issubdtype(dtype, jnp.integer) or dtype == jnp.bool_:
         # Cast on the host where possible: JAX would first keep the lower 32 bits of an int64.
         numbers = labels if isinstance(labels, jax.Array) else np.asarray(labels)
-        return jnp.asarray(numbers.astype(accumulator(jnp.result_type(like))))
+        return jnp.asarray(numbers.astype(dtype))
     floating(where, **{name: labels})
     return jnp.asarray(labels)
 
@@ -229,3 +228,113 @@ def positive(where: str, **numbers) -> None:
     for name, n in numbers.items():
         if not isinstance(n, int | np.integer) or isinstance(n, bool) or n < 1:
             raise ValueError(f"{where}: {name} must be an integer of at least 1, got {n!r}")
+
+
+def as_array(leaf):
+    """As `jnp.asarray`, but a NumPy integer too large for JAX's own becomes the largest one, not another number."""
+    return jnp.asarray(clipped(leaf))
+
+
+def clipped(leaf):
+    """A NumPy array of integers within the range that JAX keeps; anything else as it is.
+
+    Without x64 JAX keeps the lower 32 bits: the label 2**32 would silently be class 0.
+    """
+    if type(leaf) is int and not -(2**31) <= leaf < 2**31:
+        leaf = np.int64(max(-(2**63), min(leaf, 2**63 - 1)))
+    if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "iu":
+        kept = jax.dtypes.canonicalize_dtype(leaf.dtype)
+        if kept != leaf.dtype:
+            return np.clip(leaf, jnp.iinfo(kept).min, jnp.iinfo(kept).max)
+    return leaf
+
+
+def examples(where: str, data, name: str = "data"):
+    """`data`, ready for JAX: a NumPy integer too large for JAX's own becomes the largest one, not another number.
+
+    TypeError where a leaf is no array of numbers, with what to do about it.
+    """
+    leaves, treedef = jax.tree.flatten(data)
+    if all(isinstance(leaf, jax.Array) for leaf in leaves):
+        return data
+    if not all(map(_is_examples, leaves)):
+        raise _wrong_kind(where, data, name)
+    return jax.tree.unflatten(treedef, map(clipped, leaves))
+
+
+def _is_examples(leaf) -> bool:
+    if isinstance(leaf, np.ndarray):
+        known = jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == np.bool_
+        return known and not isinstance(leaf, np.ma.MaskedArray)
+    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+
+
+def _wrong_kind(where: str, data, name: str) -> TypeError:
+    """The error of the first leaf that is no array of numbers."""
+    path, leaf = next((path, leaf) for path, leaf in jax.tree.leaves_with_path(data) if not _is_examples(leaf))
+    here, kind = f"{name}{jax.tree_util.keystr(path)!s:.80}", type(leaf)
+    if isinstance(leaf, np.ma.MaskedArray):
+        return TypeError(f"{where}: {here} must be an array, got a masked array; {here}.filled(...) makes one")
+    if isinstance(leaf, np.ndarray):
+        hint = "; np.unique(names, return_inverse=True)[1] makes labels of names" if leaf.dtype.kind in "OSU" else ""
+        return TypeError(f"{where}: {here} must hold numbers, got dtype {leaf.dtype!s:.40}{hint}")
+    hint = f"use {here}.toarray()" if hasattr(leaf, "toarray") else "np.asarray converts lists and tensors"
+    found = f"{kind.__module__.split('.')[0]} {kind.__name__}".removeprefix("builtins ")
+    return TypeError(f"{where}: {here} must be an array, got {found}; {hint}")
+
+
+def count(where: str, data, batch_size: int, name: str = "data") -> int:
+    """The number of examples, at least a batch of them."""
+    leaves = jax.tree.leaves_with_path(data)
+    sizes = {f"{name}{jax.tree_util.keystr(path)}": jnp.shape(leaf) for path, leaf in leaves}
+    if not sizes:
+        raise ValueError(f"{where}: {name} must hold at least one array of examples, got none")
+    for path, shape in sizes.items():
+        if not shape:
+            raise ValueError(f"{where}: {path} must have a leading axis, the examples, got a scalar")
+    first, (n, *_) = next(iter(sizes.items()))
+    for path, shape in sizes.items():
+        if shape[0] != n:
+            raise ValueError(
+                f"{where}: all arrays in {name} must have the same leading axis, got {n} in {first} "
+                f"and {shape[0]} in {path}"
+            )
+    if n < max(batch_size, 1):
+        raise ValueError(f"{where}: at least {max(batch_size, 1)} examples (one batch) expected, got {n}")
+    return n
+
+
+def check_values(data: Any, *, num_classes: int | None = None, name: str = "data") -> None:
+    """Raises where a value cannot be trained on; runs on the host.
+
+    Args:
+      data: a tree of arrays with one first axis.
+      num_classes: where given, every integer array of one axis holds labels, which must lie in `[0, num_classes)`.
+      name: what the data is called in the message.
+
+    Raises:
+      ValueError: a NaN, an infinity or a label out of range, with the array's path and the index of the first.
+    """
+    if num_classes is not None:
+        positive("check_values", num_classes=num_classes)
+    parts = [(path, start, part) for path, leaf in jax.tree.leaves_with_path(data) for start, part in _here(leaf)]
+    for path, start, a in parts:
+        where = f"{name}{jax.tree_util.keystr(path)}"
+        if jnp.issubdtype(a.dtype, jnp.inexact):  # NumPy's own test does not know bfloat16
+            bad, expected = ~np.isfinite(a), "finite numbers"
+        elif num_classes is not None and a.ndim == 1 and np.issubdtype(a.dtype, np.integer):
+            bad, expected = (a < 0) | (a >= num_classes), f"labels in [0, {num_classes})"
+        else:
+            continue
+        if bad.any():
+            at = tuple(int(i) for i in np.argwhere(bad)[0])
+            shown = ", ".join(str(i + first) for i, first in zip(at, start, strict=True))
+            raise ValueError(f"{where}[{shown}]: {expected} expected, got {a[at]}")
+
+
+def _here(leaf) -> list[tuple[tuple[int, ...], np.ndarray]]:
+    """The parts of an array that this process has, each with the index of its first element."""
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+        return [((0,) * np.ndim(leaf), np.asarray(leaf))]
+    parts = {tuple(i.start or 0 for i in shard.index): shard.data for shard in leaf.addressable_shards}
+    return [(start, np.asarray(part)) for start, part in parts.items()]

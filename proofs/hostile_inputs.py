@@ -1,6 +1,6 @@
 """What hostile inputs give, here, in optax and in torch: writes docs/hostile-inputs.md.
 
-python -m benchmarks.hostile_inputs
+python -m proofs.hostile_inputs
 
 The rule: right, or NaN in loss and gradient, or an error before anything runs; never finite and wrong. What is right is
 computed in float64 by NumPy from the inputs as they are in their own dtype, element by element and from the definition.
@@ -409,7 +409,7 @@ def main() -> None:
     lines = [
         "# Hostile inputs",
         "",
-        f"Written by `python -m benchmarks.hostile_inputs` with {versions}.",
+        f"Written by `python -m proofs.hostile_inputs` with {versions}.",
         "",
         "The rule: right, or NaN in loss and gradient of the rows",
         "that it concerns, or an error before anything runs; never finite and wrong. What is right is computed in",

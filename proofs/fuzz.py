@@ -1,6 +1,6 @@
 """Gives the readers malformed files: each must come back whole, or as a ValueError that names the file.
 
-python -m benchmarks.fuzz --files 100000
+python -m proofs.fuzz --files 100000
 
 Files are made by rules that know the format (headers that lie, dimensions that overflow, members that are objects,
 cells that are no numbers) and then, most of them, damaged: bits and bytes changed, parts cut out, repeated, exchanged.

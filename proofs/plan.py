@@ -1,6 +1,6 @@
 """Plans a network past one machine: what a device keeps, computes and sends in a step; writes docs/planning.md.
 
-    python -m benchmarks.plan
+    python -m proofs.plan
 
 The formulas know the network alone. Their collectives are held against those of the compiled step, on eight virtual
 devices of the CPU.
@@ -142,7 +142,7 @@ def per_device(dims, batch: int, mode: str, data: int, model: int) -> dict[str, 
 
 INTRODUCTION = """# Planning past one machine
 
-Written by `python -m benchmarks.plan` with jax {version}. What the modes are is in [many-devices.md](many-devices.md).
+Written by `python -m proofs.plan` with jax {version}. What the modes are is in [many-devices.md](many-devices.md).
 
 A network of {layers} layers {width:,} wide, {params:.1f} billion parameters, in float32 with Adam; {batch:,} rows per
 step of all devices together. What one device keeps, computes and sends in a step, by the formulas in the script:

@@ -1,6 +1,6 @@
 """Ten thousand small fits in one process: the memory it holds and the programs it compiles, which must not grow.
 
-python -m benchmarks.many_fits --fits 10000
+python -m proofs.many_fits --fits 10000
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """The corpus of planted bugs through `check_vjp`, `jax.test_util.check_grads` and `torch.autograd.gradcheck`.
 
-    python -m benchmarks.who_finds_what > docs/who-finds-what.md
+    python -m proofs.who_finds_what > docs/who-finds-what.md
 
 check_grads runs in reverse mode to order 2 (its default modes raise on any `custom_vjp`), gradcheck in float64 on the
 rule wrapped as an autograd Function, its backward pass the planted one. Each gets three draws; a bug counts as found
@@ -113,7 +113,7 @@ def main() -> None:
         if name != "check_vjp"
     }
     print("# Who finds what\n")
-    print("Printed by `python -m benchmarks.who_finds_what`, whose first lines say how each checker is called.\n")
+    print("Printed by `python -m proofs.who_finds_what`, whose first lines say how each checker is called.\n")
     print(f"| planted bug | {' | '.join(CHECKERS)} |\n|---|{'---|' * len(CHECKERS)}")
     print("\n".join(rows))
     print(f"| **found of {len(PLANTED)}** | {' | '.join(f'**{n}**' for n in counts.values())} |")
@@ -122,7 +122,7 @@ def main() -> None:
         + ", ".join(f"{k} {v}" for k, v in alarms.items())
         + "."
     )
-    print("What check_vjp says of right rules is measured by `python -m benchmarks.false_alarms`.")
+    print("What check_vjp says of right rules is measured by `python -m proofs.false_alarms`.")
 
 
 if __name__ == "__main__":

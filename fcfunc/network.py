@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fcfunc import _check, _layout
+from fcfunc import _arguments, _layout
 from fcfunc import ops as hand_written
-from fcfunc._precision import accumulator
-from fcfunc._rule import as_array
+from fcfunc._arguments import as_array
+from fcfunc._rule import accumulator
 
 __all__ = [
     "ACTIVATIONS",
@@ -122,10 +122,10 @@ def init(
       [{'b': (4,), 'w': (3, 4)}, {'b': (2,), 'w': (4, 2)}]
     """
     dims = _checked_dims(dims)
-    _check.key("init", key)
+    _arguments.key("init", key)
     if param_dtype is None:
         raise TypeError("init: param_dtype must be a dtype, got None")
-    _check.dtype("init", param_dtype=param_dtype)
+    _arguments.dtype("init", param_dtype=param_dtype)
     options = tuple(dims), _norm_leaves("init", norm), w_init, b_init, jnp.dtype(param_dtype)
     # One compiled program starts in a third of the time of one operation at a time; a caller's own program contains it.
     # Hash: an initialiser of the caller's may have none.
@@ -390,10 +390,10 @@ class _Resolved(NamedTuple):
 def _apply(net: _Network, params, state, x, activation, final_activation, flatten, head):
     _check_layers(net, params, state, x, flatten)
     params, x = jax.tree.map(as_array, (params, x))
-    if not 0 <= _check.number(net.where, dropout_rate=net.rate) <= 1:
+    if not 0 <= _arguments.number(net.where, dropout_rate=net.rate) <= 1:
         raise ValueError(f"{net.where}: dropout_rate must be in [0, 1], got {net.rate}")
     if net.key is not _MISSING and net.key is not None:
-        _check.key(net.where, net.key)
+        _arguments.key(net.where, net.key)
     if net.rate and net.key is _MISSING:
         raise TypeError(
             f"{net.where}: dropout_rate {net.rate} needs key: a random key in training, or None to drop nothing"
@@ -548,7 +548,7 @@ def _identity(x):
 
 def _check_layers(net: _Network, params, state, x, flatten: bool) -> None:
     where = net.where
-    _check.floating(where, x=x)
+    _arguments.floating(where, x=x)
     _check_list(where, params)
     if jnp.ndim(x) < 1:
         raise ValueError(f"{where}: x must be [..., fan_in], got a scalar")
@@ -562,7 +562,7 @@ def _check_layers(net: _Network, params, state, x, flatten: bool) -> None:
         here, hidden = f"{where}, {'entry' if stacks else 'layer'} {layer}", layer < len(params) - 1
         if not isinstance(p, dict) or not {"w", "b"} <= p.keys():
             raise TypeError(f"{here}: a dict of w and b expected, got {p!r:.80}")
-        _check.array(here, **p)
+        _arguments.array(here, **p)
         w, b = jnp.shape(p["w"]), jnp.shape(p["b"])
         stacked = len(w) == 3 and hidden
         if stacked and (w[0] < 1 or w[1:] != (width, width) or b != (w[0], width)):
@@ -575,7 +575,7 @@ def _check_layers(net: _Network, params, state, x, flatten: bool) -> None:
                 f"{here}: w [{width}, fan_out] and b [fan_out] expected to follow {came}, "
                 f"got w {list(w)} and b {list(b)}"
             )
-        _check.operands(here, net.compute_dtype, x=x, w=p["w"], b=p["b"])
+        _arguments.operands(here, net.compute_dtype, x=x, w=p["w"], b=p["b"])
         used = ("w", "b", *leaves) if hidden else ("w", "b")
         for name in used:
             if name not in p:
@@ -584,7 +584,7 @@ def _check_layers(net: _Network, params, state, x, flatten: bool) -> None:
                 raise ValueError(f"{here}: {name} {list(b)} expected, got {list(jnp.shape(p[name]))}")
         for name in p.keys() - set(used):
             raise ValueError(f"{here}: the params have a leaf {name!r}, which is not used with norm={net.norm!r}")
-        _check.one_dtype(here, **{name: p[name] for name in used})
+        _arguments.one_dtype(here, **{name: p[name] for name in used})
         if hidden and net.norm == "batch_norm":
             _check_state(here, state[layer], b)
         width, came = w[-1], f"layer {layer}'s w {list(w)}"

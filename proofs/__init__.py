@@ -1,0 +1,1 @@
+"""Programs that test what the library claims; `python -m proofs.NAME` from the repository's root."""
