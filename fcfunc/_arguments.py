@@ -20,6 +20,12 @@ def describe(x) -> str:
     return f"{jnp.result_type(x)}[{','.join(map(str, jnp.shape(x)))}]"
 
 
+def first_line(error: BaseException) -> str:
+    """The class and the first line of an exception."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:400] if text else ''}"
+
+
 def array(where: str, /, **arrays) -> None:
     """TypeError where an argument is neither an array nor a number."""
     for name, x in arrays.items():
@@ -53,10 +59,15 @@ def operands(where: str, compute_dtype, /, **arrays) -> np.dtype:
         return jnp.result_type(next(iter(arrays.values())))
     floating(where, **arrays)
     one_dtype(where, **dict(list(arrays.items())[1:]))
+    return compute_dtype_of(where, compute_dtype)
+
+
+def compute_dtype_of(where: str, compute_dtype) -> np.dtype:
+    """A dtype for the operands of a matmul; TypeError if it is not one of those offered."""
     try:
         dtype = jnp.dtype(compute_dtype)
     except TypeError:
-        raise TypeError(f"{where}: compute_dtype must be bfloat16 or float32, got {compute_dtype!r}") from None
+        raise TypeError(f"{where}: compute_dtype must be bfloat16 or float32, got {compute_dtype!r:.80}") from None
     if dtype == jnp.float16:
         raise TypeError(
             f"{where}: compute_dtype float16 is not offered, its gradients underflow without loss scaling; use bfloat16"
@@ -94,8 +105,8 @@ def real_labels(where: str, labels, *, dtype, name: str = "labels"):
     TypeError where they are not real numbers.
     """
     array(where, **{name: labels})
-    dtype = jnp.result_type(labels)
-    if jnp.issubdtype(dtype, jnp.integer) or dtype == jnp.bool_:
+    kind = jnp.result_type(labels)
+    if jnp.issubdtype(kind, jnp.integer) or kind == jnp.bool_:
         # Cast on the host where possible: JAX would first keep the lower 32 bits of an int64.
         numbers = labels if isinstance(labels, jax.Array) else np.asarray(labels)
         return jnp.asarray(numbers.astype(dtype))
@@ -103,10 +114,10 @@ def real_labels(where: str, labels, *, dtype, name: str = "labels"):
     return jnp.asarray(labels)
 
 
-def counting(where: str, shape: tuple, mask, weights, smoothing, *, logits: tuple | None = None) -> None:
-    """TypeError or ValueError where the mask, weights or smoothing of a loss are not what its shape asks for.
+def loss_options(where: str, shape: tuple, mask, weights, smoothing, *, logits: tuple | None = None) -> float:
+    """The label smoothing as a float, after the checks of the options of a loss of this shape.
 
-    A mask may also have the shape of the logits, where that is given.
+    The mask may also have the shape of the logits, if that is given.
     """
     if mask is not None:
         array(where, where=mask)
@@ -118,8 +129,10 @@ def counting(where: str, shape: tuple, mask, weights, smoothing, *, logits: tupl
         if a is not None and jnp.shape(a) not in (tuple(shape), other):
             expected = f"the loss, {list(shape)}" + (f", or of the logits, {list(other)}" if other else "")
             raise ValueError(f"{where}: {name} must have the shape of {expected}, got {list(jnp.shape(a))}")
-    if not 0 <= number(where, label_smoothing=smoothing) <= 1:
+    smoothing = number(where, label_smoothing=smoothing)
+    if not 0 <= smoothing <= 1:
         raise ValueError(f"{where}: label_smoothing must be in [0, 1], got {smoothing}")
+    return smoothing
 
 
 def class_weights(where: str, weights, classes: int, *, name: str = "class_weights") -> None:
@@ -308,7 +321,7 @@ def check_values(data: Any, *, num_classes: int | None = None, name: str = "data
     """Raises where a value cannot be trained on; runs on the host.
 
     Args:
-      data: a tree of arrays with one first axis.
+      data: a pytree of arrays with a common leading axis.
       num_classes: where given, every integer array of one axis holds labels, which must lie in `[0, num_classes)`.
       name: what the data is called in the message.
 

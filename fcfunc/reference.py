@@ -13,74 +13,62 @@ import jax.numpy as jnp
 
 from fcfunc import _arguments
 from fcfunc._arguments import as_array
-from fcfunc._rule import accumulator, wide
+from fcfunc._rule import sum_dtype, upcast
 
 
-def affine(x, w, b, *, flatten=False, compute_dtype=None, out_dtype=None, round_cotangent=True):
-    """Twin of `fcfunc.ops.affine`; automatic differentiation rounds no cotangent, whatever `round_cotangent` says."""
-    del round_cotangent
+def affine(x, w, b, *, flatten=False, compute_dtype=None, out_dtype=None):
+    """Reference implementation of `fcfunc.ops.affine`."""
     operands = jnp.dtype(x.dtype if compute_dtype is None else compute_dtype)
     x, w = x.astype(operands), w.astype(operands)
     if flatten:
         x = x.reshape(x.shape[0], math.prod(x.shape[1:]))
-    out = jnp.matmul(x, w, preferred_element_type=accumulator(operands))
-    return (out + jnp.broadcast_to(b.astype(out.dtype), out.shape)).astype(out_dtype or operands)
+    out = jnp.matmul(x, w, preferred_element_type=sum_dtype(operands))
+    if b is not None:
+        out = out + jnp.broadcast_to(b.astype(out.dtype), out.shape)
+    return out.astype(out_dtype or operands)
 
 
-def layer(
-    x,
-    w,
-    b,
-    *,
-    activation,
-    flatten=False,
-    compute_dtype=None,
-    out_dtype=None,
-    round_cotangent=True,
-    pack=True,
-    **options,
-):
-    """Twin of `fcfunc.ops.layer`."""
-    del round_cotangent, pack
+def layer(x, w, b, *, activation, compute_dtype=None, out_dtype=None, **options):
+    """Reference implementation of `fcfunc.ops.layer`."""
     operands = jnp.dtype(x.dtype if compute_dtype is None else compute_dtype)
-    z = affine(x, w, b, flatten=flatten, compute_dtype=operands, out_dtype=accumulator(operands))
+    z = affine(x, w, b, compute_dtype=operands, out_dtype=sum_dtype(operands))
     return globals()[activation](z, **options).astype(out_dtype or operands)
 
 
 def relu(x):
-    """Twin of `fcfunc.ops.relu`; `jax.grad` of this form is 0 at 0 and lets a NaN through."""
+    """Reference implementation of `fcfunc.ops.relu`; `jax.grad` of this form is 0 at 0 and lets a NaN through."""
     x = _floating("relu", x)
     return jnp.where(x <= 0, 0, x)
 
 
 def leaky_relu(x, *, negative_slope=0.01):
-    """Twin of `fcfunc.ops.leaky_relu`."""
+    """Reference implementation of `fcfunc.ops.leaky_relu`."""
     x = _floating("leaky_relu", x)
     return jnp.where(x <= 0, negative_slope * x, x)
 
 
 def elu(x, *, alpha=1.0):
-    """Twin of `fcfunc.ops.elu`."""
+    """Reference implementation of `fcfunc.ops.elu`."""
     return _widened("elu", lambda x: jnp.where(x > 0, x, alpha * (jnp.exp(jnp.where(x > 0, 0, x)) - 1)), x)
 
 
 def sigmoid(x):
-    """Twin of `fcfunc.ops.sigmoid`."""
+    """Reference implementation of `fcfunc.ops.sigmoid`."""
     return _widened("sigmoid", jax.nn.sigmoid, x)
 
 
 def silu(x):
-    """Twin of `fcfunc.ops.silu`."""
+    """Reference implementation of `fcfunc.ops.silu`."""
     return _widened("silu", lambda x: _times_probability(x, jax.nn.sigmoid), x)
 
 
 def softplus(x):
-    """Twin of `fcfunc.ops.softplus`."""
+    """Reference implementation of `fcfunc.ops.softplus`."""
     return _widened("softplus", _softplus, x)
 
 
 def gelu(x, *, approximate=True):
-    """Twin of `fcfunc.ops.gelu`."""
+    """Reference implementation of `fcfunc.ops.gelu`."""
 
     def exact(x):
         return 0.5 * jax.lax.erfc(-x / math.sqrt(2))
@@ -94,12 +82,12 @@ def gelu(x, *, approximate=True):
 
 
 def tanh(x):
-    """Twin of `fcfunc.ops.tanh`."""
+    """Reference implementation of `fcfunc.ops.tanh`."""
     return _widened("tanh", jnp.tanh, x)
 
 
 def dropout(x, *, rate, key):
-    """Twin of `fcfunc.ops.dropout`."""
+    """Reference implementation of `fcfunc.ops.dropout`."""
     x = _floating("dropout", x)
     if rate == 1:
         return jnp.zeros_like(x)
@@ -107,55 +95,48 @@ def dropout(x, *, rate, key):
 
 
 def layer_norm(x, scale, offset, *, eps=1e-5):
-    """Twin of `fcfunc.ops.layer_norm`."""
+    """Reference implementation of `fcfunc.ops.layer_norm`."""
     return _normalised(x, *_moments(x, -1), scale, offset, eps)
 
 
 def rms_norm(x, scale, *, eps=1e-5):
-    """Twin of `fcfunc.ops.rms_norm`."""
-    z = wide(x)
+    """Reference implementation of `fcfunc.ops.rms_norm`."""
+    z = upcast(x)
     square = jnp.mean(z**2, axis=-1, keepdims=True)
     normal = z / jnp.sqrt(jnp.where(square == jnp.inf, jnp.nan, square) + eps)
     return (normal * jnp.broadcast_to(scale.astype(z.dtype), z.shape)).astype(x.dtype)
 
 
-def batch_norm(x, scale, offset, state, *, training, decay=0.9, eps=1e-5):
-    """Twin of `fcfunc.ops.batch_norm`."""
+def batch_norm(x, scale, offset, state, *, training, decay=0.9, eps=1e-5, unbiased_variance=True):
+    """Reference implementation of `fcfunc.ops.batch_norm`."""
     if not training:
         return _normalised(x, state["mean"], jnp.zeros_like(state["mean"]), state["var"], scale, offset, eps), state
     mean, rest, var = _moments(x, tuple(range(x.ndim - 1)))
     rows = math.prod(x.shape[:-1])
-    batch = {"mean": (mean + rest).reshape(-1), "var": var.reshape(-1) * rows / (rows - 1)}
+    scale_var = rows / (rows - 1) if unbiased_variance else 1
+    batch = {"mean": (mean + rest).reshape(-1), "var": var.reshape(-1) * scale_var}
     moved = {name: decay * state[name] + (1 - decay) * batch[name].astype(state[name].dtype) for name in batch}
     return _normalised(x, mean, rest, var, scale, offset, eps), moved
 
 
 def softmax(x, axis=-1, where=None):
-    """Twin of `fcfunc.ops.softmax`."""
+    """Reference implementation of `fcfunc.ops.softmax`."""
     return _widened("softmax", lambda x: jnp.exp(_log_softmax(x, axis, where)), x)
 
 
 def log_softmax(x, axis=-1, where=None):
-    """Twin of `fcfunc.ops.log_softmax`."""
+    """Reference implementation of `fcfunc.ops.log_softmax`."""
     return _widened("log_softmax", lambda x: _log_softmax(x, axis, where), x)
 
 
 def softmax_cross_entropy_with_integer_labels(
-    logits,
-    labels,
-    axis=-1,
-    where=None,
-    *,
-    weights=None,
-    class_weights=None,
-    label_smoothing=0.0,
-    ignore_index=None,
+    logits, labels, axis=-1, where=None, *, weights=None, class_weights=None, label_smoothing=0.0, ignore_index=None
 ):
-    """Twin of `fcfunc.losses.softmax_cross_entropy_with_integer_labels`."""
+    """Reference implementation of `fcfunc.losses.softmax_cross_entropy_with_integer_labels`."""
     name = "softmax_cross_entropy_with_integer_labels"
     logits, where = _classes_last(_floating(name, logits), axis, where)
     _arguments.labels(name, labels, scores=logits)
-    _arguments.counting(name, jnp.shape(labels), where, weights, label_smoothing, logits=logits.shape)
+    _arguments.loss_options(name, jnp.shape(labels), where, weights, label_smoothing, logits=logits.shape)
     classes = where if where is not None and jnp.ndim(where) == logits.ndim else None
     rows = where if classes is None else jnp.any(classes, axis=-1)
     logits, hit, ignored, poison = _labelled(logits, as_array(labels), ignore_index, rows)
@@ -169,12 +150,12 @@ def softmax_cross_entropy_with_integer_labels(
 def softmax_cross_entropy(
     logits, labels, axis=-1, where=None, *, weights=None, class_weights=None, label_smoothing=0.0
 ):
-    """Twin of `fcfunc.losses.softmax_cross_entropy`."""
+    """Reference implementation of `fcfunc.losses.softmax_cross_entropy`."""
     name = "softmax_cross_entropy"
     _arguments.one_shape(name, logits=logits, labels=labels)
-    logits, where = _classes_last(wide(_floating(name, logits)), axis, where)
-    labels, _ = _classes_last(wide(_arguments.real_labels(name, labels, dtype=logits.dtype)), axis, None)
-    _arguments.counting(name, logits.shape[:-1], where, weights, label_smoothing, logits=logits.shape)
+    logits, where = _classes_last(upcast(_floating(name, logits)), axis, where)
+    labels, _ = _classes_last(upcast(_arguments.real_labels(name, labels, dtype=logits.dtype)), axis, None)
+    _arguments.loss_options(name, logits.shape[:-1], where, weights, label_smoothing, logits=logits.shape)
     classes = where if where is not None and jnp.ndim(where) == logits.ndim else None
     rows = where if classes is None else jnp.any(classes, axis=-1)
     if rows is None:
@@ -183,29 +164,27 @@ def softmax_cross_entropy(
     return jnp.where(rows, _cross_entropy(logits, labels, weights, class_weights, label_smoothing, classes), 0)
 
 
-def linear_softmax_cross_entropy(
-    x, w, b, labels, *, chunk_size=None, compute_dtype=None, round_cotangent=True, **options
-):
-    """Twin of `fcfunc.losses.linear_softmax_cross_entropy`: dense, whatever `chunk_size` says."""
-    del chunk_size, round_cotangent
+def linear_softmax_cross_entropy(x, w, b, labels, *, chunk_size=None, compute_dtype=None, **options):
+    """Reference implementation of `fcfunc.losses.linear_softmax_cross_entropy`: dense, whatever `chunk_size` says."""
+    del chunk_size
     counted = jnp.ones(labels.shape, bool) if options.get("where") is None else options["where"]
     if options.get("ignore_index") is not None:
         counted = counted & (labels != options["ignore_index"])
     x = jnp.where(jnp.expand_dims(counted, -1), x, 0)
-    logits = affine(x, w, b, compute_dtype=compute_dtype, out_dtype=accumulator(compute_dtype or x.dtype))
+    logits = affine(x, w, b, compute_dtype=compute_dtype, out_dtype=sum_dtype(compute_dtype or x.dtype))
     return softmax_cross_entropy_with_integer_labels(logits, labels, **options)
 
 
 def sigmoid_binary_cross_entropy(
     logits, labels, *, where=None, weights=None, positive_weights=None, label_smoothing=0.0
 ):
-    """Twin of `fcfunc.losses.sigmoid_binary_cross_entropy`."""
+    """Reference implementation of `fcfunc.losses.sigmoid_binary_cross_entropy`."""
     name = "sigmoid_binary_cross_entropy"
     _arguments.one_shape(name, logits=logits, labels=labels)
-    _arguments.counting(name, jnp.shape(logits), where, weights, label_smoothing)
-    z = wide(_floating(name, logits))
+    _arguments.loss_options(name, jnp.shape(logits), where, weights, label_smoothing)
+    z = upcast(_floating(name, logits))
     t = (
-        wide(_arguments.real_labels(name, labels, dtype=accumulator(jnp.result_type(logits)))) * (1 - label_smoothing)
+        upcast(_arguments.real_labels(name, labels, dtype=sum_dtype(jnp.result_type(logits)))) * (1 - label_smoothing)
         + label_smoothing / 2
     )
     if where is not None:
@@ -217,17 +196,17 @@ def sigmoid_binary_cross_entropy(
 
 
 def squared_error(predictions, targets=None):
-    """Twin of `fcfunc.losses.squared_error`."""
+    """Reference implementation of `fcfunc.losses.squared_error`."""
     predictions = _floating("squared_error", predictions)
-    y = wide(predictions)
+    y = upcast(predictions)
     if targets is None:
         return y**2
     _arguments.one_shape("squared_error", predictions=predictions, targets=targets)
-    return (y - wide(_arguments.real_labels("squared_error", targets, dtype=y.dtype))) ** 2
+    return (y - upcast(_arguments.real_labels("squared_error", targets, dtype=y.dtype))) ** 2
 
 
 def negative_log_likelihood(probs, labels, axis=-1, *, ignore_index=None):
-    """Twin of `fcfunc.losses.negative_log_likelihood`."""
+    """Reference implementation of `fcfunc.losses.negative_log_likelihood`."""
     probs, _ = _classes_last(_floating("negative_log_likelihood", probs), axis, None)
     _arguments.labels("negative_log_likelihood", labels, scores=probs)
     probs, hit, ignored, poison = _labelled(probs, as_array(labels), ignore_index)
@@ -238,7 +217,7 @@ def negative_log_likelihood(probs, labels, axis=-1, *, ignore_index=None):
 
 
 def multiclass_svm(scores, labels, axis=-1, *, margin=1.0):
-    """Twin of `fcfunc.losses.multiclass_svm`."""
+    """Reference implementation of `fcfunc.losses.multiclass_svm`."""
     scores, _ = _classes_last(_floating("multiclass_svm", scores), axis, None)
     _arguments.labels("multiclass_svm", labels, scores=scores)
     scores, hit, _, poison = _labelled(scores, as_array(labels), None)
@@ -252,9 +231,9 @@ def multiclass_svm(scores, labels, axis=-1, *, margin=1.0):
 
 
 def l2_penalty(params):
-    """Twin of `fcfunc.losses.l2_penalty`."""
+    """Reference implementation of `fcfunc.losses.l2_penalty`."""
     weights = [leaf for path, leaf in jax.tree.leaves_with_path(params) if getattr(path[-1], "key", None) == "w"]
-    return 0.5 * sum(jnp.sum(wide(w) ** 2) for w in weights)
+    return 0.5 * sum(jnp.sum(upcast(w) ** 2) for w in weights)
 
 
 def _floating(where, x):
@@ -265,7 +244,7 @@ def _floating(where, x):
 
 def _widened(where, fun, x):
     x = _floating(where, x)
-    return fun(wide(x)).astype(x.dtype)
+    return fun(upcast(x)).astype(x.dtype)
 
 
 def _classes_last(a, axis, where):
@@ -295,17 +274,17 @@ def _times_probability(x, cdf):
 
 def _moments(x, axes):
     """The mean, in two numbers as its rounding would count as variance, and the variance."""
-    mean = jnp.mean(wide(x), axis=axes, keepdims=True)
-    rest = jnp.mean(wide(x) - mean, axis=axes, keepdims=True)
-    return mean, rest, jnp.mean((wide(x) - mean - rest) ** 2, axis=axes, keepdims=True)
+    mean = jnp.mean(upcast(x), axis=axes, keepdims=True)
+    rest = jnp.mean(upcast(x) - mean, axis=axes, keepdims=True)
+    return mean, rest, jnp.mean((upcast(x) - mean - rest) ** 2, axis=axes, keepdims=True)
 
 
 def _normalised(x, mean, rest, var, scale, offset, eps):
     """`scale (x − mean − rest) / √(var + eps) + offset`; a variance that overflowed counts as NaN."""
     var = jnp.where(var == jnp.inf, jnp.nan, var)
     arrays = (mean, rest, var, scale, offset)
-    mean, rest, var, scale, offset = (jnp.broadcast_to(a.astype(wide(x).dtype), x.shape) for a in arrays)
-    return ((wide(x) - mean - rest) / jnp.sqrt(var + eps) * scale + offset).astype(x.dtype)
+    mean, rest, var, scale, offset = (jnp.broadcast_to(a.astype(upcast(x).dtype), x.shape) for a in arrays)
+    return ((upcast(x) - mean - rest) / jnp.sqrt(var + eps) * scale + offset).astype(x.dtype)
 
 
 def _log_softmax(x, axis, where=None):
@@ -343,7 +322,7 @@ def _labelled(scores, labels, ignore_index, where=None):
     Impossible labels make their scores NaN as well: setting the scores, and not only the loss, is what keeps a NaN out
     of the gradient of an ignored row, and in that of an impossible one.
     """
-    scores, classes = wide(scores), scores.shape[-1]
+    scores, classes = upcast(scores), scores.shape[-1]
     labels = labels.astype(jnp.int64 if labels.dtype.itemsize > 4 else jnp.int32)
     hit = jnp.expand_dims(labels, -1) == jax.lax.broadcasted_iota(labels.dtype, scores.shape, scores.ndim - 1)
     ignored = jnp.zeros(labels.shape, bool) if where is None else ~where

@@ -10,9 +10,10 @@ import optax
 import pytest
 
 import fcfunc
-from fcfunc import losses, mlp, reference, train
+from fcfunc import losses, reference, train
 from fcfunc.losses import _large_output
-from tests.table import slow
+from tests.helpers import temporaries
+from tests.rules import slow
 
 
 def draw(n, d, classes, *, scale=1.0, seed=0):
@@ -130,12 +131,9 @@ def test_bfloat16_operands_give_the_plain_losses_gradients_to_their_rounding():
     assert "f32[32,16] f32[16," not in text
 
 
-def temporaries(fun, *shapes):
+def memory_of_gradient(fun, *shapes):
     shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
-    grad = jax.jit(jax.value_and_grad(fun, argnums=(0, 1, 2)))
-    analysis = grad.lower(*shapes).compile().memory_analysis()
-    assert analysis is not None
-    return analysis.temp_size_in_bytes
+    return temporaries(jax.value_and_grad(fun, argnums=(0, 1, 2)), *shapes)
 
 
 def mean_of(loss):
@@ -144,14 +142,14 @@ def mean_of(loss):
 
 def test_it_needs_a_twentieth_of_the_dense_losses_temporaries():
     shapes = [((2048, 512), "float32"), ((512, 65536), "float32"), ((65536,), "float32"), ((2048,), "int32")]
-    chosen = temporaries(mean_of(losses.linear_softmax_cross_entropy), *shapes)
-    assert chosen <= temporaries(mean_of(dense), *shapes) / 20
+    chosen = memory_of_gradient(mean_of(losses.linear_softmax_cross_entropy), *shapes)
+    assert chosen <= memory_of_gradient(mean_of(dense), *shapes) / 20
 
 
 def test_a_million_classes_need_less_than_a_gigabyte_beside_weights_and_gradients():
     shapes = [((2048, 512), "float32"), ((512, 2**20), "float32"), ((2**20,), "float32"), ((2048,), "int32")]
-    assert temporaries(mean_of(losses.linear_softmax_cross_entropy), *shapes) < 2**30
-    assert temporaries(mean_of(dense), *shapes) > 8 * 10**9
+    assert memory_of_gradient(mean_of(losses.linear_softmax_cross_entropy), *shapes) < 2**30
+    assert memory_of_gradient(mean_of(dense), *shapes) > 8 * 10**9
 
 
 def test_few_logits_are_taken_densely_and_many_by_chunks():
@@ -163,21 +161,22 @@ def test_few_logits_are_taken_densely_and_many_by_chunks():
         return "scan" in str(jax.make_jaxpr(losses.linear_softmax_cross_entropy)(x, w, b, labels))
 
     assert not scans(128, 1000)
-    assert scans(2048, _large_output.DENSE_ELEMENTS // 2048 + 1)
+    assert scans(2048, _large_output.DENSE_MAX_LOGITS // 2048 + 1)
 
 
-def test_apply_and_the_train_step_use_it_by_one_argument():
-    params = fcfunc.init(jax.random.key(0), [6, 16, 40])
+def test_the_train_step_uses_it_on_the_features_of_a_network():
+    net = fcfunc.mlp([6, 16, 40])
+    params = net.init(jax.random.key(0))
     data = (jax.random.normal(jax.random.key(1), (64, 6)), jax.random.randint(jax.random.key(2), (64,), 0, 40))
 
     def plain(params, batch, key):
         x, y = batch
-        return jnp.mean(losses.softmax_cross_entropy_with_integer_labels(fcfunc.apply(params, x), y))
+        return jnp.mean(losses.softmax_cross_entropy_with_integer_labels(net.apply(params, x), y))
 
     def chunked(params, batch, key):
         x, y = batch
-        head = functools.partial(losses.linear_softmax_cross_entropy, labels=y, chunk_size=7)
-        return jnp.mean(fcfunc.apply(params, x, head=head))
+        h = net.features(params, x)
+        return jnp.mean(losses.linear_softmax_cross_entropy(h, **params[-1], labels=y, chunk_size=7))
 
     ends = []
     for loss_fn in (plain, chunked):
@@ -213,16 +212,19 @@ def test_wrong_arguments_are_refused_by_name(change, error, message, chunk_size)
         losses.linear_softmax_cross_entropy(**given)
 
 
-def test_a_head_takes_the_place_of_the_final_activation():
-    params = fcfunc.init(jax.random.key(0), [3, 4, 2])
-    with pytest.raises(ValueError, match="head takes the place of the last layer"):
-        fcfunc.apply(params, jnp.ones((5, 3)), head=lambda h, w, b: h, final_activation="softmax")
+@pytest.mark.parametrize("chunk_size", [3, None])
+def test_without_a_bias_it_is_the_loss_with_a_bias_of_zero(chunk_size):
+    x, w, labels = jnp.ones((2, 4)), jax.random.normal(jax.random.key(0), (4, 7)), jnp.array([0, 6])
+    expected = losses.linear_softmax_cross_entropy(x, w, jnp.zeros(7), labels, chunk_size=chunk_size)
+    got = losses.linear_softmax_cross_entropy(x, w, None, labels, chunk_size=chunk_size)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
 @pytest.mark.slow
-def test_a_stacked_network_feeds_it_too():
-    params = mlp.stack(fcfunc.init(jax.random.key(0), [4, 4, 4, 4, 9]))
+def test_the_features_of_a_stacked_network_are_its_input():
+    net = fcfunc.mlp([4, 4, 4, 4, 9])
+    params = fcfunc.stack(net.init(jax.random.key(0)))
     x, labels = jnp.ones((3, 4)), jnp.array([0, 8, 4])
-    head = functools.partial(losses.linear_softmax_cross_entropy, labels=labels, chunk_size=2)
-    expected = losses.softmax_cross_entropy_with_integer_labels(fcfunc.apply(params, x), labels)
-    np.testing.assert_allclose(fcfunc.apply(params, x, head=head), expected, rtol=1e-5)
+    expected = losses.softmax_cross_entropy_with_integer_labels(net.apply(params, x), labels)
+    got = losses.linear_softmax_cross_entropy(net.features(params, x), **params[-1], labels=labels, chunk_size=2)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)

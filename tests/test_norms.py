@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import fcfunc
-from fcfunc import mlp, ops, reference
+from fcfunc import ops, reference
 
 
 def normal(seed, *shape):
@@ -98,7 +98,7 @@ def test_bfloat16_activations_beside_float32_masters():
         (
             lambda: ops.layer_norm(jnp.ones((2, 3)), jnp.ones(4), jnp.ones(4)),
             ValueError,
-            r"scale \[features\] expected",
+            r"expected x \[..., features\] and scale \[features\]",
         ),
         (lambda: ops.layer_norm(jnp.ones((2, 3)), jnp.ones(3), jnp.ones(3), eps=0), ValueError, "eps must be above 0"),
         (lambda: ops.rms_norm(jnp.ones((2, 3), int), jnp.ones(3)), TypeError, "rms_norm: x must be of dtype"),
@@ -123,11 +123,13 @@ def batch_norm(x, state=None, **options):
 
 
 def test_a_network_with_batch_norm_carries_its_state_stacked_or_not():
-    params = fcfunc.init(jax.random.key(0), [6, 5, 5, 5, 3], norm="batch_norm")
+    net = fcfunc.mlp([6, 5, 5, 5, 3], norm="batch_norm")
+    params = net.init(jax.random.key(0))
     x = jnp.asarray(normal(0, 8, 6), jnp.float32)
-    out, state = fcfunc.apply_batch_norm(params, mlp.init_batch_norm_state(params), x, training=True)
-    stacked = mlp.stack(params)
-    stacked_out, stacked_state = fcfunc.apply_batch_norm(stacked, mlp.init_batch_norm_state(stacked), x, training=True)
+    out, state = net.apply_batch_norm(params, net.init_batch_norm_state(params), x, training=True)
+    stacked = fcfunc.stack(params)
+    start = net.init_batch_norm_state(stacked)
+    stacked_out, stacked_state = net.apply_batch_norm(stacked, start, x, training=True)
     np.testing.assert_allclose(stacked_out, out, rtol=1e-5, atol=1e-6)
     chex.assert_trees_all_close(stacked_state[0], state[0], rtol=1e-5)
     chex.assert_trees_all_close(
@@ -141,14 +143,13 @@ def test_a_network_with_batch_norm_carries_its_state_stacked_or_not():
 
 
 def test_a_state_that_does_not_fit_is_refused():
-    params = fcfunc.init(jax.random.key(0), [6, 5, 3], norm="batch_norm")
+    net = fcfunc.mlp([6, 5, 3], norm="batch_norm")
+    params = net.init(jax.random.key(0))
     with pytest.raises(ValueError, match="1 states expected, one per hidden entry of params, got 0"):
-        fcfunc.apply_batch_norm(params, [], jnp.ones((2, 6)), training=True)
+        net.apply_batch_norm(params, [], jnp.ones((2, 6)), training=True)
     wrong = [{"mean": jnp.zeros(4), "var": jnp.ones(4)}]
-    with pytest.raises(ValueError, match=r"layer 0: mean \[5\] expected in the state, got \[4\]"):
-        fcfunc.apply_batch_norm(params, wrong, jnp.ones((2, 6)), training=True)
-    with pytest.raises(ValueError, match="batch_norm has a state; use apply_batch_norm"):
-        fcfunc.apply(params, jnp.ones((2, 6)), norm="batch_norm")
+    with pytest.raises(ValueError, match=r"state 0: mean must be \[5\], got \[4\]"):
+        net.apply_batch_norm(params, wrong, jnp.ones((2, 6)), training=True)
 
 
 def test_a_mean_that_is_large_against_the_spread_is_no_variance():

@@ -1,12 +1,13 @@
 """What the operations promise beyond their gradients: residuals, conventions, errors."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from fcfunc import ops
-from tests.table import slow
+from tests.rules import slow
 
 
 def test_public_pairs_chain_by_hand_to_the_gradient():
@@ -17,9 +18,7 @@ def test_public_pairs_chain_by_hand_to_the_gradient():
     dx, dw, db = ops.affine_bwd(affine_residuals, *ops.relu_bwd(relu_residuals, g))
     expected_out, pull = jax.vjp(lambda x, w, b: jnp.maximum(x.reshape(6, 4) @ w + b[None], 0), x, w, b)
     np.testing.assert_allclose(out, expected_out, rtol=1e-6)
-    for got, expected in zip((dx, dw, db), pull(g), strict=True):
-        assert got.shape == expected.shape
-        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close((dx, dw, db), pull(g), rtol=1e-5, atol=1e-6)
 
 
 def test_bias_gradient_is_the_sum_over_every_batch_axis():
@@ -92,7 +91,7 @@ def test_a_wrong_axis_is_named():
     ],
 )
 def test_affine_names_all_three_shapes_of_a_misfit(x, w, b):
-    with pytest.raises(ValueError, match="affine: x .* expected, got x .*, w .*, b "):
+    with pytest.raises(ValueError, match="affine: expected x .*, got x .*, w .*, b "):
         ops.affine(jnp.ones(x), jnp.ones(w), jnp.ones(b))
 
 

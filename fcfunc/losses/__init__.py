@@ -10,62 +10,35 @@ class, never a finite number. Only the label given as `ignore_index` stands for 
 gradient 0, whatever its scores are. The mean over the other rows is then `sum(loss) / sum(labels != ignore_index)`.
 """
 
+# ruff: noqa: I001, RUF022  (one rule per line)
 from fcfunc.losses._cross_entropy import (
-    sigmoid_binary_cross_entropy,
-    sigmoid_binary_cross_entropy_bwd,
-    sigmoid_binary_cross_entropy_fwd,
-    softmax_cross_entropy,
-    softmax_cross_entropy_bwd,
-    softmax_cross_entropy_fwd,
+    sigmoid_binary_cross_entropy, sigmoid_binary_cross_entropy_fwd, sigmoid_binary_cross_entropy_bwd,
+    softmax_cross_entropy, softmax_cross_entropy_fwd, softmax_cross_entropy_bwd,
     softmax_cross_entropy_with_integer_labels,
-    softmax_cross_entropy_with_integer_labels_bwd,
     softmax_cross_entropy_with_integer_labels_fwd,
-)
+    softmax_cross_entropy_with_integer_labels_bwd,
+)  # fmt: skip
 from fcfunc.losses._large_output import (
-    linear_softmax_cross_entropy,
-    linear_softmax_cross_entropy_bwd,
-    linear_softmax_cross_entropy_fwd,
-)
+    linear_softmax_cross_entropy, linear_softmax_cross_entropy_fwd, linear_softmax_cross_entropy_bwd,
+)  # fmt: skip
 from fcfunc.losses._simple import (
-    l2_penalty,
-    l2_penalty_bwd,
-    l2_penalty_fwd,
+    l2_penalty, l2_penalty_fwd, l2_penalty_bwd,
     mean,
-    multiclass_svm,
-    multiclass_svm_bwd,
-    multiclass_svm_fwd,
-    negative_log_likelihood,
-    negative_log_likelihood_bwd,
-    negative_log_likelihood_fwd,
-    squared_error,
-    squared_error_bwd,
-    squared_error_fwd,
-)
+    multiclass_svm, multiclass_svm_fwd, multiclass_svm_bwd,
+    negative_log_likelihood, negative_log_likelihood_fwd, negative_log_likelihood_bwd,
+    squared_error, squared_error_fwd, squared_error_bwd,
+)  # fmt: skip
 
 __all__ = [
-    "l2_penalty",
-    "l2_penalty_bwd",
-    "l2_penalty_fwd",
-    "linear_softmax_cross_entropy",
-    "linear_softmax_cross_entropy_bwd",
-    "linear_softmax_cross_entropy_fwd",
+    "l2_penalty", "l2_penalty_fwd", "l2_penalty_bwd",
+    "linear_softmax_cross_entropy", "linear_softmax_cross_entropy_fwd", "linear_softmax_cross_entropy_bwd",
     "mean",
-    "multiclass_svm",
-    "multiclass_svm_bwd",
-    "multiclass_svm_fwd",
-    "negative_log_likelihood",
-    "negative_log_likelihood_bwd",
-    "negative_log_likelihood_fwd",
-    "sigmoid_binary_cross_entropy",
-    "sigmoid_binary_cross_entropy_bwd",
-    "sigmoid_binary_cross_entropy_fwd",
-    "softmax_cross_entropy",
-    "softmax_cross_entropy_bwd",
-    "softmax_cross_entropy_fwd",
+    "multiclass_svm", "multiclass_svm_fwd", "multiclass_svm_bwd",
+    "negative_log_likelihood", "negative_log_likelihood_fwd", "negative_log_likelihood_bwd",
+    "sigmoid_binary_cross_entropy", "sigmoid_binary_cross_entropy_fwd", "sigmoid_binary_cross_entropy_bwd",
+    "softmax_cross_entropy", "softmax_cross_entropy_fwd", "softmax_cross_entropy_bwd",
     "softmax_cross_entropy_with_integer_labels",
-    "softmax_cross_entropy_with_integer_labels_bwd",
     "softmax_cross_entropy_with_integer_labels_fwd",
-    "squared_error",
-    "squared_error_bwd",
-    "squared_error_fwd",
-]
+    "softmax_cross_entropy_with_integer_labels_bwd",
+    "squared_error", "squared_error_fwd", "squared_error_bwd",
+]  # fmt: skip

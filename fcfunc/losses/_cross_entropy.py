@@ -1,4 +1,4 @@
-"""Cross-entropies, with hand-written backward rules; `fcfunc.losses` has them as well.
+"""Cross-entropies. Each rule is the core of its formula; weights, masks and smoothing are plain JAX around it.
 
 The softmax cross-entropies and the binary one take optax's arguments in optax's order, and share further options.
 `where` masks rows, or single logits: a masked row has zero loss and zero gradient, even if it contains NaN. `weights`
@@ -6,7 +6,6 @@ multiply the losses of rows, `class_weights` those of classes, and `label_smooth
 over the classes. `losses.mean` takes the mean over the rows that are not masked.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -14,21 +13,22 @@ import jax.numpy as jnp
 
 from fcfunc import _arguments, _layout
 from fcfunc._arguments import as_array
-from fcfunc._rule import accumulator, rule, wide
+from fcfunc._rule import rule, sum_dtype, upcast
 from fcfunc.losses._labels import (
+    across,
+    as_index,
+    at_label,
     classes_last,
-    counts,
-    each_score,
-    hit,
-    label_targets,
+    counted_rows,
+    is_label,
     log_sum_exp,
-    masked,
-    minus_targets,
-    pick,
-    settle,
-    surprise,
-    times_class,
-    weighted,
+    mul_zero_inf,
+    nan_if_impossible,
+    neg_log_prob,
+    per_class,
+    per_row,
+    weighted_rows,
+    zero_uncounted,
 )
 
 
@@ -63,9 +63,9 @@ def softmax_cross_entropy_with_integer_labels(
       ignore_index: the label of rows to mask; None (the default) if every label is a class.
 
     Returns:
-      One loss per row, in nats. Saved for the backward pass: the arguments, which the caller holds anyway, and four
-      numbers per row, of which two are the maximum and the logarithm of the shifted sum. Their sum, the log-sum-exp,
-      would be rounded to the size of the logits; apart they keep the probabilities exact.
+      One loss per row, in nats. Saved for the backward pass: the arguments, which the caller usually holds anyway, and
+      two numbers per row, the maximum and the logarithm of the shifted sum. Their sum, the log-sum-exp, would be
+      rounded to the size of the logits; kept apart, they preserve the probabilities.
 
     Raises:
       TypeError: float labels, or logits or weights that are not floating-point; `where` that is not boolean.
@@ -79,61 +79,44 @@ def softmax_cross_entropy_with_integer_labels(
       Array([0.6931472,       nan], dtype=float32)
     """
     name = "softmax_cross_entropy_with_integer_labels"
-    label_smoothing = _arguments.number(name, label_smoothing=label_smoothing)
     _arguments.ignored_label(name, ignore_index)
     logits, where = classes_last(name, axis, logits=logits, where=where)
-    _check_labelled(name, logits, labels, where, weights, class_weights, label_smoothing)
-    logits, (labels, weights), class_weights = _laid(logits, (labels, weights), class_weights)
-    options = {"label_smoothing": label_smoothing}
-    if where is not None and jnp.ndim(where) == logits.ndim:
-        return _of_unmasked_classes(logits, labels, where, weights, class_weights, ignore_index, **options)
-    _, (where,), _ = _laid(logits, (where,), None)
-    logits = masked(logits, labels, ignore_index=ignore_index, where=where)
-    return _softmax_cross_entropy_with_integer_labels(
-        logits, labels, where, weights, class_weights, ignore_index=ignore_index, **options
-    )
-
-
-def softmax_cross_entropy_with_integer_labels_fwd(
-    logits, labels, where=None, weights=None, class_weights=None, *, label_smoothing=0.0, ignore_index=None
-):
-    """`(loss, residuals)` of `softmax_cross_entropy_with_integer_labels`."""
-    name = "softmax_cross_entropy_with_integer_labels"
-    _check_labelled(name, logits, labels, where, weights, class_weights, label_smoothing)
-    classes = logits.shape[-1]
-    shifted, row_max, log_sum = log_sum_exp(logits)
-    own_weight = jnp.ones_like(log_sum) if class_weights is None else pick(class_weights, labels)
-    # ℓ = r ((1 − ε) u_y (−log p_y) + ε/C Σ u (−log p))
-    surprise_of_row = weighted(own_weight, log_sum - pick(shifted, labels))
-    if label_smoothing:
-        of_all = weighted(times_class(jnp.ones_like(shifted), class_weights), jnp.expand_dims(log_sum, -1) - shifted)
-        spread = label_smoothing / max(classes, 1)
-        surprise_of_row = (1 - label_smoothing) * surprise_of_row + spread * jnp.sum(of_all, axis=-1)
-    # Settled before the weights as well as after: neither a NaN of the row nor one of its weight leaves a masked row.
-    settled = functools.partial(settle, labels=labels, classes=classes, ignore_index=ignore_index, where=where)
-    surprise_of_row = settled(surprise_of_row)
-    loss = settled(_scaled(surprise_of_row, weights))
-    return loss, (logits, labels, where, weights, class_weights, row_max, log_sum, own_weight, surprise_of_row)
-
-
-def softmax_cross_entropy_with_integer_labels_bwd(residuals, g, *, label_smoothing=0.0, ignore_index=None):
-    """Cotangents `(dlogits, None, None, dweights, dclass_weights)`; labels and booleans have no gradient."""
-    logits, labels, where, weights, class_weights, row_max, log_sum, own_weight, surprise_of_row = residuals
-    hits, classes = hit(logits, labels), logits.shape[-1]
-    settled = functools.partial(settle, labels=labels, classes=classes, ignore_index=ignore_index, where=where)
-    gr = _scaled(g, weights)
-    # dz = g r (p Σ u t − u t), p = exp(z − max z − log Σ exp(z − max z)); plainly it is g (p − onehot(y))
-    surprises = surprise(logits, row_max, log_sum)
-    p = jnp.exp(-surprises)
-    dlogits = each_score(gr, p) * minus_targets(p, hits, own_weight, class_weights, label_smoothing, classes)
-    # dr = g Σ u t (−log p), du = Σ g r t (−log p) over the rows
-    dweights = dclass_weights = None
-    if weights is not None:
-        dweights = settled(g * surprise_of_row).astype(weights.dtype)
+    _arguments.floating(name, logits=logits)
+    _arguments.labels(name, labels, scores=logits)
+    shape = jnp.shape(logits)
+    smoothing = _arguments.loss_options(name, shape[:-1], where, weights, label_smoothing, logits=shape)
+    _arguments.class_weights(name, class_weights, shape[-1])
+    logits = as_array(logits)
+    labels, weights, class_weights = per_row(labels, logits), per_row(weights, logits), per_class(class_weights, logits)
+    logits, allowed, where = _without_masked_classes(logits, where)
+    counted, labels = counted_rows(labels, where, ignore_index), as_index(labels)
+    if allowed is not None:
+        labels = jnp.where(at_label(allowed.astype(logits.dtype), labels) > 0, labels, -1)
+    logits, labels = zero_uncounted(logits, counted), zero_uncounted(labels, counted)
+    loss = _softmax_cross_entropy_with_integer_labels(logits, labels)
     if class_weights is not None:
-        by_class = weighted(label_targets(hits, label_smoothing, classes, p.dtype), surprises)
-        dclass_weights = _over_rows(settled(each_score(gr, p) * by_class)).astype(class_weights.dtype)
-    return settled(dlogits).astype(logits.dtype), None, None, dweights, dclass_weights
+        loss = mul_zero_inf(at_label(class_weights, labels).astype(loss.dtype), loss)
+    if smoothing:
+        rest = _smoothed(jnp.zeros_like(upcast(logits)), smoothing, allowed)
+        loss = (1 - smoothing) * loss + _softmax_cross_entropy(logits, rest, class_weights)
+    return weighted_rows(loss, weights, counted)
+
+
+def softmax_cross_entropy_with_integer_labels_fwd(logits, labels):
+    """`(loss, residuals)` of `softmax_cross_entropy_with_integer_labels` without options."""
+    # ℓ = −log p_y = log Σ exp(z − max z) − (z_y − max z)
+    shifted, row_max, log_sum = log_sum_exp(logits)
+    loss = nan_if_impossible(log_sum - at_label(shifted, labels), labels, logits.shape[-1])
+    return loss, (logits, labels, row_max, log_sum)
+
+
+def softmax_cross_entropy_with_integer_labels_bwd(residuals, g):
+    """Cotangents `(dlogits, None)` of `softmax_cross_entropy_with_integer_labels`: labels have no gradient."""
+    logits, labels, row_max, log_sum = residuals
+    # dz = g (p − onehot(y))
+    p = jnp.exp(-neg_log_prob(logits, row_max, log_sum))
+    dlogits = across(g, p) * jnp.where(is_label(p, labels), p - 1, p)
+    return nan_if_impossible(dlogits, labels, p.shape[-1]).astype(logits.dtype), None
 
 
 _softmax_cross_entropy_with_integer_labels = rule(
@@ -170,7 +153,8 @@ def softmax_cross_entropy(
       label_smoothing: `ε`, in [0, 1]: how much of each label is spread evenly over the classes that are not masked.
 
     Returns:
-      One loss per row, in nats. Saved for the backward pass: the arguments and two numbers per row.
+      One loss per row, in nats. Saved for the backward pass: the arguments, with smoothed labels instead of `labels`,
+      and two numbers per row.
 
     Raises:
       TypeError: `logits` or weights are not floating-point, or `labels` not numbers; `where` that is not boolean.
@@ -184,53 +168,47 @@ def softmax_cross_entropy(
       Array([0.6931472], dtype=float32)
     """
     name = "softmax_cross_entropy"
-    label_smoothing = _arguments.number(name, label_smoothing=label_smoothing)
     _arguments.floating(name, logits=logits)
-    labels = _arguments.real_labels(name, labels, dtype=accumulator(jnp.result_type(logits)))
+    labels = _arguments.real_labels(name, labels, dtype=sum_dtype(jnp.result_type(logits)))
     _arguments.one_shape(name, logits=logits, labels=labels)
     logits, labels, where = classes_last(name, axis, logits=logits, labels=labels, where=where)
-    _check_distribution(logits, labels, where, weights, class_weights, label_smoothing)
-    logits, (weights,), class_weights = _laid(logits, (weights,), class_weights)
-    labels = _layout.laid_like(labels, logits)
-    if where is not None and jnp.ndim(where) == logits.ndim:
-        logits, labels, where = _unmasked_classes(logits, labels, where, label_smoothing)
-        label_smoothing = 0.0
-    _, (where,), _ = _laid(logits, (where,), None)
-    logits, labels = masked(logits, where=where), masked(labels, where=where)
-    return _softmax_cross_entropy(logits, labels, where, weights, class_weights, label_smoothing=label_smoothing)
+    shape = jnp.shape(logits)
+    smoothing = _arguments.loss_options(name, shape[:-1], where, weights, label_smoothing, logits=shape)
+    _arguments.class_weights(name, class_weights, shape[-1])
+    logits = as_array(logits)
+    labels = _layout.reshard_like(labels, logits)
+    weights, class_weights = per_row(weights, logits), per_class(class_weights, logits)
+    logits, allowed, where = _without_masked_classes(logits, where)
+    if allowed is not None:
+        labels = jnp.where(allowed, labels, 0)
+    logits, labels = zero_uncounted(logits, where), zero_uncounted(labels, where)
+    labels = _smoothed(upcast(labels), smoothing, allowed) if smoothing else labels
+    return weighted_rows(_softmax_cross_entropy(logits, labels, class_weights), weights, where)
 
 
-def softmax_cross_entropy_fwd(logits, labels, where=None, weights=None, class_weights=None, *, label_smoothing=0.0):
-    """`(loss, residuals)` of `softmax_cross_entropy`."""
-    _check_distribution(logits, labels, where, weights, class_weights, label_smoothing)
+def softmax_cross_entropy_fwd(logits, labels, class_weights=None):
+    """`(loss, residuals)` of `softmax_cross_entropy` with no options but `class_weights`."""
+    # ℓ = Σ u t (−log p)
     shifted, row_max, log_sum = log_sum_exp(logits)
-    smoothed = times_class(_smoothed(wide(labels), label_smoothing, logits.shape[-1]), class_weights)
-    loss = _scaled(jnp.sum(weighted(smoothed, jnp.expand_dims(log_sum, -1) - shifted), axis=-1), weights)
-    return masked(loss, where=where), (logits, labels, where, weights, class_weights, row_max, log_sum)
+    targets = _scale_classes(upcast(labels), class_weights)
+    loss = jnp.sum(mul_zero_inf(targets, jnp.expand_dims(log_sum, -1) - shifted), axis=-1)
+    return loss, (logits, labels, class_weights, row_max, log_sum)
 
 
-def softmax_cross_entropy_bwd(residuals, g, *, label_smoothing=0.0):
-    """Cotangents `(dlogits, dlabels, None, dweights, dclass_weights)` of `softmax_cross_entropy`."""
-    logits, labels, where, weights, class_weights, row_max, log_sum = residuals
-    wide_labels = wide(labels)
-    unweighted = _smoothed(wide_labels, label_smoothing, logits.shape[-1])
-    weighted_labels = times_class(unweighted, class_weights)
-    surprises, gr = surprise(logits, row_max, log_sum), _scaled(g, weights)
-    # dz = g r (p Σ u t − u t), p = exp(z − max z − log Σ exp(z − max z))
-    total = jnp.sum(weighted_labels, axis=-1, keepdims=True)
-    dlogits = each_score(gr, logits) * (jnp.exp(-surprises) * total - weighted_labels)
-    # dt = g r (1 − ε) u (−log p)
-    u = times_class(each_score(gr, surprises), class_weights)
-    dlabels = (1 - label_smoothing) * weighted(u, surprises)
-    # dr = g Σ u t (−log p), du = Σ g r t (−log p) over the rows
-    dweights = dclass_weights = None
-    if weights is not None:
-        dweights = masked(g * jnp.sum(weighted(weighted_labels, surprises), axis=-1), where=where).astype(weights.dtype)
+def softmax_cross_entropy_bwd(residuals, g):
+    """Cotangents `(dlogits, dlabels, dclass_weights)` of `softmax_cross_entropy`."""
+    logits, labels, class_weights, row_max, log_sum = residuals
+    targets, neg_log_p = _scale_classes(upcast(labels), class_weights), neg_log_prob(logits, row_max, log_sum)
+    g_ = across(g, neg_log_p)
+    # dz = g (p Σ u t − u t)
+    dlogits = g_ * (jnp.exp(-neg_log_p) * jnp.sum(targets, axis=-1, keepdims=True) - targets)
+    # dt = g u (−log p)
+    dlabels = mul_zero_inf(_scale_classes(g_, class_weights), neg_log_p)
+    # du = Σ g t (−log p) over the rows
+    du = None
     if class_weights is not None:
-        by_class = each_score(gr, logits) * weighted(unweighted, surprises)
-        dclass_weights = _over_rows(masked(by_class, where=where)).astype(class_weights.dtype)
-    dlogits, dlabels = masked(dlogits, where=where), masked(dlabels, where=where)
-    return dlogits.astype(logits.dtype), dlabels.astype(labels.dtype), None, dweights, dclass_weights
+        du = _sum_rows(g_ * mul_zero_inf(upcast(labels), neg_log_p)).astype(class_weights.dtype)
+    return dlogits.astype(logits.dtype), dlabels.astype(labels.dtype), du
 
 
 _softmax_cross_entropy = rule(softmax_cross_entropy_fwd, softmax_cross_entropy_bwd)
@@ -278,131 +256,78 @@ def sigmoid_binary_cross_entropy(
       Array([0.6931472, 0.       ], dtype=float32)
     """
     name = "sigmoid_binary_cross_entropy"
-    label_smoothing = _arguments.number(name, label_smoothing=label_smoothing)
     _arguments.floating(name, logits=logits)
-    labels = _arguments.real_labels(name, labels, dtype=accumulator(jnp.result_type(logits)))
-    _check_binary(logits, labels, where, weights, positive_weights, label_smoothing)
-    logits, _, positive_weights = _laid(logits, (), positive_weights)
-    _, (labels, where, weights), _ = _laid(logits, (labels, where, weights), None, axes=logits.ndim)
-    logits, labels = masked(logits, where=where), masked(labels, where=where)
-    return _sigmoid_binary_cross_entropy(
-        logits, labels, where, weights, positive_weights, label_smoothing=label_smoothing
-    )
-
-
-def sigmoid_binary_cross_entropy_fwd(
-    logits, labels, where=None, weights=None, positive_weights=None, *, label_smoothing=0.0
-):
-    """`(loss, residuals)` of `sigmoid_binary_cross_entropy`."""
-    _check_binary(logits, labels, where, weights, positive_weights, label_smoothing)
-    loss = _binary(wide(logits), wide(labels), positive_weights, label_smoothing)
-    return masked(_scaled(loss, weights), where=where), (logits, labels, where, weights, positive_weights)
-
-
-def sigmoid_binary_cross_entropy_bwd(residuals, g, *, label_smoothing=0.0):
-    """Cotangents `(dlogits, dlabels, None, dweights, dpositive_weights)` of `sigmoid_binary_cross_entropy`."""
-    logits, labels, where, weights, positive_weights = residuals
-    z, t = wide(logits), _smoothed(wide(labels), label_smoothing, 2)
-    gr = _scaled(g, weights)
-    # dz = g r ((1 − t) σ(z) − q t σ(−z)), which for q = 1 is g r (σ(z) − t), but loses no digits where σ(z) is near t
-    dlogits = gr * ((1 - t) * jax.lax.logistic(z) - times_class(t * jax.lax.logistic(-z), positive_weights))
-    # dt = g r (1 − ε) (q softplus(−z) − softplus(z)), for q = 1 it is −g r (1 − ε) z
-    both = -z if positive_weights is None else times_class(jax.nn.softplus(-z), positive_weights) - jax.nn.softplus(z)
-    dlabels = (1 - label_smoothing) * gr * both
-    dweights = dpositive = None
-    if weights is not None:
-        loss = _binary(z, wide(labels), positive_weights, label_smoothing)
-        dweights = masked(g * loss, where=where).astype(weights.dtype)
+    labels = _arguments.real_labels(name, labels, dtype=sum_dtype(jnp.result_type(logits)))
+    _arguments.one_shape(name, logits=logits, labels=labels)
+    smoothing = _arguments.loss_options(name, jnp.shape(logits), where, weights, label_smoothing)
     if positive_weights is not None:
-        dpositive = _over_rows(masked(gr * weighted(t, jax.nn.softplus(-z)), where=where)).astype(
-            positive_weights.dtype
-        )
-    dlogits, dlabels = masked(dlogits, where=where), masked(dlabels, where=where)
-    return dlogits.astype(logits.dtype), dlabels.astype(labels.dtype), None, dweights, dpositive
+        _arguments.axis(name, -1, logits=logits)
+        _arguments.class_weights(name, positive_weights, jnp.shape(logits)[-1], name="positive_weights")
+    logits = as_array(logits)
+    labels, where, weights = (_like(a, logits) for a in (labels, where, weights))
+    logits, labels = zero_uncounted(logits, where), zero_uncounted(labels, where)
+    if smoothing:
+        labels = (1 - smoothing) * upcast(labels) + smoothing / 2
+    loss = _sigmoid_binary_cross_entropy(logits, labels, per_class(positive_weights, logits))
+    return weighted_rows(loss, weights, where)
+
+
+def sigmoid_binary_cross_entropy_fwd(logits, labels, positive_weights=None):
+    """`(loss, residuals)` of `sigmoid_binary_cross_entropy` with no options but `positive_weights`."""
+    # ℓ = q t softplus(−z) + (1 − t) softplus(z)
+    z, t = upcast(logits), upcast(labels)
+    positive = mul_zero_inf(_scale_classes(t, positive_weights), jax.nn.softplus(-z))
+    return positive + mul_zero_inf(1 - t, jax.nn.softplus(z)), (logits, labels, positive_weights)
+
+
+def sigmoid_binary_cross_entropy_bwd(residuals, g):
+    """Cotangents `(dlogits, dlabels, dpositive_weights)` of `sigmoid_binary_cross_entropy`."""
+    logits, labels, positive_weights = residuals
+    z, t = upcast(logits), upcast(labels)
+    # dz = g ((1 − t) σ(z) − q t σ(−z)), which for q = 1 is g (σ(z) − t), but loses no digits where σ(z) is near t
+    dlogits = g * ((1 - t) * jax.lax.logistic(z) - _scale_classes(t * jax.lax.logistic(-z), positive_weights))
+    if positive_weights is None:
+        # dt = g (softplus(−z) − softplus(z)) = −g z
+        return dlogits.astype(logits.dtype), (-g * z).astype(labels.dtype), None
+    # dt = g (q softplus(−z) − softplus(z)), dq = Σ g t softplus(−z) over the rows
+    dlabels = g * (_scale_classes(jax.nn.softplus(-z), positive_weights) - jax.nn.softplus(z))
+    dq = _sum_rows(g * mul_zero_inf(t, jax.nn.softplus(-z)))
+    return dlogits.astype(logits.dtype), dlabels.astype(labels.dtype), dq.astype(positive_weights.dtype)
 
 
 _sigmoid_binary_cross_entropy = rule(sigmoid_binary_cross_entropy_fwd, sigmoid_binary_cross_entropy_bwd)
 
 
-def _check_labelled(name, logits, labels, where, weights, class_weights, label_smoothing):
-    _arguments.floating(name, logits=logits)
-    _arguments.labels(name, labels, scores=logits)
-    _arguments.counting(name, jnp.shape(labels), where, weights, label_smoothing, logits=jnp.shape(logits))
-    _arguments.class_weights(name, class_weights, jnp.shape(logits)[-1])
+def _without_masked_classes(logits, where):
+    """`(logits, allowed, rows)`: a mask of single logits as `allowed` and the rows that have any, of rows as `rows`."""
+    if where is None or jnp.ndim(where) < logits.ndim:
+        return logits, None, per_row(where, logits)
+    allowed = _layout.reshard_like(as_array(where), logits)
+    rows = jnp.any(allowed, axis=-1)
+    # So far below the row's largest that the exponential is 0. With -inf a second derivative would meet 0 · inf.
+    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, initial=-jnp.inf, where=allowed))
+    far_below = jnp.where(rows, largest - (jnp.abs(largest) + 1e4), 0)
+    return jnp.where(allowed, logits, across(far_below, logits)), allowed, rows
 
 
-def _check_distribution(logits, labels, where, weights, class_weights, label_smoothing):
-    name = "softmax_cross_entropy"
-    _arguments.floating(name, logits=logits, labels=labels)
-    _arguments.one_shape(name, logits=logits, labels=labels)
-    _arguments.axis(name, -1, logits=logits)
-    shape = jnp.shape(logits)
-    _arguments.counting(name, shape[:-1], where, weights, label_smoothing, logits=shape)
-    _arguments.class_weights(name, class_weights, shape[-1])
+def _smoothed(labels, smoothing, allowed):
+    """`(1 − ε) t + ε / C`, in rows with masked classes with the number of the others as `C`."""
+    if allowed is None:
+        return (1 - smoothing) * labels + smoothing / max(labels.shape[-1], 1)
+    classes = jnp.maximum(jnp.sum(allowed, axis=-1, dtype=labels.dtype), 1)
+    return jnp.where(allowed, (1 - smoothing) * labels + across(smoothing / classes, labels), 0)
 
 
-def _check_binary(logits, labels, where, weights, positive_weights, label_smoothing):
-    name = "sigmoid_binary_cross_entropy"
-    _arguments.floating(name, logits=logits, labels=labels)
-    _arguments.one_shape(name, logits=logits, labels=labels)
-    _arguments.counting(name, jnp.shape(logits), where, weights, label_smoothing)
-    if positive_weights is not None:
-        _arguments.axis(name, -1, logits=logits)
-        _arguments.class_weights(name, positive_weights, jnp.shape(logits)[-1], name="positive_weights")
-
-
-def _unmasked_classes(logits, labels, where, label_smoothing):
-    """`(logits, labels, rows)` that give masked logits no part in the loss, and the rows that have any other.
-
-    Smoothing is done here: it spreads over as many classes as the row has.
-    """
-    where = _layout.laid_like(as_array(where), logits)
-    rows = jnp.any(where, axis=-1)
-    classes = jnp.maximum(jnp.sum(where, axis=-1, dtype=jnp.float32), 1)
-    smoothed = _smoothed(wide(labels), label_smoothing, each_score(classes, logits).astype(wide(labels).dtype))
-    labels = jnp.where(where, smoothed if label_smoothing else labels, 0)
-    # So far below the row's largest that its exponential is 0. With -inf a second derivative would meet 0 · inf.
-    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, initial=-jnp.inf, where=where))
-    far_below = each_score(jnp.where(rows, largest - (jnp.abs(largest) + 1e4), 0), logits)
-    return jnp.where(where, logits, far_below), labels, rows
-
-
-def _of_unmasked_classes(logits, labels, where, weights, class_weights, ignore_index, *, label_smoothing):
-    """The loss of integer labels where single logits are masked: that of one-hot labels, NaN for impossible ones."""
-    hits = hit(logits, labels)
-    counted = counts(labels, ignore_index=ignore_index, where=jnp.any(where, axis=-1))
-    possible = jnp.any(hits & where, axis=-1) | ~counted
-    one_hot = jnp.where(each_score(possible, logits), hits.astype(wide(logits).dtype), jnp.nan)
-    where = where & each_score(counted, logits)
-    return softmax_cross_entropy(
-        logits, one_hot, where=where, weights=weights, class_weights=class_weights, label_smoothing=label_smoothing
+def _scale_classes(values, class_weights):
+    """Values per score times the weights of their classes."""
+    return (
+        values if class_weights is None else values * jnp.broadcast_to(class_weights.astype(values.dtype), values.shape)
     )
 
 
-def _laid(logits, of_rows, of_classes, axes=None) -> Any:
-    """Arrays, those with a number per row (the first `axes`) laid as rows, those with one per class as classes."""
-    logits = as_array(logits)
-    rows = tuple(range(logits.ndim - 1 if axes is None else axes))
-    of_rows = tuple(None if a is None else _layout.laid_along(as_array(a), logits, rows) for a in of_rows)
-    return logits, of_rows, None if of_classes is None else _layout.laid_along(as_array(of_classes), logits, (-1,))
+def _like(a, logits) -> Any:
+    return None if a is None else _layout.reshard_like_axes(as_array(a), logits, tuple(range(logits.ndim)))
 
 
-def _smoothed(labels, smoothing, classes):
-    """`(1 − ε) t + ε / C`; `classes` may be an array, of rows with different numbers of classes."""
-    if not smoothing:
-        return labels
-    return (1 - smoothing) * labels + smoothing / (classes if isinstance(classes, jax.Array) else max(classes, 1))
-
-
-def _binary(z, labels, positive_weights, smoothing):
-    t = _smoothed(labels, smoothing, 2)
-    positive = weighted(times_class(t, positive_weights), jax.nn.softplus(-z))
-    return positive + weighted(1 - t, jax.nn.softplus(z))
-
-
-def _scaled(value, weights):
-    return value if weights is None else weighted(weights.astype(value.dtype), value)
-
-
-def _over_rows(value):
-    return jnp.sum(value, axis=tuple(range(value.ndim - 1)))
+def _sum_rows(values):
+    return jnp.sum(values, axis=tuple(range(values.ndim - 1)))

@@ -1,4 +1,4 @@
-"""Rows of scores and their labels: which score is the label's, which rows count, and sums that do not overflow."""
+"""Scores and their labels: which score is the label's, which rows count, and logarithms that do not overflow."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from fcfunc import _arguments, _layout
 from fcfunc._arguments import as_array
-from fcfunc._rule import wide
+from fcfunc._rule import upcast
 
 
 def classes_last(name: str, axis, /, **arrays) -> Any:
@@ -29,116 +29,105 @@ def classes_last(name: str, axis, /, **arrays) -> Any:
     return tuple(map(moved, arrays.values()))
 
 
-def hit(scores, labels, start=0):
-    """Where a score is its row's label, `start` being the class of the first score.
+def per_row(a, scores) -> Any:
+    """`a`, one number per row of the scores, sharded like the rows; None stays None."""
+    return None if a is None else _layout.reshard_like_axes(as_array(a), scores, tuple(range(scores.ndim - 1)))
 
-    An iota is compared, not gathered: it works on scores sharded by class.
+
+def per_class(a, scores) -> Any:
+    """`a`, one number per class, sharded like the classes; None stays None."""
+    return None if a is None else _layout.reshard_like_axes(as_array(a), scores, (-1,))
+
+
+def as_index(labels):
+    """Labels in a signed dtype of at least 32 bits: `arange(200)` in int8 would wrap and hit the wrong class."""
+    if labels.dtype == jnp.uint32:
+        labels = jnp.minimum(labels, jnp.iinfo(jnp.int32).max)
+    return labels.astype(jnp.int64 if labels.dtype.itemsize > 4 else jnp.int32)
+
+
+def is_label(scores, labels, start=0):
+    """Whether a score is its row's label, `start` being the class of the first score: the one-hot labels.
+
+    The comparison with an iota also works on scores that are sharded by class, where a gather would not.
     """
-    labels, laid = _index(labels), _layout.explicit_sharding(scores)
-    classes = jax.lax.broadcasted_iota(labels.dtype, scores.shape, scores.ndim - 1, out_sharding=laid)
-    each = jax.lax.broadcast_in_dim(labels, scores.shape, range(labels.ndim), out_sharding=laid)
-    return each == classes + jnp.asarray(start, labels.dtype)
+    labels, sharding = as_index(labels), _layout.explicit_sharding(scores)
+    classes = jax.lax.broadcasted_iota(labels.dtype, scores.shape, scores.ndim - 1, out_sharding=sharding)
+    label_of_row = jax.lax.broadcast_in_dim(labels, scores.shape, range(labels.ndim), out_sharding=sharding)
+    return label_of_row == classes + jnp.asarray(start, labels.dtype)
 
 
-def settle(value, labels, classes, *, ignore_index=None, where=None):
-    """`value`, a number per row or per score: NaN in rows of impossible labels, 0 in rows that do not count."""
-    labels = _index(labels)
+def at_label(values, labels, start=0):
+    """The value at each row's label, from values per score or per class; 0 if the label is not among them.
+
+    The value is gathered, except on an Explicit mesh, where JAX has no such gather; there the others are masked and
+    summed, which XLA's CPU backend would do in two passes over memory.
+    """
+    index, size = as_index(labels), values.shape[-1]
+    index = index - jnp.asarray(start, index.dtype)
+    if not size or _layout.explicit_sharding(values) is not None or _layout.explicit_sharding(labels) is not None:
+        values = jnp.broadcast_to(upcast(values), (*labels.shape, size))
+        return jnp.sum(jnp.where(is_label(values, labels, start), values, 0), axis=-1)
+    inside, index = (index >= 0) & (index < size), jnp.clip(index, 0, size - 1)
+    if values.ndim == 1:
+        value = values.at[index].get(mode="promise_in_bounds")
+    else:
+        value = jnp.take_along_axis(values, jnp.expand_dims(index, -1), axis=-1, mode="promise_in_bounds")[..., 0]
+    return jnp.where(inside, upcast(value), 0)
+
+
+def nan_if_impossible(value, labels, classes):
+    """`value`, one number per row or per score, with NaN in rows whose label is not a class."""
+    labels = as_index(labels)
     possible = (labels >= 0) & (labels < classes)
-    counted = counts(labels, ignore_index=ignore_index, where=where)
-    if value.ndim > labels.ndim:
-        possible, counted = each_score(possible, value), each_score(counted, value)
-    return jnp.where(counted, jnp.where(possible, value, jnp.nan), 0)
+    return jnp.where(possible if value.ndim == labels.ndim else across(possible, value), value, jnp.nan)
 
 
-def counts(labels, *, ignore_index=None, where=None):
-    """The rows that count."""
-    counted = jnp.ones(labels.shape, bool) if where is None else where
-    return counted if ignore_index is None else counted & (_index(labels) != ignore_index)
+def counted_rows(labels, where, ignore_index):
+    """The rows that count, as booleans; None if all do."""
+    if ignore_index is None:
+        return where
+    counted = as_index(labels) != ignore_index
+    return counted if where is None else counted & where
 
 
-def masked(x, labels=None, *, ignore_index=None, where=None):
-    """`x`, numbers per row or per score, with 0 in the rows that do not count.
+def zero_uncounted(a, counted) -> Any:
+    """`a`, numbers per row or per score, with 0 in the rows that do not count.
 
-    Taken in a rule and also before it: the cotangent 0 that a rule gives those rows is not enough where it meets a NaN,
-    in the second derivative and in `dw = xᵀ dz`.
+    Applied before a rule as well as after it: the cotangent 0 that masked rows receive is not enough where it meets a
+    NaN, in a second derivative and in `dw = xᵀ dz`.
     """
-    counted: Any = where if labels is None else counts(labels, ignore_index=ignore_index, where=where)
-    if where is None and ignore_index is None:
-        return x
-    return jnp.where(counted if counted.ndim == x.ndim else jnp.expand_dims(counted, -1), x, 0)
+    if a is None or counted is None:
+        return a
+    return jnp.where(counted if counted.ndim == a.ndim else jnp.expand_dims(counted, -1), a, 0)
 
 
-def each_score(row, like):
-    """A number per row, for each of the row's scores."""
+def weighted_rows(losses, weights, counted):
+    """`r ℓ` in the rows that count, and 0 in the others."""
+    weights = zero_uncounted(weights, counted)
+    losses = losses if weights is None else mul_zero_inf(weights.astype(losses.dtype), losses)
+    return zero_uncounted(losses, counted)
+
+
+def across(row, like):
+    """One number per row, repeated for each of the row's scores."""
     return jnp.broadcast_to(jnp.expand_dims(row, -1), like.shape)
 
 
-def pick(values, labels, start=0):
-    """The label's own value of each row, from values per score or per class; 0 where the label is not among them.
-
-    It is gathered, but on an Explicit mesh, where JAX has no such gather; there the others are masked and summed, which
-    XLA's CPU backend would do in two passes over memory.
-    """
-    index, size = _index(labels), values.shape[-1]
-    index = index - jnp.asarray(start, index.dtype)
-    if not size or _layout.explicit_sharding(values) is not None or _layout.explicit_sharding(labels) is not None:
-        values = jnp.broadcast_to(wide(values), (*labels.shape, size))
-        return jnp.sum(jnp.where(hit(values, labels, start), values, 0), axis=-1)
-    inside, index = (index >= 0) & (index < size), jnp.clip(index, 0, size - 1)
-    if values.ndim == 1:
-        own = values.at[index].get(mode="promise_in_bounds")
-    else:
-        own = jnp.take_along_axis(values, jnp.expand_dims(index, -1), axis=-1, mode="promise_in_bounds")[..., 0]
-    return jnp.where(inside, wide(own), 0)
-
-
-def times_class(value, class_weights):
-    """Scores times the weights of their classes, where there are any."""
-    return value if class_weights is None else value * jnp.broadcast_to(class_weights.astype(value.dtype), value.shape)
-
-
-def label_targets(hits, smoothing, classes, dtype):
-    """`t = (1 − ε) onehot(y) + ε/C`."""
-    spread = smoothing / max(classes, 1)
-    return jnp.where(hits, jnp.asarray(1 - smoothing + spread, dtype), jnp.asarray(spread, dtype))
-
-
-def minus_targets(p, hits, own_weight, class_weights, smoothing, classes, part=None):
-    """`p Σ u t − u t` for the targets of labels; of a part of the classes, where `part` is their weights."""
-    if class_weights is None and not smoothing:
-        return jnp.where(hits, p - 1, p)
-    if not smoothing:  # as below, but a weight of a class that is not the row's plays no part, not even a NaN
-        own: Any = class_weights if part is None else part
-        return p * each_score(own_weight, p) - jnp.where(hits, jnp.broadcast_to(own.astype(p.dtype), p.shape), 0)
-    spread = smoothing / max(classes, 1)
-    all_weights = classes if class_weights is None else jnp.sum(class_weights.astype(p.dtype))
-    total = each_score((1 - smoothing) * own_weight + spread * all_weights, p)
-    return p * total - times_class(
-        label_targets(hits, smoothing, classes, p.dtype), class_weights if part is None else part
-    )
-
-
-def weighted(weight, surprise):
-    """`weight * surprise`, with 0 · inf = 0: what cannot happen and has no weight costs nothing. A NaN stays."""
-    return weight * jnp.where((weight == 0) & (surprise == jnp.inf), 0, surprise)
+def mul_zero_inf(weight, neg_log_p):
+    """`weight * neg_log_p`, with 0 · inf = 0: an impossible class without weight costs nothing. A NaN stays a NaN."""
+    return weight * jnp.where((weight == 0) & (neg_log_p == jnp.inf), 0, neg_log_p)
 
 
 def log_sum_exp(logits):
     """`z - max(z)`, `max(z)` and `log Σ exp(z - max(z))`; the shift cancels, so its derivative is stopped."""
-    logits = wide(logits)
+    logits = upcast(logits)
     row_max = jax.lax.stop_gradient(jnp.max(logits, axis=-1, initial=-jnp.inf))
     row_max = jnp.where(row_max == -jnp.inf, 0, row_max)
     shifted = logits - jnp.expand_dims(row_max, -1)
     return shifted, row_max, jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
 
 
-def surprise(logits, row_max, log_sum):
-    """`-log p = log Σ exp(z - max z) - (z - max z)`, of each score."""
-    return jnp.expand_dims(log_sum, -1) - (wide(logits) - jnp.expand_dims(row_max, -1))
-
-
-def _index(labels):
-    """Labels in at least 32 bits with a sign: `arange(200)` in int8 would wrap and hit the wrong class."""
-    if labels.dtype == jnp.uint32:
-        labels = jnp.minimum(labels, jnp.iinfo(jnp.int32).max)
-    return labels.astype(jnp.int64 if labels.dtype.itemsize > 4 else jnp.int32)
+def neg_log_prob(logits, row_max, log_sum):
+    """`-log p = log Σ exp(z - max z) - (z - max z)` of each score."""
+    return jnp.expand_dims(log_sum, -1) - (upcast(logits) - jnp.expand_dims(row_max, -1))

@@ -1,10 +1,9 @@
-"""The last layer of a network with many classes and its cross-entropy, in one rule; `fcfunc.losses` has it as well.
+"""The last layer of a network with many classes and its cross-entropy, as one rule.
 
-The logits, `[batch, classes]`, are what a large output layer cannot afford. Here they exist a chunk of classes at a
-time, in the forward pass and again in the backward pass, which costs a fourth product where there were three.
+The logits, `[batch, classes]`, are what a large output layer cannot afford. Here they exist one chunk of classes at a
+time, in the forward pass and again in the backward pass, which costs a fourth matmul in addition to three.
 """
 
-import functools
 import math
 from typing import Any
 
@@ -12,35 +11,35 @@ import jax
 import jax.numpy as jnp
 
 from fcfunc import _arguments, _layout
-from fcfunc._arguments import as_array
-from fcfunc._rule import accumulator, rule
+from fcfunc._rule import rule, sum_dtype, upcast
 from fcfunc.losses._cross_entropy import softmax_cross_entropy_with_integer_labels
 from fcfunc.losses._labels import (
-    each_score,
-    hit,
-    label_targets,
-    masked,
-    minus_targets,
-    pick,
-    settle,
-    surprise,
-    times_class,
-    weighted,
+    across,
+    as_index,
+    at_label,
+    counted_rows,
+    is_label,
+    mul_zero_inf,
+    nan_if_impossible,
+    neg_log_prob,
+    per_class,
+    per_row,
+    weighted_rows,
+    zero_uncounted,
 )
-from fcfunc.ops import affine
-from fcfunc.ops._affine import product
+from fcfunc.ops._affine import affine, affine_arguments, dot, operand_dtype
 
-DENSE_ELEMENTS = 2**24
-"""Up to so many logits the dense loss is the faster one; measured by benchmarks/large_output.py."""
+DENSE_MAX_LOGITS = 2**24
+"""Up to this many logits the dense loss is faster; measured by benchmarks/large_output.py."""
 
-CHUNK_ELEMENTS = 2**21
-"""About so many logits are in memory at a time where no chunk size is given."""
+CHUNK_LOGITS = 2**21
+"""About how many logits are in memory at a time if no chunk size is given."""
 
 
 def linear_softmax_cross_entropy(
     x: jax.Array,
     w: jax.Array,
-    b: jax.Array,
+    b: jax.Array | None,
     labels: jax.Array,
     *,
     chunk_size: int | None = None,
@@ -50,31 +49,29 @@ def linear_softmax_cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int | None = None,
     compute_dtype=None,
-    round_cotangent: bool = True,
 ) -> jax.Array:
     r"""An affine layer and its softmax cross-entropy: :math:`\ell = \log \sum_k e^{z_k} - z_y`, `z = x w + b`.
 
-    The same to rounding as `softmax_cross_entropy_with_integer_labels(affine(x, w, b), labels)`, whatever the chunk;
+    Equal up to rounding to `softmax_cross_entropy_with_integer_labels(affine(x, w, b), labels)` for every chunk size;
     the logits are accumulated and used in at least float32.
 
     Args:
       x: the last hidden layer, `[..., fan_in]`.
       w: weights, `[fan_in, classes]`.
-      b: biases, `[classes]`.
+      b: biases, `[classes]`, or None.
       labels: integers in `[0, classes)`, `[...]`.
-      chunk_size: how many classes to hold at a time, at least 1; one that does not divide the classes leaves a shorter
-        last chunk. None: chosen by the number of rows; and the dense loss instead where the logits are few, or where
-        the classes lie on several devices of an Explicit mesh, each of which then holds its own.
+      chunk_size: how many classes to hold at a time, at least 1; the last chunk is shorter if it does not divide the
+        number of classes. None: chosen by the number of rows; the dense loss is used instead if there are few logits,
+        or if the classes are sharded on an Explicit mesh, where each device holds the logits of its own classes.
       where: as for `softmax_cross_entropy_with_integer_labels`.
       weights: as there.
       class_weights: as there.
       label_smoothing: as there.
       ignore_index: as there.
-      compute_dtype: of the operands of the products, as for `affine`.
-      round_cotangent: as for `affine`.
+      compute_dtype: dtype of the operands of the matmuls, as for `affine`.
 
     Returns:
-      `[...]`, in nats. Saved for the backward pass: the arguments and four numbers per row.
+      `[...]`, in nats. Saved for the backward pass: the arguments and two numbers per row.
 
     Raises:
       TypeError: as for `affine` and `softmax_cross_entropy_with_integer_labels`.
@@ -87,188 +84,139 @@ def linear_softmax_cross_entropy(
       >>> linear_softmax_cross_entropy(x, w, b, jnp.array([4]), chunk_size=2)
       Array([1.609438], dtype=float32)
     """
-    label_smoothing = _arguments.number("linear_softmax_cross_entropy", label_smoothing=label_smoothing)
-    _arguments.ignored_label("linear_softmax_cross_entropy", ignore_index)
-    operands = _checked(x, w, b, labels, where, weights, class_weights, label_smoothing, compute_dtype)
-    options = {"label_smoothing": label_smoothing, "ignore_index": ignore_index}
-    products = {"compute_dtype": compute_dtype, "round_cotangent": round_cotangent}
-    x, w = as_array(x), as_array(w)
-    rows_of_x = tuple(range(x.ndim - 1))
-    given: list[Any] = [None if a is None else as_array(a) for a in (labels, where, weights)]
-    labels, where, weights = (_layout.laid_along(a, x, rows_of_x) for a in given)
-    x = masked(x, labels, ignore_index=ignore_index, where=where)
-    b, class_weights = (_layout.laid_along(None if a is None else as_array(a), w, (-1,)) for a in (b, class_weights))
-    if chunk_size is not None and _classes_sharded(w):
+    name = "linear_softmax_cross_entropy"
+    _arguments.ignored_label(name, ignore_index)
+    x, w, b = affine_arguments(name, x, w, b, compute_dtype, None, columns="classes")
+    rows, classes = x.shape[:-1], w.shape[1]
+    _arguments.labels(name, labels, scores=jax.ShapeDtypeStruct((*rows, classes), x.dtype))
+    smoothing = _arguments.loss_options(name, rows, where, weights, label_smoothing)
+    _arguments.class_weights(name, class_weights, classes)
+    labels, where, weights = (per_row(a, x) for a in (labels, where, weights))
+    class_weights = per_class(class_weights, w)
+    counted = counted_rows(labels, where, ignore_index)
+    x = zero_uncounted(x, counted)
+    sharding = _layout.explicit_sharding(w)
+    classes_sharded = sharding is not None and any(axis is not None for axis in sharding.spec[1:])
+    if chunk_size is not None and classes_sharded:
         raise ValueError(
-            "linear_softmax_cross_entropy: classes that lie on several devices are not taken by chunks; "
-            "leave chunk_size at None, and each device holds the logits of its own"
+            f"{name}: sharded classes cannot be processed in chunks; leave chunk_size at None, "
+            "and each device holds the logits of its own classes"
         )
     if chunk_size is None:
-        rows, classes = math.prod(jnp.shape(x)[:-1]), jnp.shape(w)[-1]
-        if rows * classes <= DENSE_ELEMENTS or _classes_sharded(w):
-            logits = affine(x, w, b, out_dtype=accumulator(operands), **products)
-            return softmax_cross_entropy_with_integer_labels(
-                logits, labels, where=where, weights=weights, class_weights=class_weights, **options
-            )
-        chunk_size = max(CHUNK_ELEMENTS // max(rows, 1), 256)
-    return _linear_softmax_cross_entropy(
-        x, w, b, labels, where, weights, class_weights, chunk_size=chunk_size, **options, **products
-    )
+        if math.prod(rows) * classes <= DENSE_MAX_LOGITS or classes_sharded:
+            out_dtype = sum_dtype(operand_dtype(x, compute_dtype))
+            logits = affine(x, w, b, compute_dtype=compute_dtype, out_dtype=out_dtype)
+            options: Any = {"class_weights": class_weights, "label_smoothing": smoothing, "ignore_index": ignore_index}
+            return softmax_cross_entropy_with_integer_labels(logits, labels, where=where, weights=weights, **options)
+        chunk_size = max(CHUNK_LOGITS // max(math.prod(rows), 1), 256)
+    _arguments.positive(name, chunk_size=chunk_size)
+    labels = zero_uncounted(as_index(labels), counted)
+    spread = None
+    if smoothing:
+        spread = jnp.full((classes,), smoothing / max(classes, 1), sum_dtype(x.dtype))
+        spread = per_class(spread if class_weights is None else spread * upcast(class_weights), w)
+    options = {"chunk_size": int(chunk_size), "compute_dtype": compute_dtype}
+    loss, spread_loss = _linear_softmax_cross_entropy(x, w, b, labels, spread, **options)
+    if class_weights is not None:
+        loss = mul_zero_inf(at_label(class_weights, labels).astype(loss.dtype), loss)
+    return weighted_rows((1 - smoothing) * loss + spread_loss if smoothing else loss, weights, counted)
 
 
-def linear_softmax_cross_entropy_fwd(
-    x,
-    w,
-    b,
-    labels,
-    where=None,
-    weights=None,
-    class_weights=None,
-    *,
-    chunk_size,
-    label_smoothing=0.0,
-    ignore_index=None,
-    compute_dtype=None,
-    round_cotangent=True,
-):
-    """`(loss, residuals)` of `linear_softmax_cross_entropy`, by chunks."""
-    del round_cotangent
-    operands = _checked(x, w, b, labels, where, weights, class_weights, label_smoothing, compute_dtype)
-    _arguments.positive("linear_softmax_cross_entropy", chunk_size=chunk_size)
-    classes = w.shape[1]
+def linear_softmax_cross_entropy_fwd(x, w, b, labels, spread=None, *, chunk_size, compute_dtype=None):
+    """`((loss, spread_loss), residuals)`: `-log p_y` of each row, and `Σ s (-log p)` for `spread` `s`, `[classes]`."""
+    sums, row_axes = sum_dtype(operand_dtype(x, compute_dtype)), tuple(range(x.ndim - 1))
 
-    def take(sums, start, size):
-        row_max, total, own, own_weight, all_own, all_weight = sums
-        z, _ = _chunk(x, w, b, start, size, operands)
-        u = None if class_weights is None else _part(class_weights, start, size)
-        # The maximum so far and the one before; where one is -inf another takes its place, -inf − -inf being no number.
+    def step(carry, start, size):
+        row_max, total, at_y, s_below, s_total = carry
+        z, _ = _chunk(x, w, b, start, size, compute_dtype)
+        # The maximum so far and the one before; if one is -inf the other takes its place, as -inf − -inf is NaN.
         new_max = jnp.maximum(row_max, jax.lax.stop_gradient(jnp.max(z, axis=-1)))
         new = jnp.where(new_max == -jnp.inf, 0, new_max)
         old = jnp.where(row_max == -jnp.inf, new, row_max)
         shifted = z - jnp.expand_dims(new, -1)
         total = total * jnp.exp(old - new) + jnp.sum(jnp.exp(shifted), axis=-1)
-        own = own + pick(z, labels, start)
-        if u is not None:
-            own_weight = own_weight + pick(u, labels, start)
-        if label_smoothing:  # Σ u (max − z), which moves with the maximum
-            u_chunk = times_class(jnp.ones_like(z), u)
-            all_own = all_own + all_weight * (new - old) + jnp.sum(weighted(u_chunk, -shifted), axis=-1)
-            all_weight = all_weight + jnp.sum(u_chunk, axis=-1)
-        return new_max, total, own, own_weight, all_own, all_weight
+        at_y = at_y + at_label(z, labels, start)
+        if spread is not None:  # Σ s (max − z), which moves with the maximum
+            s = jnp.broadcast_to(_slice(spread, start, size).astype(z.dtype), z.shape)
+            s_below = s_below + s_total * (new - old) + jnp.sum(mul_zero_inf(s, -shifted), axis=-1)
+            s_total = s_total + jnp.sum(s, axis=-1)
+        return new_max, total, at_y, s_below, s_total
 
-    zeros = _layout.laid_along(jnp.zeros(labels.shape, accumulator(operands)), x, tuple(range(x.ndim - 1)))
-    own_weight = zeros + 1 if class_weights is None else zeros
-    sums, _ = _layout.vary_alike(((zeros - jnp.inf, zeros, zeros, own_weight, zeros, zeros), x))
-    row_max, total, own, own_weight, all_own, all_weight = _over_chunks(take, sums, classes, chunk_size)
+    zeros = _layout.reshard_like_axes(jnp.zeros(labels.shape, sums), x, row_axes)
+    carry, _ = _layout.match_varying(((zeros - jnp.inf, zeros, zeros, zeros, zeros), x))
+    row_max, total, at_y, s_below, s_total = _over_chunks(step, carry, w.shape[1], chunk_size)
     log_sum = jnp.log(total)
-    # ℓ = r ((1 − ε) u_y (log Σ − (z_y − max)) + ε/C (Σ u log Σ + Σ u (max − z)))
-    surprise_of_row = weighted(own_weight, log_sum - (own - row_max))
-    if label_smoothing:
-        spread = label_smoothing / max(classes, 1)
-        surprise_of_row = (1 - label_smoothing) * surprise_of_row + spread * (all_weight * log_sum + all_own)
-    settled = functools.partial(settle, labels=labels, classes=classes, ignore_index=ignore_index, where=where)
-    surprise_of_row = settled(surprise_of_row)
-    loss = surprise_of_row if weights is None else settled(weighted(weights.astype(zeros.dtype), surprise_of_row))
-    return loss, (x, w, b, labels, where, weights, class_weights, row_max, log_sum, own_weight, surprise_of_row)
+    # −log p_y = log Σ − (z_y − max), Σ s (−log p) = Σ s log Σ + Σ s (max − z)
+    loss = nan_if_impossible(log_sum - (at_y - row_max), labels, w.shape[1])
+    spread_loss = None if spread is None else s_total * log_sum + s_below
+    return (loss, spread_loss), (x, w, b, labels, spread, row_max, log_sum)
 
 
-def linear_softmax_cross_entropy_bwd(
-    residuals,
-    g,
-    *,
-    chunk_size,
-    label_smoothing=0.0,
-    ignore_index=None,
-    compute_dtype=None,
-    round_cotangent=True,
-):
-    """Cotangents `(dx, dw, db, None, None, dweights, dclass_weights)` of `linear_softmax_cross_entropy`."""
-    x, w, b, labels, where, weights, class_weights, row_max, log_sum, own_weight, surprise_of_row = residuals
-    operands = x.dtype if compute_dtype is None else jnp.dtype(compute_dtype)
-    wide_in, classes = accumulator(operands), w.shape[1]
-    narrow = operands if round_cotangent else wide_in
-    batch = tuple(range(x.ndim - 1))
-    by_w, by_rows = (((x.ndim - 1,), (1,)), ((), ())), ((batch, batch), ((), ()))
-    settled = functools.partial(settle, labels=labels, classes=classes, ignore_index=ignore_index, where=where)
-    gr = g if weights is None else g * weights.astype(g.dtype)
-    rows = x.astype(operands).astype(narrow)
+def linear_softmax_cross_entropy_bwd(residuals, g, *, chunk_size, compute_dtype=None):
+    """Cotangents `(dx, dw, db, None, dspread)` of `linear_softmax_cross_entropy`; `g` is that of both outputs."""
+    x, w, b, labels, spread, row_max, log_sum = residuals
+    g_y, g_s = g
+    operands, row_axes = operand_dtype(x, compute_dtype), tuple(range(x.ndim - 1))
+    sums, x_in = sum_dtype(operands), x.astype(operands)
+    contract_columns, contract_rows = (((x.ndim - 1,), (1,)), ((), ())), ((row_axes, row_axes), ((), ()))
+    g_sum = g_y if spread is None else g_y + g_s * jnp.sum(spread.astype(sums))
 
-    def take(grads, start, size):
-        dx, dw, db, du = grads
-        z, w_chunk = _chunk(x, w, b, start, size, operands)
-        hits, u = hit(z, labels, start), None if class_weights is None else _part(class_weights, start, size)
-        # dz = g r (p Σ u t − u t), p = exp(z − max z − log Σ exp(z − max z))
-        surprises = surprise(z, row_max, log_sum)
-        p = jnp.exp(-surprises)
-        by_row = minus_targets(p, hits, own_weight, class_weights, label_smoothing, classes, part=u)
-        dz = settled(each_score(gr, z) * by_row)
+    def step(grads, start, size):
+        dx, dw, db, ds = grads
+        z, w_in = _chunk(x, w, b, start, size, compute_dtype)
+        neg_log_p = neg_log_prob(z, row_max, log_sum)
+        # dz = (g_y + g_s Σ s) p − g_y onehot(y) − g_s s, p = exp(z − max z − log Σ exp(z − max z))
+        p, onehot = jnp.exp(-neg_log_p), is_label(z, labels, start)
+        if spread is None:
+            dz = across(g_y, z) * jnp.where(onehot, p - 1, p)
+        else:
+            s = jnp.broadcast_to(_slice(spread, start, size).astype(z.dtype), z.shape)
+            dz = across(g_sum, z) * p - jnp.where(onehot, across(g_y, z), 0) - across(g_s, z) * s
+            # ds = Σ g_s (−log p), over the rows
+            ds = _put(ds, jnp.sum(mul_zero_inf(across(g_s, z), neg_log_p), axis=row_axes), start)
+        dz = nan_if_impossible(dz, labels, w.shape[1])
         # dx = dz wᵀ, summed over the chunks; dw = xᵀ dz and db = 1ᵀ dz, of this chunk's classes
-        dz_, w_, spec = dz.astype(narrow), w_chunk.astype(narrow), _layout.explicit_sharding
-        dx = dx + product(dz_, w_, by_w, accumulate=wide_in, out_sharding=spec(x, w))
-        dw_chunk = product(rows, dz_, by_rows, accumulate=wide_in, out_sharding=spec(w_chunk, x))
-        dw, db = _put(dw, dw_chunk, start), _put(db, jnp.sum(dz, axis=batch), start)
-        if u is not None:  # du = Σ g r t (−log p), over the rows
-            by_class = weighted(label_targets(hits, label_smoothing, classes, z.dtype), surprises)
-            du = _put(du, jnp.sum(settled(each_score(gr, z) * by_class), axis=batch), start)
-        return dx, dw, db, du
+        dz_in, sharding = dz.astype(operands), _layout.explicit_sharding
+        dx = dx + dot(dz_in, w_in, contract_columns, sums, out_sharding=sharding(x, w))
+        dw = _put(dw, dot(x_in, dz_in, contract_rows, sums, out_sharding=sharding(w_in, x)), start)
+        db = None if b is None else _put(db, jnp.sum(dz, axis=row_axes), start)
+        return dx, dw, db, ds
 
-    dx = _layout.laid_like(jnp.zeros(x.shape, wide_in), x)
-    dw, db, du = (
-        None if a is None else _layout.laid_like(jnp.zeros(a.shape, a.dtype), a) for a in (w, b, class_weights)
+    of_w, of_b, of_s = (
+        None if a is None else _layout.reshard_like(jnp.zeros(a.shape, a.dtype), a) for a in (w, b, spread)
     )
-    (dx, dw, db, du), _ = _layout.vary_alike(((dx, dw, db, du), x))
-    dx, dw, db, du = _over_chunks(take, (dx, dw, db, du), classes, chunk_size)
-    dweights = None if weights is None else settled(g * surprise_of_row).astype(weights.dtype)
-    return dx.astype(x.dtype), dw, db, None, None, dweights, du
+    grads = (_layout.reshard_like(jnp.zeros(x.shape, sums), x), of_w, of_b, of_s)
+    grads, _ = _layout.match_varying((grads, x))
+    dx, dw, db, ds = _over_chunks(step, grads, w.shape[1], chunk_size)
+    return dx.astype(x.dtype), dw, db, None, ds
 
 
 _linear_softmax_cross_entropy = rule(linear_softmax_cross_entropy_fwd, linear_softmax_cross_entropy_bwd)
 
 
-def _over_chunks(take, carry, classes, size):
-    """`take(carry, start, size)` for each chunk: whole ones in a loop, then a shorter one: nothing is padded."""
-    whole, rest = divmod(classes, size)
-    if whole == 1:
-        carry = take(carry, 0, size)
-    elif whole:
-        starts = size * jnp.arange(whole)
-        carry = jax.lax.scan(lambda carry, start: (take(carry, start, size), None), carry, starts)[0]
-    return take(carry, whole * size, rest) if rest else carry
+def _over_chunks(step, carry, classes, size):
+    """`step(carry, start, size)` for each chunk: full ones in a loop, then a shorter one. Nothing is padded."""
+    full, rest = divmod(classes, size)
+    if full == 1:
+        carry = step(carry, 0, size)
+    elif full:
+        starts = size * jnp.arange(full)
+        carry = jax.lax.scan(lambda carry, start: (step(carry, start, size), None), carry, starts)[0]
+    return step(carry, full * size, rest) if rest else carry
 
 
-def _chunk(x, w, b, start, size, operands):
+def _chunk(x, w, b, start, size, compute_dtype):
     """The logits of some classes and the weights that made them, in the operands' dtype."""
-    w_chunk = _part(w, start, size).astype(operands)
-    by_w = (((x.ndim - 1,), (0,)), ((), ()))
-    sharding = _layout.product_sharding(x, w, x.ndim - 1)
-    z = product(x.astype(operands), w_chunk, by_w, accumulate=accumulator(operands), out_sharding=sharding)
-    return z + jnp.broadcast_to(_part(b, start, size).astype(z.dtype), z.shape), w_chunk
+    operands = operand_dtype(x, compute_dtype)
+    w_in = _slice(w, start, size).astype(operands)
+    contract, sharding = (((x.ndim - 1,), (0,)), ((), ())), _layout.dot_sharding(x, w, x.ndim - 1)
+    z = dot(x.astype(operands), w_in, contract, sum_dtype(operands), out_sharding=sharding)
+    return z if b is None else z + jnp.broadcast_to(_slice(b, start, size).astype(z.dtype), z.shape), w_in
 
 
-def _part(a, start, size):
+def _slice(a, start, size):
     return jax.lax.dynamic_slice_in_dim(a, start, size, axis=-1)
 
 
 def _put(whole, part, start):
     return jax.lax.dynamic_update_slice_in_dim(whole, part.astype(whole.dtype), start, axis=-1)
-
-
-def _checked(x, w, b, labels, where, weights, class_weights, label_smoothing, compute_dtype):
-    """The operands' dtype, after the checks of all arguments."""
-    name = "linear_softmax_cross_entropy"
-    operands = _arguments.operands(name, compute_dtype, x=x, w=w, b=b)
-    shape, kernel = jnp.shape(x), jnp.shape(w)
-    if len(shape) < 1 or len(kernel) != 2 or jnp.shape(b) != kernel[1:] or shape[-1] != kernel[0]:
-        raise ValueError(
-            f"{name}: x [..., fan_in], w [fan_in, classes] and b [classes] expected, "
-            f"got x {list(shape)}, w {list(kernel)}, b {list(jnp.shape(b))}"
-        )
-    _arguments.labels(name, labels, scores=jax.ShapeDtypeStruct((*shape[:-1], kernel[1]), operands))
-    _arguments.counting(name, shape[:-1], where, weights, label_smoothing)
-    _arguments.class_weights(name, class_weights, kernel[1])
-    return operands
-
-
-def _classes_sharded(w):
-    sharding = _layout.explicit_sharding(jnp.asarray(w))
-    return sharding is not None and any(axis is not None for axis in sharding.spec[1:])

@@ -5,8 +5,17 @@ import jax.numpy as jnp
 
 from fcfunc import _arguments, _layout
 from fcfunc._arguments import as_array
-from fcfunc._rule import accumulator, rule, wide
-from fcfunc.losses._labels import classes_last, each_score, hit, settle
+from fcfunc._rule import rule, sum_dtype, upcast
+from fcfunc.losses._labels import (
+    across,
+    at_label,
+    classes_last,
+    counted_rows,
+    is_label,
+    nan_if_impossible,
+    per_row,
+    zero_uncounted,
+)
 
 
 def mean(loss: jax.Array, *, over: jax.Array) -> jax.Array:
@@ -31,7 +40,7 @@ def mean(loss: jax.Array, *, over: jax.Array) -> jax.Array:
     """
     _arguments.floating("mean", loss=loss)
     _arguments.one_shape("mean", loss=loss, over=over)
-    total = jnp.sum(wide(jnp.asarray(loss)))
+    total = jnp.sum(upcast(jnp.asarray(loss)))
     count = jnp.sum(jnp.asarray(over).astype(total.dtype))
     return jnp.where(count == 0, 0, total / jnp.where(count == 0, 1, count))
 
@@ -56,28 +65,27 @@ def squared_error(predictions: jax.Array, targets: jax.Array | None = None) -> j
       >>> squared_error(jnp.array([1., 3.]), jnp.array([1., 1.]))
       Array([0., 4.], dtype=float32)
     """
-    _arguments.floating("squared_error", predictions=predictions)
+    name = "squared_error"
+    _arguments.floating(name, predictions=predictions)
     predictions = as_array(predictions)
     if targets is None:
         targets = jnp.zeros_like(predictions)
-    targets = _arguments.real_labels(
-        "squared_error", targets, dtype=accumulator(jnp.result_type(predictions)), name="targets"
-    )
-    return _squared_error(predictions, _layout.laid_along(targets, predictions, tuple(range(predictions.ndim))))
+    targets = _arguments.real_labels(name, targets, dtype=sum_dtype(predictions.dtype), name="targets")
+    _arguments.one_shape(name, predictions=predictions, targets=targets)
+    return _squared_error(predictions, _layout.reshard_like_axes(targets, predictions, tuple(range(predictions.ndim))))
 
 
 def squared_error_fwd(predictions, targets):
     """`(loss, residuals)` of `squared_error`."""
-    _arguments.floating("squared_error", predictions=predictions, targets=targets)
-    _arguments.one_shape("squared_error", predictions=predictions, targets=targets)
-    return (wide(predictions) - wide(targets)) ** 2, (predictions, targets)
+    # ℓ = (y − t)²
+    return (upcast(predictions) - upcast(targets)) ** 2, (predictions, targets)
 
 
 def squared_error_bwd(residuals, g):
     """Cotangents `(dpredictions, dtargets)` of `squared_error`."""
     predictions, targets = residuals
     # dy = 2 g (y − t) = −dt
-    dpredictions = 2 * g * (wide(predictions) - wide(targets))
+    dpredictions = 2 * g * (upcast(predictions) - upcast(targets))
     return dpredictions.astype(predictions.dtype), (-dpredictions).astype(targets.dtype)
 
 
@@ -111,28 +119,31 @@ def negative_log_likelihood(
       >>> negative_log_likelihood(jnp.array([[0.25, 0.75]]), jnp.array([1]))
       Array([0.2876821], dtype=float32)
     """
-    _arguments.ignored_label("negative_log_likelihood", ignore_index)
-    _arguments.array("negative_log_likelihood", probs=probs, labels=labels)
-    (probs,) = classes_last("negative_log_likelihood", axis, probs=probs)
-    probs, labels = _beside(probs, labels)
-    return _negative_log_likelihood(probs, labels, ignore_index=ignore_index)
+    name = "negative_log_likelihood"
+    _arguments.ignored_label(name, ignore_index)
+    (probs,) = classes_last(name, axis, probs=probs)
+    _arguments.floating(name, probs=probs)
+    _arguments.labels(name, labels, scores=probs)
+    probs = as_array(probs)
+    labels = per_row(labels, probs)
+    counted = counted_rows(labels, None, ignore_index)
+    probs, labels = zero_uncounted(probs, counted), zero_uncounted(labels, counted)
+    return zero_uncounted(_negative_log_likelihood(probs, labels), counted)
 
 
-def negative_log_likelihood_fwd(probs, labels, *, ignore_index=None):
+def negative_log_likelihood_fwd(probs, labels):
     """`(loss, residuals)` of `negative_log_likelihood`."""
-    _arguments.floating("negative_log_likelihood", probs=probs)
-    _arguments.labels("negative_log_likelihood", labels, scores=probs)
-    picked = jnp.sum(jnp.where(hit(probs, labels), wide(probs), 0), axis=-1)
-    return settle(-jnp.log(picked), labels, probs.shape[-1], ignore_index=ignore_index), (probs, labels)
+    # ℓ = −log p_y
+    return nan_if_impossible(-jnp.log(at_label(probs, labels)), labels, probs.shape[-1]), (probs, labels)
 
 
-def negative_log_likelihood_bwd(residuals, g, *, ignore_index=None):
+def negative_log_likelihood_bwd(residuals, g):
     """Cotangents `(dprobs, None)` of `negative_log_likelihood`: labels have no gradient."""
     probs, labels = residuals
-    # dp_k = −g / p_y where k = y, else 0; below 0 the logarithm is NaN, and so is its derivative
-    own, p = hit(probs, labels), wide(probs)
-    dprobs = jnp.where(own, -each_score(g, p) / jnp.where(own, jnp.where(p < 0, jnp.nan, jnp.abs(p)), 1), 0)
-    return settle(dprobs, labels, probs.shape[-1], ignore_index=ignore_index).astype(probs.dtype), None
+    # dp_k = −g / p_y for k = y, 0 otherwise; below 0 the logarithm is NaN, and so is its derivative
+    own, p = is_label(probs, labels), upcast(probs)
+    dprobs = jnp.where(own, -across(g, p) / jnp.where(own, jnp.where(p < 0, jnp.nan, jnp.abs(p)), 1), 0)
+    return nan_if_impossible(dprobs, labels, probs.shape[-1]).astype(probs.dtype), None
 
 
 _negative_log_likelihood = rule(negative_log_likelihood_fwd, negative_log_likelihood_bwd)
@@ -164,23 +175,24 @@ def multiclass_svm(
       >>> multiclass_svm(jnp.array([[3., 2.5, 0.]]), jnp.array([0]))
       Array([0.5], dtype=float32)
     """
-    _arguments.array("multiclass_svm", scores=scores, labels=labels)
-    (scores,) = classes_last("multiclass_svm", axis, scores=scores)
-    scores, labels = _beside(scores, labels)
-    return _multiclass_svm(scores, labels, margin=_arguments.number("multiclass_svm", margin=margin))
+    name = "multiclass_svm"
+    (scores,) = classes_last(name, axis, scores=scores)
+    _arguments.floating(name, scores=scores)
+    _arguments.labels(name, labels, scores=scores)
+    scores = as_array(scores)
+    return _multiclass_svm(scores, per_row(labels, scores), margin=_arguments.number(name, margin=margin))
 
 
 def multiclass_svm_fwd(scores, labels, *, margin=1.0):
     """`(loss, residuals)` of `multiclass_svm`."""
-    _arguments.floating("multiclass_svm", scores=scores)
-    _arguments.labels("multiclass_svm", labels, scores=scores)
-    own, s = hit(scores, labels), wide(scores)
-    right = jnp.sum(jnp.where(own, s, 0), axis=-1, keepdims=True)
-    excess = jnp.where(own, 0, s - right + margin)
+    own, s = is_label(scores, labels), upcast(scores)
+    s_y = jnp.sum(jnp.where(own, s, 0), axis=-1, keepdims=True)
+    # ℓ = Σ max(0, s_k − s_y + margin) over k ≠ y
+    excess = jnp.where(own, 0, s - s_y + margin)
     dead = excess <= 0
-    loss = jnp.sum(jnp.where(dead, 0, excess), axis=-1)  # a NaN is not dead
+    loss = nan_if_impossible(jnp.sum(jnp.where(dead, 0, excess), axis=-1), labels, s.shape[-1])  # a NaN is not dead
     # The dtype of the scores is kept in an empty array: a residual is an array, a dtype is not.
-    return settle(loss, labels, scores.shape[-1]), (dead, jnp.isnan(loss), labels, jnp.empty(0, scores.dtype))
+    return loss, (dead, jnp.isnan(loss), labels, jnp.empty(0, scores.dtype))
 
 
 def multiclass_svm_bwd(residuals, g):
@@ -189,9 +201,8 @@ def multiclass_svm_bwd(residuals, g):
     alive = 1 - dead.astype(g.dtype)
     # ds_k = g [s_k − s_y + margin > 0] for k ≠ y, ds_y = −Σ of these
     count = jnp.sum(alive, axis=-1, keepdims=True)
-    dscores = each_score(g, alive) * jnp.where(hit(alive, labels), -count, alive)
-    dscores = jnp.where(each_score(undefined, alive), jnp.nan, dscores)
-    return settle(dscores, labels, alive.shape[-1]).astype(like.dtype), None
+    dscores = across(g, alive) * jnp.where(is_label(alive, labels), -count, alive)
+    return jnp.where(across(undefined, alive), jnp.nan, dscores).astype(like.dtype), None
 
 
 _multiclass_svm = rule(multiclass_svm_fwd, multiclass_svm_bwd)
@@ -222,26 +233,21 @@ def l2_penalty(params) -> jax.Array:
     weights = [leaf for path, leaf in leaves if path and getattr(path[-1], "key", None) == "w"]
     if not weights:
         raise ValueError('l2_penalty: params have no leaf named "w"; expected a list of {"w", "b"} dicts')
+    for i, w in enumerate(weights):
+        _arguments.floating(f"l2_penalty, weight {i}", w=w)
     return _l2_penalty(weights)
 
 
 def l2_penalty_fwd(weights):
     """`(penalty, residuals)` of `l2_penalty`, for the list of weights."""
-    for i, w in enumerate(weights):
-        _arguments.floating(f"l2_penalty, weight {i}", w=w)
-    return 0.5 * sum(jnp.sum(wide(w) ** 2) for w in weights), weights
+    # ℓ = ½ Σ ‖W‖²
+    return 0.5 * sum(jnp.sum(upcast(w) ** 2) for w in weights), weights
 
 
 def l2_penalty_bwd(weights, g):
     """Cotangent `(dweights,)` of `l2_penalty`."""
     # dW = g W
-    return ([(g * wide(w)).astype(w.dtype) for w in weights],)
+    return ([(g * upcast(w)).astype(w.dtype) for w in weights],)
 
 
 _l2_penalty = rule(l2_penalty_fwd, l2_penalty_bwd)
-
-
-def _beside(scores, labels):
-    """Both as arrays, the labels laid as the rows of the scores."""
-    scores = as_array(scores)
-    return scores, _layout.laid_along(as_array(labels), scores, tuple(range(scores.ndim - 1)))

@@ -1,8 +1,4 @@
-"""Activations: functions of one number, applied to each, with hand-written backward rules.
-
-Every rule reads as those in `fcfunc.ops`, where all of these are to be found as well. The derivative at a kink and what
-a rule saves are in its docstring. A NaN stays a NaN; -inf gives the limit.
-"""
+"""Activations: elementwise functions. A NaN stays a NaN; -inf gives the limit."""
 
 import math
 
@@ -10,14 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from fcfunc import _arguments
-from fcfunc._rule import rule, wide
+from fcfunc._rule import rule, upcast
 
 
 def relu(x: jax.Array) -> jax.Array:
     r"""The rectifier: :math:`y = \max(x, 0)`.
 
-    The derivative is 1 for `x > 0` and 0 for `x < 0`. At the kink it is 0, by convention. A NaN stays a NaN and
-    passes the cotangent on, so that it is seen.
+    The derivative is 1 for `x > 0` and 0 for `x < 0`. At the kink it is 0, by convention. A NaN stays a NaN
+    and passes the cotangent on, so that it is noticed.
 
     Args:
       x: any shape.
@@ -34,14 +30,15 @@ def relu(x: jax.Array) -> jax.Array:
       >>> relu(jnp.array([-1., 0., 2.]))
       Array([0., 0., 2.], dtype=float32)
     """
+    _arguments.floating("relu", x=x)
     return _relu(x)
 
 
 def relu_fwd(x):
     """`(out, residuals)` of `relu`."""
-    _arguments.floating("relu", x=x)
     out = jnp.where(x <= 0, 0, x)
-    return out, out <= 0  # false for a NaN, which so stays alive; from the output, so that the input is not kept for it
+    # The mask is computed from the output, so that the input need not be kept. It is False for a NaN.
+    return out, out <= 0
 
 
 def relu_bwd(dead, g):
@@ -71,21 +68,21 @@ def sigmoid(x: jax.Array) -> jax.Array:
       >>> sigmoid(jnp.array([0., 1e30]))
       Array([0.5, 1. ], dtype=float32)
     """
+    _arguments.floating("sigmoid", x=x)
     return _sigmoid(x)
 
 
 def sigmoid_fwd(x):
     """`(out, residuals)` of `sigmoid`."""
-    _arguments.floating("sigmoid", x=x)
-    out = jax.lax.logistic(wide(x)).astype(x.dtype)
+    out = jax.lax.logistic(upcast(x)).astype(x.dtype)
     return out, out
 
 
 def sigmoid_bwd(out, g):
     """Cotangent `(dx,)` of `sigmoid`."""
-    y = wide(out)
+    y = upcast(out)
     # dx = g ∘ y ∘ (1 − y)
-    return ((wide(g) * y * (1 - y)).astype(g.dtype),)
+    return ((upcast(g) * y * (1 - y)).astype(g.dtype),)
 
 
 _sigmoid = rule(sigmoid_fwd, sigmoid_bwd)
@@ -109,21 +106,21 @@ def tanh(x: jax.Array) -> jax.Array:
       >>> tanh(jnp.array([0., 1e30]))
       Array([0., 1.], dtype=float32)
     """
+    _arguments.floating("tanh", x=x)
     return _tanh(x)
 
 
 def tanh_fwd(x):
     """`(out, residuals)` of `tanh`."""
-    _arguments.floating("tanh", x=x)
-    out = jnp.tanh(wide(x)).astype(x.dtype)
+    out = jnp.tanh(upcast(x)).astype(x.dtype)
     return out, out
 
 
 def tanh_bwd(out, g):
     """Cotangent `(dx,)` of `tanh`."""
-    y = wide(out)
+    y = upcast(out)
     # dx = g ∘ (1 − y²), as a product: 1 − y is exact where y is near 1, 1 − y² is not
-    return ((wide(g) * (1 - y) * (1 + y)).astype(g.dtype),)
+    return ((upcast(g) * (1 - y) * (1 + y)).astype(g.dtype),)
 
 
 _tanh = rule(tanh_fwd, tanh_bwd)
@@ -147,27 +144,27 @@ def softplus(x: jax.Array) -> jax.Array:
       >>> softplus(jnp.array([0., 1e30]))
       Array([6.931472e-01, 1.000000e+30], dtype=float32)
     """
+    _arguments.floating("softplus", x=x)
     return _softplus(x)
 
 
 def softplus_fwd(x):
     """`(out, residuals)` of `softplus`."""
-    _arguments.floating("softplus", x=x)
-    out = jax.nn.softplus(wide(x)).astype(x.dtype)
+    out = jax.nn.softplus(upcast(x)).astype(x.dtype)
     return out, out
 
 
 def softplus_bwd(out, g):
     """Cotangent `(dx,)` of `softplus`."""
     # dx = g σ(x), and σ(x) = 1 − e^{−y}: exact where y is small, which 1 − exp(−y) is not
-    return ((wide(g) * -jnp.expm1(-wide(out))).astype(g.dtype),)
+    return ((upcast(g) * -jnp.expm1(-upcast(out))).astype(g.dtype),)
 
 
 _softplus = rule(softplus_fwd, softplus_bwd)
 
 
 def leaky_relu(x: jax.Array, *, negative_slope: float = 0.01) -> jax.Array:
-    r"""The leaky rectifier: :math:`y = x` for `x > 0`, else :math:`s x`.
+    r"""The leaky rectifier: :math:`y = x` for `x > 0`, :math:`s x` otherwise.
 
     The derivative at the kink is `negative_slope`, by convention: with a slope of 0 this is `relu`.
 
@@ -187,28 +184,28 @@ def leaky_relu(x: jax.Array, *, negative_slope: float = 0.01) -> jax.Array:
       >>> leaky_relu(jnp.array([-1., 0., 2.]))
       Array([-0.01,  0.  ,  2.  ], dtype=float32)
     """
+    _arguments.floating("leaky_relu", x=x)
     return _leaky_relu(x, negative_slope=_arguments.number("leaky_relu", negative_slope=negative_slope))
 
 
 def leaky_relu_fwd(x, *, negative_slope=0.01):
     """`(out, residuals)` of `leaky_relu`."""
-    _arguments.floating("leaky_relu", x=x)
-    dead, z = x <= 0, wide(x)
-    below = negative_slope * z if negative_slope else 0  # 0 · -inf is no number
+    dead, z = x <= 0, upcast(x)
+    below = negative_slope * z if negative_slope else 0  # 0 · -inf would be NaN
     return jnp.where(dead, below, z).astype(x.dtype), dead
 
 
 def leaky_relu_bwd(dead, g, *, negative_slope=0.01):
     """Cotangent `(dx,)` of `leaky_relu`."""
-    # dx = g where x > 0, else s g
-    return (jnp.where(dead, negative_slope * wide(g), wide(g)).astype(g.dtype),)
+    # dx = g where x > 0, s g elsewhere
+    return (jnp.where(dead, negative_slope * upcast(g), upcast(g)).astype(g.dtype),)
 
 
 _leaky_relu = rule(leaky_relu_fwd, leaky_relu_bwd)
 
 
 def elu(x: jax.Array, *, alpha: float = 1.0) -> jax.Array:
-    r"""The exponential linear unit: :math:`y = x` for `x > 0`, else :math:`α (e^x - 1)`.
+    r"""The exponential linear unit: :math:`y = x` for `x > 0`, :math:`α (e^x - 1)` otherwise.
 
     With an `alpha` other than 1 there is a kink at 0; the derivative there is `alpha`, by convention.
 
@@ -229,15 +226,15 @@ def elu(x: jax.Array, *, alpha: float = 1.0) -> jax.Array:
       >>> elu(jnp.array([-jnp.inf, 0., 2.]))
       Array([-1.,  0.,  2.], dtype=float32)
     """
-    return _elu(x, alpha=_arguments.number("elu", alpha=alpha))
+    _arguments.floating("elu", x=x)
+    if not _arguments.number("elu", alpha=alpha) >= 0:
+        raise ValueError(f"elu: alpha must be at least 0, got {alpha}")
+    return _elu(x, alpha=float(alpha))
 
 
 def elu_fwd(x, *, alpha=1.0):
     """`(out, residuals)` of `elu`."""
-    _arguments.floating("elu", x=x)
-    if not alpha >= 0:
-        raise ValueError(f"elu: alpha must be at least 0, got {alpha}")
-    z = wide(x)
+    z = upcast(x)
     positive = z > 0
     out = jnp.where(positive, z, alpha * jnp.expm1(jnp.where(positive, 0, z))).astype(x.dtype)
     return out, out
@@ -245,9 +242,9 @@ def elu_fwd(x, *, alpha=1.0):
 
 def elu_bwd(out, g, *, alpha=1.0):
     """Cotangent `(dx,)` of `elu`."""
-    y = wide(out)
-    # dx = g where x > 0, else g α e^x = g (y + α); y has the sign of x
-    return (jnp.where(y > 0, g, (wide(g) * (y + alpha)).astype(g.dtype)),)
+    y = upcast(out)
+    # dx = g where x > 0, g α e^x = g (y + α) elsewhere; y has the sign of x
+    return (jnp.where(y > 0, g, (upcast(g) * (y + alpha)).astype(g.dtype)),)
 
 
 _elu = rule(elu_fwd, elu_bwd)
@@ -271,21 +268,21 @@ def silu(x: jax.Array) -> jax.Array:
       >>> silu(jnp.array([-jnp.inf, 0., 100.]))
       Array([ -0.,   0., 100.], dtype=float32)
     """
+    _arguments.floating("silu", x=x)
     return _silu(x)
 
 
 def silu_fwd(x):
     """`(out, residuals)` of `silu`."""
-    _arguments.floating("silu", x=x)
-    z = _above_minus_inf(wide(x))
+    z = _at_least_lowest(upcast(x))
     return (z * jax.lax.logistic(z)).astype(x.dtype), x
 
 
 def silu_bwd(x, g):
     """Cotangent `(dx,)` of `silu`."""
-    z = _bounded(wide(x))
+    z = _clip_finite(upcast(x))
     # dx = g σ(x) (1 + x (1 − σ(x))), and 1 − σ(x) = σ(−x)
-    return ((wide(g) * (jax.lax.logistic(z) * (1 + z * jax.lax.logistic(-z)))).astype(g.dtype),)
+    return ((upcast(g) * (jax.lax.logistic(z) * (1 + z * jax.lax.logistic(-z)))).astype(g.dtype),)
 
 
 _silu = rule(silu_fwd, silu_bwd)
@@ -313,6 +310,7 @@ def gelu(x: jax.Array, *, approximate: bool = True) -> jax.Array:
       >>> gelu(jnp.array([-jnp.inf, 0., 100.]))
       Array([ -0.,   0., 100.], dtype=float32)
     """
+    _arguments.floating("gelu", x=x)
     if not isinstance(approximate, bool):
         raise TypeError(f"gelu: approximate must be True or False, got {approximate!r}")
     return _gelu(x, approximate=approximate)
@@ -320,23 +318,22 @@ def gelu(x: jax.Array, *, approximate: bool = True) -> jax.Array:
 
 def gelu_fwd(x, *, approximate=True):
     """`(out, residuals)` of `gelu`."""
-    _arguments.floating("gelu", x=x)
-    z = _above_minus_inf(wide(x))
+    z = _at_least_lowest(upcast(x))
     cdf = jax.lax.logistic(2 * _gelu_u(z)[0]) if approximate else _normal_cdf(z)
     return (z * cdf).astype(x.dtype), x
 
 
 def gelu_bwd(x, g, *, approximate=True):
     """Cotangent `(dx,)` of `gelu`."""
-    z = _bounded(wide(x))
+    z = _clip_finite(upcast(x))
     if approximate:
         # dx = g (σ(2u) + x σ(2u) σ(−2u) 2u′), u′ = √(2/π) (1 + 3 · 0.044715 x²)
         u, slope = _gelu_u(z)
         cdf = jax.lax.logistic(2 * u)
-        return ((wide(g) * (cdf + z * (cdf * jax.lax.logistic(-2 * u) * 2 * slope))).astype(g.dtype),)
+        return ((upcast(g) * (cdf + z * (cdf * jax.lax.logistic(-2 * u) * 2 * slope))).astype(g.dtype),)
     # dx = g (Φ(x) + x φ(x)), φ(x) = e^{−x²/2} / √(2π)
     density = jnp.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
-    return ((wide(g) * (_normal_cdf(z) + z * density)).astype(g.dtype),)
+    return ((upcast(g) * (_normal_cdf(z) + z * density)).astype(g.dtype),)
 
 
 _gelu = rule(gelu_fwd, gelu_bwd)
@@ -350,15 +347,15 @@ def _gelu_u(z):
 
 
 def _normal_cdf(z):
-    """`Φ(z)`, by the complement: 1 + erf(z) loses the left tail."""
+    """`Φ(z)` from erfc: 1 + erf(z) would lose the left tail."""
     return 0.5 * jax.lax.erfc(-z / math.sqrt(2))
 
 
-def _above_minus_inf(z):
-    """-inf as the lowest number: its product with a probability of 0 is 0, the limit, and no NaN."""
+def _at_least_lowest(z):
+    """`z` with -inf as the lowest number: its product with a probability of 0 is then 0, the limit, and not NaN."""
     return jnp.maximum(z, jnp.finfo(z.dtype).min)
 
 
-def _bounded(z):
-    """±inf as the largest numbers, for a slope in which they are multiplied by 0."""
+def _clip_finite(z):
+    """`z` with ±inf as the largest numbers, for a slope that multiplies them by 0."""
     return jnp.clip(z, jnp.finfo(z.dtype).min, jnp.finfo(z.dtype).max)

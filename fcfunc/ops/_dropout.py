@@ -4,18 +4,18 @@ import jax
 import jax.numpy as jnp
 
 from fcfunc import _arguments, _layout
-from fcfunc._rule import rule, wide
+from fcfunc._rule import rule, upcast
 
 
 def dropout(x: jax.Array, *, rate: float, key: jax.Array) -> jax.Array:
-    r"""Dropout: :math:`y = x ∘ k / (1 - r)`, `k` 1 with probability `1 - r` and else 0, so that the mean of `y` is `x`.
+    r"""Dropout: :math:`y = x ∘ k / (1 - r)`, `k` is 1 with probability `1 - r` and 0 otherwise; the mean of `y` is `x`.
 
-    What is dropped is 0, also where it was NaN or infinite. The same key drops the same elements: give each call its
-    own, by `jax.random.fold_in`, and inside `shard_map` each device.
+    Dropped elements are 0, even if they were NaN or infinite. The same key drops the same elements: give each call its
+    own key by `jax.random.fold_in`, and inside `shard_map` each device.
 
     Args:
       x: any shape.
-      rate: `r`, the probability to drop, in [0, 1].
+      rate: `r`, the probability of dropping an element, in [0, 1].
       key: a random key.
 
     Returns:
@@ -31,27 +31,27 @@ def dropout(x: jax.Array, *, rate: float, key: jax.Array) -> jax.Array:
       >>> jnp.unique(dropout(jnp.ones(100), rate=0.5, key=jax.random.key(0)))
       Array([0., 2.], dtype=float32)
     """
-    return _dropout(x, key, rate=_arguments.number("dropout", rate=rate))
+    _arguments.floating("dropout", x=x)
+    _arguments.key("dropout", key)
+    if not 0 <= _arguments.number("dropout", rate=rate) <= 1:
+        raise ValueError(f"dropout: rate, the probability of dropping, must be in [0, 1], got {rate}")
+    return _dropout(x, key, rate=float(rate))
 
 
 def dropout_fwd(x, key, *, rate):
     """`(out, residuals)` of `dropout`."""
-    _arguments.floating("dropout", x=x)
-    _arguments.key("dropout", key)
-    if not 0 <= rate <= 1:
-        raise ValueError(f"dropout: rate, the probability to drop, must be in [0, 1], got {rate}")
-    return _thinned(x, key, rate), key
+    return _drop(x, key, rate), key
 
 
 def dropout_bwd(key, g, *, rate):
     """Cotangents `(dx, None)` of `dropout`: a key has no gradient."""
     # dx = g ∘ k / (1 − r)
-    return _thinned(g, key, rate), None
+    return _drop(g, key, rate), None
 
 
 _dropout = rule(dropout_fwd, dropout_bwd)
 
 
-def _thinned(x, key, rate):
-    kept = _layout.laid_like(jax.random.bernoulli(key, 1 - rate, x.shape), x)
-    return jnp.where(kept, wide(x) * (1 / (1 - rate) if rate < 1 else 0.0), 0).astype(x.dtype)
+def _drop(x, key, rate):
+    kept = _layout.reshard_like(jax.random.bernoulli(key, 1 - rate, x.shape), x)
+    return jnp.where(kept, upcast(x) * (1 / (1 - rate) if rate < 1 else 0.0), 0).astype(x.dtype)

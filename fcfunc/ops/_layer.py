@@ -1,56 +1,41 @@
-"""A layer, affine and activation, as one rule."""
+"""An affine layer and its activation as one rule."""
 
 import inspect
 
 import jax
 import jax.numpy as jnp
 
-from fcfunc import _arguments, _layout
-from fcfunc._rule import accumulator, rule, wide
-from fcfunc.ops import _activations as activations
-from fcfunc.ops._affine import _bias_along, affine_bwd, affine_fwd
-from fcfunc.ops._softmax import log_softmax_bwd, log_softmax_fwd, softmax_bwd, softmax_fwd
+from fcfunc import _layout
+from fcfunc._rule import rule, sum_dtype, upcast
+from fcfunc.ops import _activations, _softmax
+from fcfunc.ops._affine import affine_arguments, affine_bwd, affine_fwd, operand_dtype
 
 
 def layer(
-    x: jax.Array,
-    w: jax.Array,
-    b: jax.Array,
-    *,
-    activation: str,
-    flatten: bool = False,
-    compute_dtype=None,
-    out_dtype=None,
-    round_cotangent: bool = True,
-    pack: bool = True,
-    **options,
+    x: jax.Array, w: jax.Array, b: jax.Array | None, *, activation: str, compute_dtype=None, out_dtype=None, **options
 ) -> jax.Array:
-    r"""A layer, affine and activation in one rule: :math:`y = f(x w + b)`, saving the least.
+    r"""An affine layer and its activation in one rule: :math:`y = f(x w + b)`, which saves the least memory.
 
-    Two rules in a row save what each needs; one rule for both can do with less than the pre-activation `x w + b`. It is
-    computed in at least float32 and rounded once, after the activation.
+    Two consecutive rules each save what they need; a single rule for both can do without the pre-activation `x w + b`,
+    which is computed in at least float32 and rounded once, after the activation.
 
     Args:
-      x: inputs, as for `affine`.
+      x: inputs, `[..., fan_in]`.
       w: weights, `[fan_in, fan_out]`.
-      b: biases, `[fan_out]`.
+      b: biases, `[fan_out]`, or None.
       activation: one of "elu", "gelu", "leaky_relu", "log_softmax", "relu", "sigmoid", "silu", "softmax", "softplus",
         "tanh".
-      flatten: as for `affine`.
       compute_dtype: as for `affine`.
       out_dtype: as for `affine`.
-      round_cotangent: as for `affine`, of the pre-activation's cotangent.
-      pack: for "relu" and "leaky_relu", save a bit per output. False: save booleans, which the compiler reads off the
-        output where that is kept anyway, as the next layer's input is in one compiled program; then it is the faster.
-      **options: of the activation, such as `negative_slope` or `approximate`.
+      **options: options of the activation, such as `negative_slope` or `approximate`.
 
     Returns:
-      As `affine`. Saved for the backward pass: `x` and `w`; and for "relu" and "leaky_relu" one BIT per output, with
-      `pack`; for "gelu" and "silu" nothing, `b` apart: the pre-activation is computed again, one more product; for the
-      others the output.
+      As `affine`. Saved for the backward pass: `x` and `w`, and in addition, for "relu" and "leaky_relu" one BIT per
+      output; for "gelu" and "silu" only `b`: the pre-activation is recomputed, at the cost of one more matmul; for
+      the others the output.
 
     Raises:
-      ValueError: the shapes do not fit together; an unknown activation.
+      ValueError: the shapes do not fit together; an unknown activation or option.
       TypeError: as for `affine`.
 
     Source: derived in docs/derivations.md#layer.
@@ -63,103 +48,75 @@ def layer(
         raise ValueError(f"layer: unknown activation {activation!r}; known are {', '.join(_LAYERS)}")
     for name in options.keys() - inspect.signature(_LAYERS[activation][0]).parameters.keys():
         raise ValueError(f"layer: {activation} has no option {name!r}")
-    _arguments.dtype("layer", out_dtype=out_dtype)
-    b = _bias_along(x, w, b, flatten)
-    return _layer(
-        x,
-        w,
-        b,
-        activation=activation,
-        flatten=flatten,
-        compute_dtype=compute_dtype,
-        out_dtype=out_dtype,
-        round_cotangent=round_cotangent,
-        pack=pack,
-        **options,
+    return packed_layer(
+        x, w, b, activation=activation, compute_dtype=compute_dtype, out_dtype=out_dtype, pack=True, **options
     )
 
 
-def layer_fwd(
-    x,
-    w,
-    b,
-    *,
-    activation,
-    flatten=False,
-    compute_dtype=None,
-    out_dtype=None,
-    round_cotangent=True,
-    pack=True,
-    **options,
-):
-    """`(out, residuals)` of `layer`."""
-    del round_cotangent
-    operands = _arguments.operands("layer", compute_dtype, x=x, w=w, b=b)
-    z, _ = affine_fwd(x, w, b, flatten=flatten, compute_dtype=compute_dtype, out_dtype=accumulator(operands))
-    forward, _, saves = _LAYERS[activation]
-    wide_out, residuals = forward(z, **options)
-    out = wide_out.astype(operands if out_dtype is None else out_dtype)
+def packed_layer(x, w, b, *, pack, compute_dtype=None, out_dtype=None, **options):
+    """`layer` for a network, which knows whether to save bits or booleans: see `layer_fwd`."""
+    x, w, b = affine_arguments("layer", x, w, b, compute_dtype, out_dtype)
+    return _layer(x, w, b, compute_dtype=compute_dtype, out_dtype=out_dtype, pack=pack, **options)
+
+
+def layer_fwd(x, w, b, *, activation, compute_dtype=None, out_dtype=None, pack=True, **options):
+    """`(out, residuals)` of `layer`.
+
+    `pack=False` saves booleans instead of bits, which is faster where the compiler can read them off an output that is
+    kept anyway, as the next layer's input is within one compiled program.
+    """
+    # y = f(z), z = x w + 1 b
+    operands = operand_dtype(x, compute_dtype)
+    z, affine_residuals = affine_fwd(x, w, b, compute_dtype=compute_dtype, out_dtype=sum_dtype(operands))
+    activation_fwd, _, saves = _LAYERS[activation]
+    y, residuals = activation_fwd(z, **options)
+    out = y.astype(operands if out_dtype is None else out_dtype)
     if activation == "elu" and out.dtype == jnp.float16:  # its rule reads the sign of the input from the output
-        out = jnp.where((wide_out > 0) & (out == 0), jnp.finfo(out.dtype).smallest_subnormal, out)
-    return out, (x, w, _packed(residuals, pack) if saves == "mask" else out if saves == "output" else b)
+        out = jnp.where((y > 0) & (out == 0), jnp.finfo(out.dtype).smallest_subnormal, out)
+    saved = _pack(residuals, pack) if saves == "mask" else out if saves == "output" else b
+    return out, (*affine_residuals, saved)
 
 
-def layer_bwd(
-    residuals,
-    g,
-    *,
-    activation,
-    flatten=False,
-    compute_dtype=None,
-    out_dtype=None,
-    round_cotangent=True,
-    pack=True,
-    **options,
-):
+def layer_bwd(residuals, g, *, activation, compute_dtype=None, out_dtype=None, pack=True, **options):
     """Cotangents `(dx, dw, db)` of `layer`."""
-    del out_dtype, pack  # `g` has the one, the saved mask the other
-    x, w, saved = residuals
-    _, backward, saves = _LAYERS[activation]
+    del out_dtype, pack  # they describe the output and the residuals
+    x, w, has_bias, saved = residuals
+    _, activation_bwd, saves = _LAYERS[activation]
     if saves == "mask":
-        saved = _unpacked(saved, g.shape[-1])
+        saved = _unpack(saved, g.shape[-1])
     elif saves == "input":
-        wide_in = accumulator(x.dtype if compute_dtype is None else jnp.dtype(compute_dtype))
-        saved, _ = affine_fwd(x, w, saved, flatten=flatten, compute_dtype=compute_dtype, out_dtype=wide_in)
+        sums = sum_dtype(operand_dtype(x, compute_dtype))
+        saved, _ = affine_fwd(x, w, saved, compute_dtype=compute_dtype, out_dtype=sums)
     # dz = g ∘ f′(z), then (dx, dw, db) as for affine
-    (dz,) = backward(saved, wide(g), **options)
-    return affine_bwd((x, w), dz, compute_dtype=compute_dtype, round_cotangent=round_cotangent)
+    (dz,) = activation_bwd(saved, upcast(g), **options)
+    return affine_bwd((x, w, has_bias), dz, compute_dtype=compute_dtype)
 
 
 _layer = rule(layer_fwd, layer_bwd)
 
 
-def _packed(mask, pack):
-    """Booleans as bits, eight to a byte, along the last axis; as they are where that axis lies on several devices."""
+def _pack(mask, pack):
+    """Booleans as bits, eight to a byte, along the last axis; unchanged if that axis is sharded."""
     sharding = _layout.explicit_sharding(mask)
-    if (
-        not pack
-        or not mask.size
-        or (sharding is not None and any(axis is not None for axis in sharding.spec[mask.ndim - 1 :]))
-    ):
-        return mask
-    return jnp.packbits(mask, axis=-1)
+    sharded = sharding is not None and any(axis is not None for axis in sharding.spec[mask.ndim - 1 :])
+    return jnp.packbits(mask, axis=-1) if pack and mask.size and not sharded else mask
 
 
-def _unpacked(bits, count):
+def _unpack(bits, count):
     return bits if bits.dtype == bool else jnp.unpackbits(bits, axis=-1, count=count).astype(bool)
 
 
-# The two halves of each activation, and what the rule of a layer saves for the second one beside x and w: one bit per
-# output, the output, or the input, which is computed again.
+# The two halves of each activation, and what the rule of a layer saves for the second half besides x and w: one bit per
+# output, the output, or nothing, in which case the input is recomputed.
 _LAYERS = {
-    "elu": (activations.elu_fwd, activations.elu_bwd, "output"),
-    "gelu": (activations.gelu_fwd, activations.gelu_bwd, "input"),
-    "leaky_relu": (activations.leaky_relu_fwd, activations.leaky_relu_bwd, "mask"),
-    "log_softmax": (log_softmax_fwd, log_softmax_bwd, "output"),
-    "relu": (activations.relu_fwd, activations.relu_bwd, "mask"),
-    "sigmoid": (activations.sigmoid_fwd, activations.sigmoid_bwd, "output"),
-    "silu": (activations.silu_fwd, activations.silu_bwd, "input"),
-    "softmax": (softmax_fwd, softmax_bwd, "output"),
-    "softplus": (activations.softplus_fwd, activations.softplus_bwd, "output"),
-    "tanh": (activations.tanh_fwd, activations.tanh_bwd, "output"),
+    "elu": (_activations.elu_fwd, _activations.elu_bwd, "output"),
+    "gelu": (_activations.gelu_fwd, _activations.gelu_bwd, "input"),
+    "leaky_relu": (_activations.leaky_relu_fwd, _activations.leaky_relu_bwd, "mask"),
+    "log_softmax": (_softmax.log_softmax_fwd, _softmax.log_softmax_bwd, "output"),
+    "relu": (_activations.relu_fwd, _activations.relu_bwd, "mask"),
+    "sigmoid": (_activations.sigmoid_fwd, _activations.sigmoid_bwd, "output"),
+    "silu": (_activations.silu_fwd, _activations.silu_bwd, "input"),
+    "softmax": (_softmax.softmax_fwd, _softmax.softmax_bwd, "output"),
+    "softplus": (_activations.softplus_fwd, _activations.softplus_bwd, "output"),
+    "tanh": (_activations.tanh_fwd, _activations.tanh_bwd, "output"),
 }

@@ -4,19 +4,19 @@ import jax
 import jax.numpy as jnp
 
 from fcfunc import _arguments, _layout
-from fcfunc._rule import rule, wide
+from fcfunc._rule import rule, upcast
 
 
 def softmax(x: jax.Array, axis: int | tuple[int, ...] | None = -1, where: jax.Array | None = None) -> jax.Array:
     r"""Softmax: :math:`p_i = e^{x_i} / \sum_k e^{x_k}`, computed from `x - max(x)`.
 
     The Jacobian is full, :math:`∂p_i/∂x_j = p_i (δ_{ij} - p_j)`: its diagonal `p (1 - p)` alone is not the gradient.
-    An element of -inf has probability 0; a slice of nothing but -inf, or with +inf or NaN in it, is NaN.
+    An element of -inf has probability 0; a slice that is all -inf, or contains +inf or NaN, is NaN.
 
     Args:
       x: logits, any shape of at least one axis.
       axis: the axis, or the axes together, along which the output sums to 1; None for all.
-      where: booleans that can be broadcast to the shape of `x`. Masked elements take no part: their output and their
+      where: booleans that can be broadcast to the shape of `x`. Masked elements are excluded: their output and their
         gradient are 0, even if they are NaN.
 
     Returns:
@@ -36,13 +36,12 @@ def softmax(x: jax.Array, axis: int | tuple[int, ...] | None = -1, where: jax.Ar
     axes = _arguments.axes("softmax", axis, x=x)
     if where is None:
         return _softmax(x, axis=axes)
-    x, where = _unmasked("softmax", x, axes, where)
+    x, where = _exclude_masked("softmax", x, axes, where)
     return jnp.where(where, _softmax(x, axis=axes), 0)
 
 
 def softmax_fwd(x, *, axis=-1):
     """`(out, residuals)` of `softmax`."""
-    _arguments.floating("softmax", x=x)
     e = jnp.exp(_shifted(x, axis))
     out = (e / jnp.sum(e, axis=axis, keepdims=True)).astype(x.dtype)
     return out, out
@@ -50,9 +49,9 @@ def softmax_fwd(x, *, axis=-1):
 
 def softmax_bwd(out, g, *, axis=-1):
     """Cotangent `(dx,)` of `softmax`."""
-    p, wide_g = wide(out), wide(g)
+    p, g_ = upcast(out), upcast(g)
     # dx_j = Σ_i g_i p_i (δ_ij − p_j), that is, dx = p ∘ (g − Σ p g)
-    return ((p * (wide_g - jnp.sum(p * wide_g, axis=axis, keepdims=True))).astype(g.dtype),)
+    return ((p * (g_ - jnp.sum(p * g_, axis=axis, keepdims=True))).astype(g.dtype),)
 
 
 _softmax = rule(softmax_fwd, softmax_bwd)
@@ -64,7 +63,7 @@ def log_softmax(x: jax.Array, axis: int | tuple[int, ...] | None = -1, where: ja
     Args:
       x: logits, any shape of at least one axis.
       axis: the axis, or the axes together, along which the probabilities sum to 1; None for all.
-      where: booleans that can be broadcast to the shape of `x`. Masked elements take no part: their output is -inf and
+      where: booleans that can be broadcast to the shape of `x`. Masked elements are excluded: their output is -inf and
         their gradient 0, even if they are NaN.
 
     Returns:
@@ -84,13 +83,12 @@ def log_softmax(x: jax.Array, axis: int | tuple[int, ...] | None = -1, where: ja
     axes = _arguments.axes("log_softmax", axis, x=x)
     if where is None:
         return _log_softmax(x, axis=axes)
-    x, where = _unmasked("log_softmax", x, axes, where)
+    x, where = _exclude_masked("log_softmax", x, axes, where)
     return jnp.where(where, _log_softmax(x, axis=axes), -jnp.inf)
 
 
 def log_softmax_fwd(x, *, axis=-1):
     """`(out, residuals)` of `log_softmax`."""
-    _arguments.floating("log_softmax", x=x)
     shifted = _shifted(x, axis)
     out = (shifted - jnp.log(jnp.sum(jnp.exp(shifted), axis=axis, keepdims=True))).astype(x.dtype)
     return out, out
@@ -98,16 +96,16 @@ def log_softmax_fwd(x, *, axis=-1):
 
 def log_softmax_bwd(out, g, *, axis=-1):
     """Cotangent `(dx,)` of `log_softmax`."""
-    p, wide_g = jnp.exp(wide(out)), wide(g)
+    p, g_ = jnp.exp(upcast(out)), upcast(g)
     # dx_j = Σ_i g_i (δ_ij − p_j), that is, dx = g − p Σ g
-    return ((wide_g - p * jnp.sum(wide_g, axis=axis, keepdims=True)).astype(g.dtype),)
+    return ((g_ - p * jnp.sum(g_, axis=axis, keepdims=True)).astype(g.dtype),)
 
 
 _log_softmax = rule(log_softmax_fwd, log_softmax_bwd)
 
 
-def _unmasked(name, x, axes, where):
-    """`x` with -inf where it is masked, which has probability 0; slices that are masked whole are set to 0."""
+def _exclude_masked(name, x, axes, where):
+    """`x` with -inf, which has probability 0, where it is masked; slices that are entirely masked are set to 0."""
     _arguments.array(name, where=where)
     if jnp.result_type(where) != jnp.bool_:
         raise TypeError(f"{name}: where must be booleans, got {_arguments.describe(where)}")
@@ -117,11 +115,11 @@ def _unmasked(name, x, axes, where):
     except ValueError:
         shapes = f"{list(x.shape)}, got {list(jnp.shape(where))}"
         raise ValueError(f"{name}: where must be broadcastable to the shape of x, {shapes}") from None
-    where = _layout.laid_like(where, x)
+    where = _layout.reshard_like(where, x)
     return jnp.where(where, x, jnp.where(jnp.any(where, axis=axes, keepdims=True), -jnp.inf, 0)), where
 
 
 def _shifted(x, axis):
-    """`x - max(x)`: the largest exponential is 1. The shift cancels, so its derivative is stopped, not computed."""
-    x = wide(x)
+    """`x - max(x)`, so that the largest exponential is 1. The shift cancels, so its derivative is stopped."""
+    x = upcast(x)
     return x - jax.lax.stop_gradient(jnp.max(x, axis=axis, keepdims=True, initial=-jnp.inf))

@@ -39,6 +39,10 @@ def _affine(seed, n, d, dtype):
     return _normal(seed, (n, d), (d, d + 2), (d + 2,), dtype=dtype)
 
 
+def _without_bias(seed, n, d, dtype):
+    return _affine(seed, n, d, dtype)[:2]
+
+
 def _images(seed, n, d, dtype):
     return _normal(seed, (n, 2, d), (2 * d, d + 2), (d + 2,), dtype=dtype)
 
@@ -175,7 +179,9 @@ RULES = [
     _row(ops, "gelu", _x),
     _row(ops, "gelu", _x, variant=True, approximate=False),
     _row(ops, "layer", _affine, activation="relu"),
-    _row(ops, "layer", _images, variant=True, activation="gelu", flatten=True),
+    _row(ops, "affine", _without_bias, variant=True, b=None),
+    _row(ops, "layer", _affine, variant=True, activation="gelu"),
+    _row(ops, "layer", _without_bias, variant=True, b=None, activation="silu"),
     _row(ops, "layer", _affine, variant=True, activation="tanh"),
     _row(ops, "dropout", _keyed, keywords=("key",), rate=0.3),
     _row(ops, "layer_norm", _normed),
