@@ -18,13 +18,13 @@ from jax.sharding import AxisType
 
 import fcfunc
 from fcfunc import checkpoint, sharding, train
-from tests.table import slow
+from tests.rules import slow
 
 OPTIMIZER = optax.adam(1e-3)
 
 
 def make_state(dims=(16, 64, 8), optimizer=OPTIMIZER, mesh=None, mode="fsdp", dtype=jnp.float32):
-    params = fcfunc.init(jax.random.key(0), dims, param_dtype=dtype)
+    params = fcfunc.mlp(dims).init(jax.random.key(0), param_dtype=dtype)
     if mesh is not None:
         params = sharding.shard(params, sharding.param_specs(params, mesh, mode), mesh)
     return train.init_state(params, optimizer, jax.random.key(1))
@@ -90,7 +90,7 @@ def test_what_is_not_the_same_run_is_an_error_that_names_the_array(tmp_path):
         checkpoint.restore(tmp_path, make_state(), step=5)
     with pytest.raises(FileNotFoundError, match=r"a checkpoint expected, found none"):
         checkpoint.restore(tmp_path / "nowhere", make_state())
-    with pytest.raises(TypeError, match=r"config\['f'\]: plain data expected"):
+    with pytest.raises(TypeError, match=r"config\['f'\]: expected plain data"):
         checkpoint.save(tmp_path, moved(make_state(), 2), config={"f": print})
     assert checkpoint.steps(tmp_path) == [1]
 
@@ -225,7 +225,7 @@ def test_a_manifest_that_somebody_wrote_is_held_against_what_is_there(tmp_path, 
 
 @pytest.mark.parametrize("config", [float("nan"), float("inf"), 10**5000, json.loads("[" * 40 + "]" * 40)], ids=type)
 def test_a_config_that_no_reader_could_hold_is_refused(tmp_path, config):
-    with pytest.raises(TypeError, match=r"checkpoint.save: config.*: plain data"):
+    with pytest.raises(TypeError, match=r"checkpoint.save: config.*: expected plain data"):
         checkpoint.save(tmp_path, moved(make_state(), 1), config={"a": config})
     assert list(tmp_path.iterdir()) == []
 

@@ -207,7 +207,7 @@ def test_split_gives_every_example_to_one_part():
 
 
 def test_split_refuses_arrays_that_disagree_about_the_number_of_examples():
-    with pytest.raises(ValueError, match="one first axis"):
+    with pytest.raises(ValueError, match="same leading axis"):
         data.split(data.Dataset(np.zeros(10), np.zeros(12)), (0.5, 0.5), seed=0)
 
 

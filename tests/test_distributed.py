@@ -25,7 +25,7 @@ def free_port():
 
 @pytest.mark.slow
 def test_two_processes_of_four_devices_take_the_steps_of_one_device_in_every_mode():
-    command = [sys.executable, "-m", "tests.process", f"127.0.0.1:{free_port()}"]
+    command = [sys.executable, "-m", "tests.two_processes", f"127.0.0.1:{free_port()}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     processes = [subprocess.Popen([*command, str(i)], **pipes) for i in range(2)]
     try:

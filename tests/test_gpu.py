@@ -21,7 +21,9 @@ pytestmark = pytest.mark.gpu
 
 def loss_fn(params, batch, key, **options):
     x, y = batch
-    return jnp.mean(losses.softmax_cross_entropy_with_integer_labels(fcfunc.apply(params, x, **options), y))
+    dims = [x.shape[1], *(len(p["b"]) for p in params)]
+    logits = fcfunc.mlp(dims, **options).apply(params, x)
+    return jnp.mean(losses.softmax_cross_entropy_with_integer_labels(logits, y))
 
 
 def make(dims, rows):

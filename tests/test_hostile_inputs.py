@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from proofs import hostile_inputs as hostile
-from tests.table import slow
+from tests.rules import slow
 
 PAGE = (Path(__file__).parents[1] / "docs" / "hostile-inputs.md").read_text()
 

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from fcfunc import losses
-from tests.table import slow
+from tests.rules import slow
 
 classification = pytest.importorskip("optax.losses._classification_test", reason="this optax comes without its tests")
 regression = pytest.importorskip("optax.losses._regression_test")

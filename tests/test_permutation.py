@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fcfunc.train._permutation import permutation
-from tests.table import slow
+from tests.rules import slow
 
 
 def draws(n, count, seed=0):

@@ -4,7 +4,7 @@ import pytest
 
 from fcfunc.testing import check_vjp
 from tests.planted import PLANTED, RIGHT
-from tests.table import slow
+from tests.rules import slow
 
 
 def test_the_corpus_is_large_enough_and_has_no_name_twice():

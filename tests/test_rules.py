@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 
-from tests.table import RULES, cotangent, gradients, rows, slow, split_real
+from tests.rules import RULES, cotangent, gradients, rows, slow, split_real
 
 TOLERANCE = {"float16": 2e-2, "bfloat16": 2e-1, "float32": 2e-5, "float64": 1e-13}
 SIZES = [(4, 3), slow(1, 1), slow(1, 5), slow(7, 1), slow(33, 17)]

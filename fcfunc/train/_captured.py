@@ -1,9 +1,10 @@
 """Keys for functions: two calls share a compiled program only if the function still computes the same.
 
 A compiled program holds the values that a function captures as constants, so a program found by the function alone
-would silently go on with the values of its first call.
+would silently use the values of its first call.
 """
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,9 +14,9 @@ import numpy as np
 
 
 class FunctionKey:
-    """Equal to another key of the same object, if what was traced of it is the same; it keeps the object alive.
+    """Equal to another key of the same object if its traces are equal; it keeps the object alive.
 
-    By identity: a callable object, or a method, may be equal to one that computes another loss, or have no hash.
+    Objects are compared by identity: a callable object may be equal to one that computes another loss, or have no hash.
     """
 
     def __init__(self, function: Any, traced: list | None = None):
@@ -28,12 +29,27 @@ class FunctionKey:
         return isinstance(other, FunctionKey) and self.function is other.function and self.traced == other.traced
 
 
-def traced(function: Callable, *args) -> tuple[list, Any]:
-    """What `function(*args)` computes, as things to compare, and the shapes of its outputs.
+def cached_by_key(make: Callable) -> Callable:
+    """`make`, which returns the same program for the same functions and numbers; the last 32 are kept.
 
-    That is its jaxpr as text, which shows the numbers that it captures, and its constants: NumPy arrays by value, since
-    they can change in place, and JAX's by identity. A function that the caller compiled, with `jax.jit` say, shows the
-    values of its own first call, which JAX goes on to use.
+    JAX's own cache lives as long as a compiled function, so a program that is made anew would be compiled anew.
+    Functions are given as `FunctionKey`.
+    """
+
+    @functools.lru_cache(maxsize=32)
+    @functools.wraps(make)
+    def cached(*args):
+        return make(*(a.function if isinstance(a, FunctionKey) else a for a in args))
+
+    return cached
+
+
+def traced(function: Callable, *args) -> tuple[list, Any]:
+    """What `function(*args)` computes, in a form that can be compared, and the shapes of its outputs.
+
+    That is its jaxpr as text, which includes the numbers that it captures, and its constants: NumPy arrays by value,
+    since they can change in place, and JAX arrays by identity. A function that the caller compiled, with `jax.jit` for
+    example, shows the values of its own first call, which JAX continues to use.
     """
     # A new function each time: JAX remembers the jaxpr of one that it has seen.
     jaxpr, shapes = jax.make_jaxpr(lambda *args: function(*args), return_shape=True)(*args)

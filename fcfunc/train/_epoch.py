@@ -1,226 +1,175 @@
-"""The step and the epoch that `fcfunc.train` compiles, and where their arrays lie."""
+"""An epoch of training as one program, and the evaluation of a loss over all examples."""
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fcfunc import _arguments, _layout
+from fcfunc import _arguments
 from fcfunc._arguments import count, examples
-from fcfunc.train._accumulate import accumulated, mean_dtype
-from fcfunc.train._captured import FunctionKey
+from fcfunc.train._accumulate import mean_dtype
+from fcfunc.train._captured import FunctionKey, cached_by_key, traced
+from fcfunc.train._mesh import Layouts, jit_on_mesh, shardings
 from fcfunc.train._permutation import permutation
+from fcfunc.train._state import TrainState, order_key
+from fcfunc.train._step import step_of, uniform
 
 
-class TrainState(NamedTuple):
-    """All that a run carries from step to step.
+def make_train_epoch(
+    loss_fn: Callable,
+    optimizer: optax.GradientTransformation,
+    batch_size: int,
+    *,
+    accumulate: int = 1,
+    donate: bool = True,
+) -> Callable:
+    """An epoch of training as one compiled program: shuffling, batching and steps, all on the device.
 
-    Attributes:
-      params: the parameters, any tree.
-      opt_state: the optimiser's state.
-      step: how many steps were taken, an int32 scalar.
-      key: the run's random key. It never changes: each step and each epoch derives its own by `fold_in(key, step)`, so
-        that a run resumed from a saved state goes on exactly as it would have.
-      model_state: what the loss carries from step to step besides the parameters; without leaves where it is nothing.
-      position: how many examples of the current epoch were taken, an int32 scalar; 0 between epochs. A step that
-        belongs to no epoch, of `make_train_step`, leaves the one it meets: the next begins anew.
-      began: the step at which the current epoch began, an int32 scalar; its order is drawn by it.
+    Args:
+      loss_fn: `(params, batch, key) -> loss` or `-> (loss, metrics)`.
+      optimizer: any optax optimizer.
+      batch_size: examples per step, at least 1. If it does not divide the number of examples, the last step uses the
+        remainder as a shorter batch, inside the same program; on a mesh whose devices do not divide that batch, each
+        device processes all of it.
+      accumulate: as for `make_train_step`; the shorter batch is not split.
+      donate: as for `make_train_step`.
+
+    Returns:
+      `epoch(state, data) -> (state, metrics)`; each metric has one entry per step. Every example is used once, in an
+      order derived from the state's key and step. A partly completed epoch of the state is abandoned.
+
+    Raises:
+      ValueError: `batch_size` or `accumulate` below 1; while tracing: data that is empty, smaller than a batch, or
+        whose arrays differ in the number of examples; a loss that is not a scalar; a `batch_size` that cannot be
+        divided evenly over the devices that hold the examples, or into `accumulate` microbatches.
+
+    Example:
+      >>> import optax
+      >>> from fcfunc.train import init_state
+      >>> optimizer = optax.sgd(0.5)
+      >>> epoch = make_train_epoch(lambda params, batch, key: jnp.mean((batch - params) ** 2), optimizer, batch_size=2)
+      >>> state, metrics = epoch(init_state(jnp.float32(1), optimizer, jax.random.key(0)), jnp.arange(6.0))
+      >>> metrics["loss"].shape
+      (3,)
     """
+    _arguments.function("make_train_epoch", loss_fn=loss_fn)
+    _arguments.optimizer("make_train_epoch", optimizer)
+    _arguments.positive("make_train_epoch", batch_size=batch_size, accumulate=accumulate)
+    epoch = epoch_of("make_train_epoch", loss_fn, optimizer, batch_size, accumulate)
 
-    params: Any
-    opt_state: Any
-    step: jax.Array
-    key: jax.Array
-    model_state: Any = ()
-    position: Any = np.zeros((), np.int32)
-    began: Any = np.zeros((), np.int32)
+    def train_epoch(state, data, layouts):
+        return epoch(state._replace(epoch_position=jnp.zeros((), jnp.int32)), data, layouts)
 
-
-class Layouts(NamedTuple):
-    """Where each array of a state and of its data lies."""
-
-    state: tuple
-    data: tuple
+    return jit_on_mesh("make_train_epoch", train_epoch, donate=bool(donate))
 
 
-def remembered(make: Callable) -> Callable:
-    """`make`, which returns the same program for the same functions and numbers; the last 32 are kept.
+def epoch_of(
+    where: str,
+    loss_fn: Callable,
+    optimizer: optax.GradientTransformation,
+    batch_size: int,
+    accumulate: int,
+    *,
+    limit: int | None = None,
+    record: Callable | None = None,
+) -> Callable:
+    """`epoch(state, data, layouts) -> (state, metrics)`, from the state's position in its epoch on.
 
-    JAX's own cache lives as long as a compiled function, so a program that is made anew would be compiled anew.
-    Functions are given as `FunctionKey`, by which they are told apart.
+    It uses all examples or, given a `limit`, this many, in full batches or to the end of the epoch.
+    `record(before, after, metrics)` gives what is returned of each step besides its metrics.
     """
+    step, step_whole = step_of(loss_fn, optimizer, accumulate), step_of(loss_fn, optimizer)
 
-    @functools.lru_cache(maxsize=32)
-    @functools.wraps(make)
-    def cached(*args):
-        return make(*(a.function if isinstance(a, FunctionKey) else a for a in args))
+    def epoch(state: TrainState, data: Any, layouts: Layouts):
+        n = count(where, data, batch_size)
+        layouts.check_divides(f"{where}: batches", batch_size, accumulate)
+        state = state._replace(epoch_start=jnp.where(state.epoch_position == 0, state.step, state.epoch_start))
+        order = order_from(state, n, n if limit is None else limit)
 
-    return cached
+        def on_batch(before, indices):
+            take_step = step if len(indices) == batch_size else step_whole
+            after, metrics = take_step(before, layouts.gather_rows(data, indices), layouts)
+            return after, metrics if record is None else (metrics, record(before, after, metrics))
 
+        position = (state.epoch_position + len(order)) % n
+        state, metrics = _over_batches(on_batch, state, order, batch_size)
+        return state._replace(epoch_position=position), metrics
 
-def compiled(where: str, fun: Callable) -> Callable:
-    """`fun(state, data)`, compiled for where its arguments lie: on an Auto mesh their types do not tell."""
-    program = jax.jit(fun, donate_argnums=0, static_argnames="layouts")
-
-    def located(run):
-        def call(state, data, **more):
-            data = examples(where, data)
-            of_data = _layout.layouts(data)
-            # On one device a step may take less time than looking at all its arrays.
-            if not any(of_data) and not any(_layout.layouts(state.step)):
-                return run(state, data, **more)
-            if _layout.traced(state.step):
-                return run(state, data, **more, layouts=Layouts(_layout.layouts(state), of_data))
-            state = beside(state, data)
-            with _layout.on_mesh_of((state, data)):
-                return run(state, data, **more, layouts=Layouts(_layout.layouts(state), of_data))
-
-        return call
-
-    call = functools.wraps(fun)(located(program))
-    call.lower, call.trace = located(program.lower), located(program.trace)  # type: ignore[attr-defined]
-    return call
+    return epoch
 
 
-def beside(state, tree):
-    """`state` with what lies on no mesh whole on every device of the mesh that `tree` lies on."""
-    mesh = _layout.mesh_of(tree)
-    if mesh is None:
-        return state
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    return _layout.each(lambda a, s: _layout.placed(a, whole) if s is None else a, state, _layout.layouts(state))
-
-
-def take_step(loss_fn, optimizer, state, batch, accumulate, layouts):
-    """One step: `(state, metrics)`, the metrics of before the update."""
-    loss_key, _ = jax.random.split(state.key)
-    key = jax.random.fold_in(loss_key, state.step)
-
-    def value_fn(params):
-        return loss_and_metrics(loss_fn, params, batch, key, state.model_state)[0]
-
-    def gradient(params, batch, key, model_state):
-        def of(params):
-            return loss_and_metrics(loss_fn, params, batch, key, model_state)
-
-        return jax.value_and_grad(of, has_aux=True)(params)
-
-    if accumulate > 1:
-        gradient = functools.partial(accumulated, gradient, accumulate, layouts)
-    (loss, (metrics, model_state)), grads = gradient(state.params, batch, key, state.model_state)
-    # optax itself mixes dtypes; a caller in strict mode need not know.
-    with jax.numpy_dtype_promotion("standard"), jax.named_scope("update"):
-        updates, opt_state = optax.with_extra_args_support(optimizer).update(
-            grads, state.opt_state, state.params, value=loss, grad=grads, value_fn=value_fn
-        )
-        params = optax.apply_updates(state.params, updates)
-    new = state._replace(params=params, opt_state=opt_state, step=state.step + 1, model_state=model_state)
-    if guards(opt_state):  # what belongs to a step that was skipped is left as it was, the parameters and this
-        skipped = skips(opt_state) > skips(state.opt_state)
-        kept = jax.tree.map(lambda a, b: jnp.where(skipped, a, b), state.model_state, model_state)
-        new = new._replace(model_state=kept)
-    if layouts is not None:
-        new = _layout.each(_layout.constrained, new, layouts.state)
-    return new, {"loss": loss, **metrics}
-
-
-def guards(opt_state) -> list[optax.ApplyIfFiniteState]:
-    """The states of `optax.apply_if_finite`, where it guards an optimiser."""
-    is_guard = lambda node: isinstance(node, optax.ApplyIfFiniteState)  # noqa: E731
-    return [node for node in jax.tree.leaves(opt_state, is_leaf=is_guard) if is_guard(node)]
-
-
-def skips(opt_state) -> Any:
-    """How many steps the guards have skipped so far."""
-    return sum(guard.total_notfinite for guard in guards(opt_state))
-
-
-def loss_and_metrics(loss_fn, params, batch, key, model_state):
-    """`(loss, (metrics, model_state))`, whichever way the loss function is written."""
-    if jax.tree.leaves(model_state):
-        result = loss_fn(params, batch, key, model_state)
-        if not isinstance(result, tuple) or len(result) != 3:
-            raise TypeError(f"loss_fn with a model_state must return (loss, metrics, model_state), got {result!r:.200}")
-        loss, metrics, new_state = result
-        _check_same_kind(model_state, new_state)
-        model_state = new_state
-    else:
-        result = loss_fn(params, batch, key)
-        loss, metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
-    if not isinstance(loss, _arguments.ARRAYS) or not isinstance(metrics, dict):
-        raise TypeError(f"loss_fn must return a loss or (loss, dict of metrics), got {result!r:.200}")
-    if jnp.shape(loss) != ():
-        raise ValueError(
-            f"loss_fn must return one number, the mean over the batch, got {_arguments.describe(loss)}; "
-            "take jnp.mean of the per-example losses"
-        )
-    if "loss" in metrics:
-        raise ValueError('loss_fn: the metrics must not hold a "loss" of their own')
-    return loss, (metrics, model_state)
-
-
-def _check_same_kind(before, after) -> None:
-    """A state that changes its shapes or dtypes in a step would be another program in the next."""
-    kinds = [jax.tree.map(_arguments.describe, tree) for tree in (before, after)]
-    if kinds[0] != kinds[1]:
-        raise ValueError(f"loss_fn must return a model_state like the one it was given, {kinds[0]}, got {kinds[1]}")
-
-
-def take_epoch(where, loss_fn, optimizer, state, data, batch_size, accumulate, layouts, some=None, after=None):
-    """Every example once, in an order drawn from the state's key and step.
-
-    `some`: only so many examples, of whole batches or to the epoch's end, from the state's position in its epoch on.
-    `after(before, state, metrics)` gives what is returned of each step besides its metrics.
-    """
-    n = count(where, data, batch_size)
-    check_shares(f"{where}: batches", batch_size, layouts, accumulate)
-    if some is None:
-        state = state._replace(position=jnp.zeros((), jnp.int32))
-    state = state._replace(began=jnp.where(state.position == 0, state.step, state.began))
-    order = order_from(state, n, n if some is None else some)
-
-    def step(before, indices):
-        parts = accumulate if len(indices) == batch_size else 1
-        state, metrics = take_step(loss_fn, optimizer, before, take(data, indices, layouts), parts, layouts)
-        return state, metrics if after is None else (metrics, after(before, state, metrics))
-
-    position = (state.position + len(order)) % n
-    state, metrics = over_batches(step, state, order, batch_size)
-    return state._replace(position=position), metrics
-
-
-def order_from(state: TrainState, n: int, some: int) -> jax.Array:
+def order_from(state: TrainState, n: int, limit: int) -> jax.Array:
     """The next examples of the state's epoch of n, as indices."""
-    _, order_key = jax.random.split(state.key)
     with jax.named_scope("order"):
-        places = state.position + jnp.arange(some, dtype=jnp.int32)
+        places = state.epoch_position + jnp.arange(limit, dtype=jnp.int32)
         # The barrier keeps XLA from fusing the order into the step: with one step, JAX 0.12 would compile for minutes.
-        return jax.lax.optimization_barrier(permutation(jax.random.fold_in(order_key, state.began), n, places))
+        return jax.lax.optimization_barrier(permutation(order_key(state), n, places))
 
 
-def over_batches(step, carry, indices, batch_size):
-    """Scans `step` over whole batches of `indices`, then takes the remainder as one shorter batch."""
-    n = indices.shape[0]
-    whole = n - n % batch_size
-    carry, metrics = jax.lax.scan(step, carry, indices[:whole].reshape(whole // batch_size, batch_size))
-    if whole < n:
-        carry, last = step(carry, indices[whole:])
-        metrics = jax.tree.map(lambda m, x: jnp.concatenate([m, jnp.expand_dims(x, 0)]), metrics, last)
-    return carry, metrics
+def evaluate(
+    loss_fn: Callable, params: Any, data: Any, *, batch_size: int = 1024, model_state: Any = ()
+) -> dict[str, jax.Array]:
+    """The means of the loss and its metrics over all examples, without updates and without randomness.
+
+    Args:
+      loss_fn: `(params, batch, key) -> loss` or `-> (loss, metrics)`, called with key None; compiled once for each
+        function and each shape of data.
+      params: the parameters.
+      data: a pytree of arrays with a common leading axis, the examples.
+      batch_size: at most this many examples at a time, which bounds the memory. Apart from rounding the result does
+        not depend on it, provided that the metrics are means over the batch.
+      model_state: the state's, if the loss takes one; the new one that it returns is discarded.
+
+    Returns:
+      `{"loss": scalar, ...}`, in which each batch is weighted by its number of examples.
+
+    Raises:
+      ValueError: `batch_size` below 1, data that is empty or whose arrays differ in the number of examples.
+
+    Example:
+      >>> evaluate(lambda params, batch, key: jnp.mean((batch - params) ** 2), jnp.float32(1), jnp.arange(4.0))
+      {'loss': Array(1.5, dtype=float32)}
+    """
+    _arguments.function("evaluate", loss_fn=loss_fn)
+    _arguments.positive("evaluate", batch_size=batch_size)
+    data = examples("evaluate", data)
+    count("evaluate", data, 1)
+    key = FunctionKey(loss_fn, traced(uniform(loss_fn), params, data, None, model_state)[0])
+    return evaluate_compiled(key, params, data, model_state, int(batch_size))
 
 
-def take(data, indices, layouts):
-    """The examples at some indices, each of them once and within bounds, laid as the data."""
-    of_data = layouts.data if layouts else (None,) * len(jax.tree.leaves(data))
-    with jax.named_scope("gather"):
-        return _layout.each(functools.partial(_layout.taken, indices=indices), data, of_data)
+def evaluate_compiled(loss_key: FunctionKey, params: Any, data: Any, model_state: Any, batch_size: int = 1024):
+    """`evaluate` with a loss whose key is known, after the checks."""
+    return _evaluation(loss_key, batch_size)(params, model_state, data, layouts=Layouts((), shardings(data)))
 
 
-def means(metrics, n: int, batch_size: int):
+@cached_by_key
+def _evaluation(loss_fn, batch_size):
+    loss = uniform(loss_fn)
+
+    @functools.partial(jax.jit, static_argnames="layouts")
+    def evaluation(params, model_state, data, layouts):
+        n = count("evaluate", data, 1)
+        size = min(batch_size, n)
+        if not any(layouts.data):
+            # Equal batches, if some not much smaller divide the examples: one step to compile instead of two.
+            size = next((s for s in range(size, size // 2, -1) if n % s == 0), size)
+
+        def on_batch(_, indices):
+            value, (metrics, _) = loss(params, layouts.gather_rows(data, indices), None, model_state)
+            return None, {"loss": value, **metrics}
+
+        _, metrics = _over_batches(on_batch, None, jnp.arange(n), size)
+        return epoch_means(metrics, n, size)
+
+    return evaluation
+
+
+def epoch_means(metrics: dict, n: int, batch_size: int) -> dict:
     """The means over all examples of metrics that are means over the batches, one entry for each."""
     weights = batch_sizes(n, batch_size) / n
     real = {name: m.astype(mean_dtype(m.dtype)) for name, m in metrics.items()}
@@ -228,16 +177,17 @@ def means(metrics, n: int, batch_size: int):
 
 
 def batch_sizes(n: int, batch_size: int) -> np.ndarray:
-    """The examples of each step of an epoch."""
-    whole, rest = divmod(n, int(batch_size))
-    return np.array([batch_size] * whole + [rest] * (rest > 0))
+    """The number of examples of each step of an epoch."""
+    full, rest = divmod(n, int(batch_size))
+    return np.array([batch_size] * full + [rest] * (rest > 0))
 
 
-def check_shares(what: str, n: int, layouts, parts: int) -> None:
-    """Raises where examples cannot be divided evenly over the devices that they lie on, and into parts."""
-    over = _layout.rows(layouts.data) if layouts else None
-    devices = over.devices if over else 1
-    if n % (parts * devices):
-        shares = [f"{devices} devices, over which the examples lie"] if over else []
-        shares += [f"{parts} parts"] if parts > 1 else []
-        raise ValueError(f"{what} of {n} examples cannot be divided evenly by {' times '.join(shares)}")
+def _over_batches(on_batch: Callable, carry: Any, indices: jax.Array, batch_size: int):
+    """Scans `on_batch` over full batches of `indices`, then processes the remainder as one shorter batch."""
+    n = indices.shape[0]
+    full = n - n % batch_size
+    carry, metrics = jax.lax.scan(on_batch, carry, indices[:full].reshape(full // batch_size, batch_size))
+    if full < n:
+        carry, last = on_batch(carry, indices[full:])
+        metrics = jax.tree.map(lambda m, x: jnp.concatenate([m, jnp.expand_dims(x, 0)]), metrics, last)
+    return carry, metrics

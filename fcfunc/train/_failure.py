@@ -1,45 +1,43 @@
-"""What `fcfunc.train.fit` does about a number that is not finite: finds the step, its examples and the first array."""
+"""What `fit` does about a number that is not finite: it finds the step, its examples and the first such array."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fcfunc import _layout
 from fcfunc._arguments import clipped
-from fcfunc.train._epoch import TrainState, guards, loss_and_metrics, skips
+from fcfunc.train._epoch import order_from
+from fcfunc.train._mesh import shardings
+from fcfunc.train._state import TrainState, copy_state
+from fcfunc.train._step import finite_guards, skipped_steps, uniform
 
 
 class NonFiniteError(FloatingPointError):
     """A step of `fit` whose loss, or whose new state, is not finite.
 
     Attributes:
-      state: the last good one, of before that step; `fit` can go on from it.
-      step: how many steps were good: the number of the bad one, counted from 0.
-      indices: the examples of its batch, as indices of `data`; none where the steps, taken again one by one, were good:
-        that is another program, whose last bits may differ. `state` is then that of before them.
-      leaf: the path of the first array that is not finite, of `grads`, `params`, `opt_state`, `model_state` and `loss`.
-      history: the records of the epochs before.
+      state: the state before that step; `fit` can resume from it.
+      step: the number of the bad step, counted from 0.
+      indices: the examples of its batch, as indices into `data`; empty if the steps, repeated one by one, were finite:
+        that is another program, whose last bits may differ. `state` is then the one before all of them.
+      leaf: the path of the first array that is not finite, in `grads`, `params`, `opt_state`, `model_state` or `loss`.
+      history: the history of the epochs before, as `fit` returns it.
     """
 
-    def __init__(self, message: str, state: TrainState, step: int, indices: np.ndarray, leaf: str, history: list):
+    def __init__(self, message: str, state: TrainState, step: int, indices: np.ndarray, leaf: str, history: dict):
         super().__init__(message)
         self.state, self.step, self.indices, self.leaf, self.history = state, step, indices, leaf, history
 
 
-def copied(state: TrainState) -> TrainState:
-    """The same state in memory of its own, that a step does not donate."""
-    return jax.tree.map(jnp.copy, state)
-
-
-def outcome(before: TrainState, state: TrainState, metrics) -> dict[str, jax.Array]:
+def step_flags(before: TrainState, after: TrainState, metrics) -> dict[str, jax.Array]:
     """In a compiled step: whether its loss is finite, and whether a guard has skipped it."""
     finite = jnp.isfinite(metrics["loss"])
-    guarded = bool(guards(state.opt_state))
-    skipped = skips(state.opt_state) > skips(before.opt_state) if guarded else jnp.zeros_like(finite)
-    return {"finite": finite, "skipped": skipped}
+    if not finite_guards(after.opt_state):
+        return {"finite": finite, "skipped": jnp.zeros_like(finite)}
+    return {"finite": finite, "skipped": skipped_steps(after.opt_state) > skipped_steps(before.opt_state)}
 
 
 def _carried(state: TrainState) -> dict:
@@ -54,26 +52,51 @@ def _finite(tree):
 
 @jax.jit
 def still_finite(before: TrainState, after: TrainState) -> jax.Array:
-    """Whether every array of a state is finite that was so before: some begin infinite, as an optimiser's best loss."""
+    """Whether no array that was finite has become non-finite. Some start infinite, e.g. an optimizer's best loss."""
     kept = jax.tree.map(lambda a, b: b | ~a, _finite(_carried(before)), _finite(_carried(after)))
     return jnp.all(jnp.array(jax.tree.leaves(kept)))
 
 
-def good(before: TrainState, state: TrainState, outcomes) -> bool:
-    """Whether some steps may stand: each by itself, and the state after them.
+def steps_ok(before: TrainState, after: TrainState, flags) -> bool:
+    """Whether these steps, and the state after them, are all finite or skipped by a guard.
 
-    A guard lets the first step through that exceeds the number it was told to skip; that one is no good.
+    A guard lets the first step through that exceeds the number it was told to skip; that one is not ok.
     """
-    stand = np.asarray(outcomes["finite"]) | np.asarray(outcomes["skipped"])
-    return bool(np.all(stand)) and bool(still_finite(before, state))
+    fine = np.asarray(flags["finite"]) | np.asarray(flags["skipped"])
+    return bool(np.all(fine)) and bool(still_finite(before, after))
 
 
-def advice(loss_fn: Callable, state: TrainState, data, indices: np.ndarray) -> str:
-    """What may be wrong where some examples have a loss that is not finite: a label, or the learning rate.
+def non_finite_error(run_chunk, loss_fn, before: TrainState, data, sizes, epoch: int, history: dict) -> NonFiniteError:
+    """The error that ends a run: its last steps, of these numbers of examples, are repeated one by one to find the bad.
+
+    `run_chunk(probe, size, state) -> (state, (metrics, flags))` takes one step with this many examples; with the probe
+    None it uses the run's own optimizer. It donates the state. `data` is as the caller gave it.
+    """
+    found = find_bad_step(run_chunk, copy_state(before), sizes)
+    if found is None:  # repeated one by one, the steps are another program, whose last bits may differ
+        message = (
+            f"fit: not finite in epoch {epoch}, but finite when its steps were repeated one by one; "
+            "the exception's state is that before them"
+        )
+        return NonFiniteError(message, before, int(before.step), np.arange(0), "loss", history)
+    leaf, good, step = first_bad_leaf(run_chunk, found), found.before, int(found.before.step)
+    epoch_start = jnp.where(good.epoch_position == 0, good.step, good.epoch_start)
+    count = len(jax.tree.leaves(data)[0])
+    indices = np.asarray(order_from(good._replace(epoch_start=epoch_start), count, int(found.size)))
+    shown = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
+    message = (
+        f"fit: {leaf} was not finite at step {step} (epoch {epoch}), with a loss of {found.loss:.6g} on the examples "
+        f"{shown}; {_advice(loss_fn, good, data, indices)}. The exception's state is that before this step"
+    )
+    return NonFiniteError(message, good, step, indices, leaf, history)
+
+
+def _advice(loss_fn: Callable, state: TrainState, data, indices: np.ndarray) -> str:
+    """What may be wrong if some examples have a loss that is not finite: a label, or the learning rate.
 
     `data` is as the caller gave it. A loss may need a random key, or none.
     """
-    if not any(_layout.layouts(data)):
+    if not any(shardings(data)):
         for key in (None, state.key):
             try:
                 return _blame(loss_fn, state, data, indices, key) or "try a lower learning rate"
@@ -93,7 +116,7 @@ def _blame(loss_fn, state, data, indices, key) -> str | None:
     @jax.jit
     def loss_of(*example):
         example = jax.tree.unflatten(jax.tree.structure(data), example)
-        return loss_and_metrics(loss_fn, state.params, example, key, state.model_state)[0]
+        return uniform(loss_fn)(state.params, example, key, state.model_state)[0]
 
     def loss(i, **swapped):
         """The loss of example i alone, with the named leaves taken from other examples."""
@@ -113,34 +136,46 @@ def _blame(loss_fn, state, data, indices, key) -> str | None:
         alike = [i for i in np.flatnonzero((a == a[bad]).reshape(count, -1).all(axis=1))[:16] if i != bad]
         if not any(np.isfinite(loss(int(i))) for i in alike):
             return (
-                f"with another value than {name}[{bad}] = {a[bad]!s:.40} the loss is finite: labels must lie in "
+                f"with a value other than {name}[{bad}] = {a[bad]!s:.40} the loss is finite: labels must lie in "
                 "[0, classes), and num_classes= checks them before training"
             )
     return None
 
 
-def _probe_update(updates, state, params=None):
-    return jax.tree.map(jnp.zeros_like, updates), _finite(updates)
+class BadStep(NamedTuple):
+    """The first step of several that is not ok: the states before and after it, and its loss."""
+
+    before: TrainState
+    after: TrainState
+    size: int
+    loss: float
 
 
-PROBE = optax.GradientTransformation(lambda params: jax.tree.map(lambda _: jnp.bool_(True), params), _probe_update)
-"""An optimiser that moves nothing, and whose state tells of each gradient whether it is finite."""
-
-
-def replay(take: Callable, state: TrainState, sizes) -> tuple[TrainState, str, float] | None:
-    """Takes steps again, one at a time: `(the last good state, the first bad leaf, the loss)`, None if all are good.
-
-    `take(optimizer, size, state) -> (state, (metrics, outcomes))` takes one of them, of so many examples; optimizer
-    None is the run's own.
-    """
+def find_bad_step(run_chunk: Callable, state: TrainState, sizes) -> BadStep | None:
+    """Repeats steps one by one and returns the first that is not ok; None if all are."""
     for size in sizes:
-        before = copied(state)
-        state, (metrics, outcomes) = take(None, size, state)
-        if not good(before, state, outcomes):
-            probed = copied(before)._replace(opt_state=PROBE.init(before.params))
-            of = {"grads": take(PROBE, size, probed)[0].opt_state, **_finite(_carried(state)), "loss": False}
-            calm = {path for path, fine in jax.tree.leaves_with_path(_finite(_carried(before))) if not fine}
-            paths = (path for path, fine in jax.tree.leaves_with_path(of) if not fine and path not in calm)
-            first = min(paths, key=lambda path: list(of).index(path[0].key))
-            return before, first[0].key + jax.tree_util.keystr(first[1:]), float(metrics["loss"][0])
+        before = copy_state(state)
+        state, (metrics, flags) = run_chunk(None, size, state)
+        if not steps_ok(before, state, flags):
+            return BadStep(before, state, size, float(metrics["loss"][0]))
     return None
+
+
+def first_bad_leaf(run_chunk: Callable, step: BadStep) -> str:
+    """The path of the first array that is not finite after a step, in the order in which they are computed."""
+    probed = copy_state(step.before)._replace(opt_state=GRADIENT_PROBE.init(step.before.params))
+    grads = run_chunk(GRADIENT_PROBE, step.size, probed)[0].opt_state
+    was_bad = {path for path, finite in jax.tree.leaves_with_path(_finite(_carried(step.before))) if not finite}
+    finite_after = {"grads": grads, **_finite(_carried(step.after))}
+    for name in ("grads", "params", "opt_state", "model_state"):
+        for path, finite in jax.tree.leaves_with_path({name: finite_after[name]}):
+            if not finite and path not in was_bad:
+                return name + jax.tree_util.keystr(path[1:])
+    return "loss"
+
+
+GRADIENT_PROBE = optax.GradientTransformation(
+    lambda params: jax.tree.map(lambda _: jnp.bool_(True), params),
+    lambda updates, state, params=None: (jax.tree.map(jnp.zeros_like, updates), _finite(updates)),
+)
+"""An optimizer that moves nothing, and whose state says of each gradient whether it is finite."""

@@ -1,4 +1,4 @@
-"""Whether arrays fit into the memory of a device before any of them is copied there."""
+"""Whether data fits into the free memory of a device, before any of it is copied there."""
 
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,10 @@ import numpy as np
 CGROUP = Path("/sys/fs/cgroup")
 
 
-def check_fits(where: str, **trees: Any) -> None:
-    """MemoryError where the arrays of the host are larger than what is free on the default device.
+def check_memory(where: str, **trees: Any) -> None:
+    """MemoryError if the arrays on the host are larger than the free memory of the default device.
 
-    What lies on a device already is not copied. Where the system does not tell what is free, nothing is checked.
+    Arrays that are on a device already are not copied. If the system does not report free memory, nothing is checked.
     """
     sizes = {
         name: sum(np.size(a) * jax.dtypes.canonicalize_dtype(np.asarray(a).dtype).itemsize for a in _of_host(tree))

@@ -26,8 +26,8 @@ class ProgressBar:
         self.steps, self.first_step = steps, first_step
         self.total, self.epochs, self.started, self.drawn = epochs, 0, time.perf_counter(), 0.0
         self.moved = False
-        self.number = next(number for number in range(len(OPEN) + 1) if number not in OPEN)
-        OPEN[self.number] = self
+        self.number = next(number for number in range(len(_open_bars) + 1) if number not in _open_bars)
+        _open_bars[self.number] = self
 
     def __enter__(self):
         return self
@@ -36,15 +36,15 @@ class ProgressBar:
         jax.effects_barrier()
         self.bar.close()
 
-    def address(self) -> dict[str, jax.Array]:
-        """What a compiled epoch is given to report by: which bar, and after how many steps.
+    def handle(self) -> dict[str, jax.Array]:
+        """What a compiled epoch needs in order to report: which bar, and every how many steps.
 
-        That is five times a second, as fast as the last epochs were.
+        That is five times a second, at the speed of the last epochs.
         """
         rate = self.epochs * self.steps / (time.perf_counter() - self.started)
         return {"bar": jnp.int32(self.number), "every": jnp.int32(max(1, min(rate / 5, self.steps)))}
 
-    def move(self, step: int):
+    def to_step(self, step: int):
         """Moves the bar to a step."""
         now = time.perf_counter()
         if now - self.drawn > 0.1:  # the first epoch reports each step
@@ -59,7 +59,7 @@ class ProgressBar:
         self.bar.n = done
         self.bar.refresh()
 
-    def show(self, record: dict[str, float]):
+    def end_epoch(self, record: dict[str, float]):
         """Moves the bar to the end of an epoch, with its metrics."""
         jax.effects_barrier()
         self.epochs += 1
@@ -72,17 +72,17 @@ class ProgressBar:
             print(f"epoch {self.epochs}/{self.total}: {metrics} ({record['seconds']:.2f} s)", file=sys.stderr)
 
 
-OPEN: weakref.WeakValueDictionary[int, ProgressBar] = weakref.WeakValueDictionary()
+_open_bars: weakref.WeakValueDictionary[int, ProgressBar] = weakref.WeakValueDictionary()
 """The bars that may be reported to, by number: a compiled epoch outlives the bar of its first run."""
 
 
-def report(address: dict[str, jax.Array], step: jax.Array) -> None:
-    """In a compiled epoch: has the host move the bar, where a report is due; nobody waits for it."""
-    due = step % address["every"] == 0
-    jax.lax.cond(due, lambda *a: jax.debug.callback(_move, *a), lambda *a: None, address["bar"], step)
+def report(handle: dict[str, jax.Array], step: jax.Array) -> None:
+    """In a compiled epoch: has the host move the bar if a report is due; nothing waits for it."""
+    due = step % handle["every"] == 0
+    jax.lax.cond(due, lambda *a: jax.debug.callback(_move, *a), lambda *a: None, handle["bar"], step)
 
 
 def _move(number, step):
-    bar = OPEN.get(int(number))
+    bar = _open_bars.get(int(number))
     if bar is not None:
-        bar.move(int(step))
+        bar.to_step(int(step))

@@ -1,4 +1,4 @@
-"""One of two processes of four virtual devices each: `python -m tests.process COORDINATOR ID`.
+"""One of two processes of four virtual devices each: `python -m tests.two_processes COORDINATOR ID`.
 
 It trains in every mode beside the other one, and on a device of its own alone, and prints what differs.
 """
@@ -34,7 +34,7 @@ def run(params, data, accumulate=1):
     fitted, history = train.fit(
         loss_fn, optax.sgd(0.1), state, data, epochs=2, batch_size=16, validation_data=data, num_classes=DIMS[-1]
     )
-    return step(state, data)[0].params, fitted.params, [record["validation_loss"] for record in history]
+    return step(state, data)[0].params, fitted.params, history["validation_loss"].tolist()
 
 
 def main():

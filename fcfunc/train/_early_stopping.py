@@ -1,0 +1,70 @@
+"""Early stopping, for a loop on the host and for one inside a compiled program."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fcfunc import _arguments
+from fcfunc.train._state import TrainState
+
+
+class EarlyStopping(NamedTuple):
+    """Which metric decides that an epoch is the best one, and for how many epochs to wait for a better one."""
+
+    monitor: str
+    mode: str
+    patience: int | None
+
+    def start(self, state: TrainState) -> "Best":
+        """Before the first epoch: no score, and the initial model."""
+        score = jnp.asarray(jnp.inf, jnp.result_type(float))
+        model = () if self.patience is None else jax.tree.map(jnp.copy, (state.params, state.model_state))
+        return Best(score, jnp.int32(0), jnp.int32(0), model)
+
+    def judge(self, best: "Best", epoch: Any, record: dict, state: TrainState) -> "Best":
+        """The best epoch after one more, of which `record` holds the metrics; without patience it is the last."""
+        if self.patience is None:
+            return best._replace(epoch=jnp.int32(epoch))
+        score = jnp.asarray(record[f"validation_{self.monitor}"], best.score.dtype)
+        model = (state.params, state.model_state)
+        new = Best(score if self.mode == "min" else -score, jnp.int32(epoch), jnp.int32(0), model)
+        return _better_of(best, new)
+
+    def stops(self, best: "Best") -> Any:
+        """Whether no better epoch came for too long."""
+        return jnp.bool_(False) if self.patience is None else best.waited >= self.patience
+
+    def restore(self, best: "Best", state: TrainState) -> TrainState:
+        """The state with the model of the best epoch."""
+        if self.patience is None:
+            return state
+        params, model_state = best.model
+        return state._replace(params=params, model_state=model_state)
+
+
+class Best(NamedTuple):
+    """The best epoch so far: its score, negated if more is better, its number from 1 on, and its model."""
+
+    score: jax.Array
+    epoch: jax.Array
+    waited: jax.Array  # the number of epochs since
+    model: Any  # parameters and model state
+
+
+@jax.jit
+def _better_of(best: Best, new: Best) -> Best:
+    better = new.score < best.score  # never true of a NaN
+    return optax.tree.where(better, new, best._replace(waited=best.waited + 1))
+
+
+def early_stopping(where: str, monitor: str, mode: str, patience: int | None, validation: bool) -> EarlyStopping:
+    """The options as one value, checked; `validation` says whether there is anything to judge an epoch by."""
+    if patience is not None:
+        _arguments.positive(where, patience=patience)
+        if not validation:
+            raise ValueError(f"{where}: patience needs validation_data to judge an epoch by, got None")
+    if mode not in ("min", "max"):
+        raise ValueError(f'{where}: mode must be "min" or "max", got {mode!r}')
+    return EarlyStopping(monitor, mode, patience)

@@ -1,0 +1,205 @@
+"""The sharding of a state and of its data around a compiled step: on an Auto mesh the arrays' types do not show it."""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from fcfunc import _layout
+from fcfunc._arguments import examples
+from fcfunc._layout import explicit_sharding, mesh_axes
+
+
+class ExampleAxes(NamedTuple):
+    """The axes of a mesh over which examples are sharded, and the number of devices along them."""
+
+    mesh: Any
+    axes: tuple[str, ...]
+    devices: int
+
+
+class Layouts(NamedTuple):
+    """The sharding of each array of a state and of its data. The empty one leaves every array as it is."""
+
+    state: tuple[NamedSharding | None, ...] = ()
+    data: tuple[NamedSharding | None, ...] = ()
+
+    @property
+    def examples(self) -> ExampleAxes | None:
+        """How the data shards its leading axis, the examples; None if it does not."""
+        return _example_axes(self.data)
+
+    def constrain_state(self, state: Any) -> Any:
+        """A new state, or its first arrays, sharded like the one before."""
+        return _map(_constrain, state, self.state)
+
+    def gather_params(self, params: Any) -> Any:
+        """The params without the sharding over the devices that hold the examples."""
+        return _map(lambda a, s: _constrain(a, _without_axes(s, self.examples)), params, self.state)
+
+    def gather_rows(self, data: Any, indices: jax.Array) -> Any:
+        """The examples at some indices, each of them once and within bounds, sharded like the data."""
+        with jax.named_scope("gather"):
+            return _map(functools.partial(_gather, indices=indices), data, self.data)
+
+    def check_divides(self, what: str, n: int, parts: int) -> None:
+        """ValueError if n examples cannot be divided evenly over the devices that hold them, and into parts."""
+        devices = self.examples.devices if self.examples else 1
+        if n % (parts * devices):
+            shares = [f"{devices} devices, over which the examples are sharded"] if self.examples else []
+            shares += [f"{parts} microbatches"] if parts > 1 else []
+            raise ValueError(f"{what} of {n} examples cannot be divided evenly by {' times '.join(shares)}")
+
+
+def shardings(tree: Any) -> tuple[NamedSharding | None, ...]:
+    """The sharding on a mesh of each array of a pytree, or None.
+
+    Only a concrete array knows its sharding on an Auto mesh; while tracing, the types show it on Explicit meshes alone.
+    """
+
+    def of(a):
+        if _layout.is_tracer(a):
+            return explicit_sharding(a)
+        sharding = getattr(a, "sharding", None)
+        return sharding if isinstance(sharding, NamedSharding) else None
+
+    return tuple(map(of, jax.tree.leaves(tree)))
+
+
+def jit_on_mesh(where: str, fun: Callable, *, donate: bool = True) -> Callable:
+    """`fun(state, data, layouts)`, compiled for the sharding of its arguments."""
+    program = jax.jit(fun, donate_argnums=0 if donate else (), static_argnames="layouts")
+
+    def with_layouts(run):
+        def call(state, data, **more):
+            data = examples(where, data)
+            of_data = shardings(data)
+            # On one device a step may take less time than looking at all its arrays.
+            if not any(of_data) and not any(shardings(state.step)):
+                return run(state, data, **more, layouts=Layouts())
+            if _layout.is_tracer(state.step):
+                return run(state, data, **more, layouts=Layouts(shardings(state), of_data))
+            state = replicate_unplaced(state, data)
+            with on_mesh_of((state, data)):
+                return run(state, data, **more, layouts=Layouts(shardings(state), of_data))
+
+        return call
+
+    call = functools.wraps(fun)(with_layouts(program))
+    call.lower, call.trace = with_layouts(program.lower), with_layouts(program.trace)  # type: ignore[attr-defined]
+    return call
+
+
+def on_mesh_of(tree: Any) -> contextlib.AbstractContextManager:
+    """A context in which new arrays, such as those that optimizers make, may be combined with those of the pytree."""
+    mesh = _mesh_of(tree)
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def replicate_unplaced(state: Any, tree: Any) -> Any:
+    """`state`, with every array that is on no mesh replicated over the mesh of `tree`."""
+    mesh = _mesh_of(tree)
+    if mesh is None:
+        return state
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return _map(lambda a, s: _layout.put(a, replicated) if s is None else a, state, shardings(state))
+
+
+def shard_examples(a: jax.Array, over: ExampleAxes | None) -> jax.Array:
+    """`a` with its leading axis sharded like the examples; its other axes keep their sharding."""
+    if over is None:
+        return a
+    explicit = explicit_sharding(a)
+    if AxisType.Explicit in over.mesh.axis_types:
+        rest = (None,) * (a.ndim - 1) if explicit is None else explicit.spec[1:]
+    else:
+        rest = (PartitionSpec.UNCONSTRAINED,) * (a.ndim - 1)
+    return _constrain(a, NamedSharding(over.mesh, PartitionSpec(over.axes, *rest)))
+
+
+def split_examples(a: jax.Array, shape: tuple[int, ...], over: ExampleAxes | None) -> jax.Array:
+    """`a` with its leading axis reshaped to `shape`, the first of it sharded like the examples: nothing moves."""
+    a, shape = shard_examples(a, over), (*shape, *a.shape[1:])
+    sharding = explicit_sharding(a)
+    if sharding is None:
+        return shard_examples(a.reshape(shape), over)
+    spec = PartitionSpec(sharding.spec[0], *[None] * (len(shape) - a.ndim), *sharding.spec[1:])
+    return jax.lax.reshape(a, shape, out_sharding=NamedSharding(sharding.mesh, spec))
+
+
+def first_device(a: jax.Array) -> jax.Array:
+    """`a[0]`, even if the leading axis is sharded."""
+    sharding = explicit_sharding(a)
+    if sharding is not None:
+        a = jax.sharding.reshard(a, NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec[1:])))
+    return a[0]
+
+
+def type_of_part(a: jax.Array) -> jax.ShapeDtypeStruct:
+    """The shape, dtype and sharding of `a[i]`.
+
+    `a[0]` itself would not show it: if the remaining axes have size 1, JAX 0.12 drops their sharding.
+    """
+    sharding = explicit_sharding(a)
+    if sharding is not None:
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return jax.ShapeDtypeStruct(a.shape[1:], a.dtype, sharding=sharding)
+
+
+def zeros_like_sharded(a: jax.ShapeDtypeStruct, dtype, over: ExampleAxes | None) -> jax.Array:
+    """Zeros to which arrays like `a` are added, with the leading axis sharded like the examples."""
+    zeros = jnp.zeros(a.shape, dtype)
+    if over is not None and AxisType.Explicit in over.mesh.axis_types:
+        # Without a sharding it does not depend on anything on the mesh: a constant.
+        return zeros if a.sharding is None else jax.sharding.reshard(zeros, a.sharding)
+    return shard_examples(zeros, over)
+
+
+def _map(fun: Callable, tree: Any, shardings: tuple) -> Any:
+    """`fun(leaf, sharding)` of each leaf, with None for the leaves that have no entry in `shardings`."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return jax.tree.unflatten(treedef, map(fun, leaves, (*shardings, *[None] * len(leaves))))
+
+
+def _mesh_of(tree: Any) -> Any:
+    return next((s.mesh for s in shardings(tree) if s is not None), None)
+
+
+def _constrain(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+    """`x` with a sharding inside a compiled function; None leaves it."""
+    if sharding is None:
+        return x
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        return jax.sharding.reshard(x, sharding)
+    return jax.lax.with_sharding_constraint(x, sharding)
+
+
+def _example_axes(shardings: tuple) -> ExampleAxes | None:
+    for sharding in shardings:
+        if sharding is not None and sharding.spec and (axes := mesh_axes(sharding.spec[0])):
+            return ExampleAxes(sharding.mesh, axes, math.prod(sharding.mesh.shape[axis] for axis in axes))
+    return None
+
+
+def _gather(a: Any, sharding: NamedSharding | None, *, indices: jax.Array) -> jax.Array:
+    """Some rows of `a`, sharded like all of them; replicated if they are too few to be divided."""
+    over = _example_axes((sharding,))
+    if over is not None and len(indices) % over.devices:
+        sharding = _without_axes(sharding, over)
+    options = {"mode": "promise_in_bounds", "unique_indices": True}
+    if sharding is not None and AxisType.Explicit in sharding.mesh.axis_types:
+        return jnp.asarray(a).at[indices].get(**options, out_sharding=sharding)
+    return _constrain(jnp.asarray(a).at[indices].get(**options), sharding)
+
+
+def _without_axes(sharding: NamedSharding | None, over: ExampleAxes | None) -> NamedSharding | None:
+    """A sharding without the mesh axes that shard the examples."""
+    if sharding is None or over is None:
+        return sharding
+    kept = (tuple(axis for axis in mesh_axes(entry) if axis not in over.axes) for entry in sharding.spec)
+    return NamedSharding(sharding.mesh, PartitionSpec(*(entry or None for entry in kept)))

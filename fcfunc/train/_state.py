@@ -1,0 +1,87 @@
+"""The state of a run, and the random keys that it gives to steps and epochs."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fcfunc import _arguments
+from fcfunc.train._mesh import on_mesh_of, replicate_unplaced
+
+
+class TrainState(NamedTuple):
+    """All that a run carries from step to step.
+
+    Attributes:
+      params: the parameters, any pytree.
+      opt_state: the optimizer's state.
+      step: the number of steps taken, an int32 scalar.
+      key: the run's random key. It never changes: each step and each epoch derives its own by `fold_in(key, step)`, so
+        that a run resumed from a saved state continues exactly as it would have.
+      model_state: what the loss carries from step to step besides the parameters; without leaves if that is nothing.
+      epoch_position: the number of examples of the current epoch that were used, an int32 scalar; 0 between epochs. A
+        step of `make_train_step`, which belongs to no epoch, abandons the current one: the next begins anew.
+      epoch_start: the step at which the current epoch began, an int32 scalar; it determines the epoch's order.
+    """
+
+    params: Any
+    opt_state: Any
+    step: jax.Array
+    key: jax.Array
+    model_state: Any = ()
+    epoch_position: Any = np.zeros((), np.int32)
+    epoch_start: Any = np.zeros((), np.int32)
+
+
+def init_state(
+    params: Any, optimizer: optax.GradientTransformation, key: jax.Array, *, model_state: Any = ()
+) -> TrainState:
+    """The state of a run before its first step.
+
+    Args:
+      params: the initial parameters. They are copied: steps donate the buffers of the state, never the caller's.
+      optimizer: any optax optimizer, e.g. `optax.sgd(0.1)`.
+      key: a random key, from which the order of the examples and the keys of `loss_fn` are derived.
+      model_state: what the loss carries besides the parameters, e.g. `net.init_batch_norm_state(params)`.
+
+    Returns:
+      A `TrainState` at step 0. If the params are on a mesh, the optimizer's arrays that are made from a parameter are
+      sharded like it, and the rest is replicated.
+
+    Raises:
+      TypeError: no key, or no optax optimizer.
+      ValueError: params without an array.
+
+    Example:
+      >>> import optax
+      >>> state = init_state({"w": jnp.ones(3)}, optax.sgd(0.1), jax.random.key(0))
+      >>> int(state.step), state.params["w"].shape
+      (0, (3,))
+    """
+    _arguments.optimizer("init_state", optimizer)
+    _arguments.key("init_state", key)
+    if not jax.tree.leaves(params):
+        raise ValueError(f"init_state: params must hold an array, got {params!r:.80}")
+    for path, leaf in jax.tree.leaves_with_path(params):
+        _arguments.array("init_state", **{f"params{jax.tree_util.keystr(path)}": leaf})
+    with on_mesh_of(params):
+        opt_state = optimizer.init(params)
+    state = TrainState(params, opt_state, jnp.int32(0), key, model_state, jnp.int32(0), jnp.int32(0))
+    return replicate_unplaced(copy_state(state), state.params)
+
+
+def copy_state(state: TrainState) -> TrainState:
+    """The same state in buffers of its own, which no step of another donates."""
+    return jax.tree.map(jnp.copy, state)
+
+
+def step_key(state: TrainState) -> jax.Array:
+    """The key of the loss in the next step."""
+    return jax.random.fold_in(jax.random.split(state.key)[0], state.step)
+
+
+def order_key(state: TrainState) -> jax.Array:
+    """The key of the order of the current epoch."""
+    return jax.random.fold_in(jax.random.split(state.key)[1], state.epoch_start)

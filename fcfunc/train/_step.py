@@ -1,0 +1,139 @@
+"""One step of training: the gradient of the loss and the update of the optimizer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fcfunc import _arguments
+from fcfunc.train._accumulate import accumulated
+from fcfunc.train._mesh import Layouts, jit_on_mesh
+from fcfunc.train._state import TrainState, step_key
+
+
+def make_train_step(
+    loss_fn: Callable, optimizer: optax.GradientTransformation, *, accumulate: int = 1, donate: bool = True
+) -> Callable:
+    """A compiled step of training.
+
+    Args:
+      loss_fn: `(params, batch, key) -> loss` or `-> (loss, metrics)`.
+      optimizer: any optax optimizer; those that need the loss or the gradient (`optax.lbfgs`,
+        `optax.contrib.reduce_on_plateau`) receive them.
+      accumulate: gradient accumulation: split the batch into this many microbatches, process them one after the other
+        and step by the mean of their gradients, with the memory of one microbatch. On a mesh each device sums its own
+        gradients over the microbatches, followed by a single sum over the devices; params that are sharded over the
+        devices that hold the examples are gathered once, before. Loss and metrics must be plain means over the
+        examples (a mean over the rows that count, `losses.mean`, differs from one microbatch to the next). Each
+        microbatch, and each device's share of it, has its own random key and its own batch statistics; a `model_state`
+        is averaged over the devices.
+      donate: let the step reuse the memory of the state that it is given, which must not be used afterwards ("Array
+        has been deleted"). False keeps the old state valid, at the cost of a second copy.
+
+    Returns:
+      `step(state, batch) -> (state, metrics)`, with the loss before the update as `metrics["loss"]`.
+
+    Raises:
+      ValueError: `accumulate` below 1; while tracing: a loss that is not a scalar, a batch that cannot be split evenly.
+
+    Example:
+      >>> import optax
+      >>> from fcfunc.train import init_state
+      >>> optimizer = optax.sgd(0.5)
+      >>> step = make_train_step(lambda params, batch, key: jnp.mean((batch - params) ** 2), optimizer)
+      >>> state, metrics = step(init_state(jnp.float32(1), optimizer, jax.random.key(0)), jnp.arange(4.0))
+      >>> metrics["loss"], state.params
+      (Array(1.5, dtype=float32), Array(1.5, dtype=float32))
+    """
+    _arguments.function("make_train_step", loss_fn=loss_fn)
+    _arguments.optimizer("make_train_step", optimizer)
+    _arguments.positive("make_train_step", accumulate=accumulate)
+    step = step_of(loss_fn, optimizer, accumulate)
+
+    def train_step(state, batch, layouts):
+        n = _arguments.count("make_train_step", batch, 1)
+        layouts.check_divides("make_train_step: a batch", n, accumulate)
+        state, metrics = step(state, batch, layouts)
+        return state._replace(epoch_position=jnp.zeros((), jnp.int32)), metrics
+
+    return jit_on_mesh("make_train_step", train_step, donate=bool(donate))
+
+
+def step_of(loss_fn: Callable, optimizer: optax.GradientTransformation, accumulate: int = 1) -> Callable:
+    """`step(state, batch, layouts) -> (state, metrics)`, the metrics being those before the update."""
+    loss = uniform(loss_fn)
+    update = optax.with_extra_args_support(optimizer).update
+    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def step(state: TrainState, batch: Any, layouts: Layouts) -> tuple[TrainState, dict]:
+        key = step_key(state)
+
+        def value_fn(params):
+            return loss(params, batch, key, state.model_state)[0]
+
+        of_batch = gradient if accumulate == 1 else accumulated(gradient, accumulate, layouts)
+        (value, (metrics, model_state)), grads = of_batch(state.params, batch, key, state.model_state)
+        # optax itself mixes dtypes; a caller in strict mode need not know.
+        with jax.numpy_dtype_promotion("standard"), jax.named_scope("update"):
+            more = {"value": value, "grad": grads, "value_fn": value_fn}
+            updates, opt_state = update(grads, state.opt_state, state.params, **more)
+            params = optax.apply_updates(state.params, updates)
+        if finite_guards(opt_state):  # a skipped step leaves the model state as it leaves the parameters
+            skipped = skipped_steps(opt_state) > skipped_steps(state.opt_state)
+            model_state = optax.tree.where(skipped, state.model_state, model_state)
+        new = state._replace(params=params, opt_state=opt_state, step=state.step + 1, model_state=model_state)
+        return layouts.constrain_state(new), {"loss": value, **metrics}
+
+    return step
+
+
+def uniform(loss_fn: Callable) -> Callable:
+    """`(params, batch, key, model_state) -> (loss, (metrics, model_state))`, in whichever form the loss is written."""
+
+    def loss_and_metrics(params, batch, key, model_state):
+        if jax.tree.leaves(model_state):
+            result = loss_fn(params, batch, key, model_state)
+            if not isinstance(result, tuple) or len(result) != 3:
+                raise TypeError(
+                    f"loss_fn with a model_state must return (loss, metrics, model_state), got {result!r:.200}"
+                )
+            loss, metrics, new_state = result
+            _check_same_kind(model_state, new_state)
+            model_state = new_state
+        else:
+            result = loss_fn(params, batch, key)
+            loss, metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+        if not isinstance(loss, _arguments.ARRAYS) or not isinstance(metrics, dict):
+            raise TypeError(f"loss_fn must return a loss or (loss, dict of metrics), got {result!r:.200}")
+        if jnp.shape(loss) != ():
+            raise ValueError(
+                f"loss_fn must return one number, the mean over the batch, got {_arguments.describe(loss)}; "
+                "take jnp.mean of the per-example losses"
+            )
+        if "loss" in metrics:
+            raise ValueError('loss_fn: the metrics must not have an entry "loss" of their own')
+        return loss, (metrics, model_state)
+
+    return loss_and_metrics
+
+
+def finite_guards(opt_state) -> list[optax.ApplyIfFiniteState]:
+    """The states of `optax.apply_if_finite` in the state of an optimizer."""
+    is_guard = lambda node: isinstance(node, optax.ApplyIfFiniteState)  # noqa: E731
+    return [node for node in jax.tree.leaves(opt_state, is_leaf=is_guard) if is_guard(node)]
+
+
+def skipped_steps(opt_state) -> Any:
+    """The number of steps that the guards have skipped so far."""
+    return sum(guard.total_notfinite for guard in finite_guards(opt_state))
+
+
+def _check_same_kind(before, after) -> None:
+    """A model state that changed its shapes or dtypes in a step would need another program for the next."""
+    kinds = [jax.tree.map(_arguments.describe, tree) for tree in (before, after)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"loss_fn must return a model_state like the one it was given, {kinds[0]!s:.200}, got {kinds[1]!s:.200}"
+        )

@@ -1,0 +1,265 @@
+"""fit: the history, early stopping, resuming, and what it refuses before it runs."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fcfunc
+from fcfunc import losses, train
+from fcfunc.data import Dataset
+from fcfunc.train import _memory
+from tests.helpers import DIMS, loss_fn, make_data, make_state
+from tests.rules import slow
+
+
+def fit(data=None, **options):
+    optimizer = optax.sgd(0.1)
+    arguments: dict = {"epochs": 5, "batch_size": 16} | options
+    return train.fit(loss_fn, optimizer, make_state(optimizer), data or make_data(50), **arguments)
+
+
+def test_fit_learns_and_records_every_epoch():
+    seen = []
+    state, history = fit(
+        epochs=30, validation_data=make_data(500, 1), num_classes=3, on_epoch=lambda s, r: seen.append(int(s.step))
+    )
+    np.testing.assert_array_equal(history["epoch"], range(1, 31))
+    assert seen == history["step"].tolist() == list(range(4, 121, 4))
+    assert history["loss"][-1] < 0.5 * history["loss"][0]
+    assert history["validation_accuracy"][-1] > 0.7  # three clusters that overlap
+    assert (history["epochs"], history["kept_epoch"], int(state.step)) == (30, 30, 120)
+
+
+def test_the_loss_of_an_epoch_is_the_mean_over_its_examples():
+    optimizer = optax.sgd(0.0)
+    data, state = make_data(50), make_state(optimizer)
+    _, history = train.fit(loss_fn, optimizer, state, data, epochs=1, batch_size=16)
+    np.testing.assert_allclose(history["loss"][0], loss_fn(state.params, data, None)[0], rtol=1e-5)
+
+
+def test_early_stopping_returns_the_best_epochs_parameters():
+    weights = []
+
+    def rising(params, batch, key):  # the validation loss falls to a minimum at params 1 and rises again
+        del batch
+        return -params if key is not None else (params - 1.0) ** 2
+
+    optimizer = optax.sgd(0.25)  # each step adds 0.25
+    state = train.init_state(jnp.zeros(()), optimizer, jax.random.key(0))
+    state, history = train.fit(
+        rising, optimizer, state, jnp.zeros(4), epochs=50, batch_size=4, validation_data=jnp.zeros(2), patience=3,
+        on_epoch=lambda s, r: weights.append(float(s.params)),
+    )  # fmt: skip
+    assert weights == [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75]
+    assert float(state.params) == 1.0
+    assert (history["epochs"], history["kept_epoch"]) == (7, 4)
+
+
+def test_the_best_epoch_is_the_highest_where_more_is_better_and_the_first_of_equals():
+    def score(params, batch, key):
+        del batch, key
+        return params * 0.0 - params, {"score": -jnp.round(jnp.abs(params - 1.0))}
+
+    optimizer = optax.sgd(0.25)  # params 0.25, 0.5, ...: the score rises to 0 at 0.5, stays to 1.5 and falls
+    state = train.init_state(jnp.zeros(()), optimizer, jax.random.key(0))
+    options: dict = {"epochs": 20, "batch_size": 4, "validation_data": jnp.zeros(2), "patience": 6}
+    state, history = train.fit(score, optimizer, state, jnp.zeros(4), monitor="score", mode="max", **options)
+    assert float(state.params) == 0.5
+    assert (history["epochs"], history["kept_epoch"]) == (8, 2)
+
+
+def test_validation_labels_are_checked_too():
+    with pytest.raises(ValueError, match=r"validation_data\.y\[0\]: labels in \[0, 3\)"):
+        fit(validation_data=Dataset(np.zeros((2, 4), np.float32), np.array([3, 0])), num_classes=3)
+
+
+@pytest.mark.parametrize(
+    ("result", "error", "message"),
+    [
+        (lambda loss: (loss, {"step": loss}), ValueError, "must not be called 'step'"),
+        (lambda loss: (loss, {"many": jnp.stack([loss, loss])}), ValueError, "each metric must be one number"),
+        (lambda loss: (loss, None), TypeError, "a loss or \\(loss, dict of metrics\\)"),
+        (lambda loss: [loss, {}], TypeError, "a loss or"),
+    ],
+)
+def test_what_a_history_cannot_hold_is_refused_before_training(result, error, message):
+    optimizer = optax.sgd(0.1)
+    spoiled = lambda p, b, k: result(loss_fn(p, b, k)[0])
+    with pytest.raises(error, match=message):
+        train.fit(spoiled, optimizer, make_state(optimizer), make_data(50), epochs=1, batch_size=16)
+
+
+def test_integer_and_low_precision_metrics_are_averaged_in_float32():
+    def counted(params, batch, key):
+        return loss_fn(params, batch, key)[0].astype(jnp.bfloat16), {"hits": jnp.sum(batch.y >= 0)}
+
+    optimizer, data = optax.sgd(0.0), make_data(7)
+    metrics = train.evaluate(counted, make_state(optimizer).params, data, batch_size=3)
+    np.testing.assert_allclose(metrics["hits"], (3 * 3 + 3 * 3 + 1 * 1) / 7)
+    _, history = train.fit(counted, optimizer, make_state(optimizer), data, epochs=1, batch_size=3)
+    np.testing.assert_allclose(history["hits"][0], (3 * 3 + 3 * 3 + 1 * 1) / 7)
+
+
+def test_fit_leaves_the_callers_state_alone_and_repeats_to_the_bit():
+    optimizer, data = optax.adam(1e-2), make_data(50)
+    state = make_state(optimizer)
+    one, _ = train.fit(loss_fn, optimizer, state, data, epochs=3, batch_size=16)
+    two, _ = train.fit(loss_fn, optimizer, state, data, epochs=3, batch_size=16)
+    chex.assert_trees_all_equal(one.params, two.params)
+
+
+def test_two_runs_of_two_epochs_equal_one_of_four():
+    optimizer, data = optax.adam(1e-2), make_data(50)
+    whole, _ = train.fit(loss_fn, optimizer, make_state(optimizer), data, epochs=4, batch_size=16)
+    half, _ = train.fit(loss_fn, optimizer, make_state(optimizer), data, epochs=2, batch_size=16)
+    rest, _ = train.fit(loss_fn, optimizer, half, data, epochs=2, batch_size=16)
+    chex.assert_trees_all_equal(whole.params, rest.params)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs must be an integer of at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1"),
+        ({"batch_size": 51}, r"at least 51 examples \(one batch\) expected, got 50"),
+        ({"patience": 3}, "patience needs validation_data"),
+        ({"mode": "least"}, 'mode must be "min" or "max"'),
+        ({"validation_data": make_data(0)}, "at least 1 examples"),
+        (
+            {"validation_data": make_data(5), "patience": 2, "monitor": "f1"},
+            "monitor 'f1' is not among the metrics: loss, accuracy",
+        ),
+    ],
+)
+def test_fit_refuses_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        fit(**options)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda d: Dataset(d.x, np.where(np.arange(50) == 7, 3, d.y)),
+            r"data\.y\[7\]: labels in \[0, 3\) expected, got 3",
+        ),
+        (lambda d: Dataset(d.x, d.y - 1), r"data\.y\[\d+\]: labels in \[0, 3\) expected, got -1"),
+        (
+            lambda d: Dataset(np.where(d.x == d.x[4, 1], np.nan, d.x), d.y),
+            r"data\.x\[4, 1\]: finite numbers expected, got nan",
+        ),
+        (lambda d: Dataset(d.x[:40], d.y), "same leading axis, got 40 in data.x and 50 in data.y"),
+        (lambda d: Dataset(d.x[:0], d.y[:0]), "at least 16 examples"),
+    ],
+    ids=["label too large", "label negative", "nan", "lengths", "empty"],
+)
+def test_fit_refuses_bad_data_before_anything_runs(spoil, message):
+    def never(params, batch, key):
+        raise AssertionError("the loss was traced")
+
+    optimizer = optax.sgd(0.1)
+    with pytest.raises(ValueError, match=message):
+        train.fit(never, optimizer, make_state(optimizer), spoil(make_data(50)), epochs=1, batch_size=16, num_classes=3)
+
+
+@pytest.mark.parametrize("stop", [slow(1), 3, slow(7), slow(12)])
+def test_a_run_that_goes_on_in_the_middle_of_an_epoch_takes_the_steps_it_would_have_taken(stop):
+    optimizer, data = optax.adam(1e-2), make_data(50)
+    options = {"batch_size": 4, "every": 3}
+    whole, _ = train.fit(loss_fn, optimizer, make_state(optimizer), data, epochs=3, on_steps=lambda s: None, **options)
+    saved = []
+
+    def on_steps(state):
+        if int(state.step) >= 13 + stop and not saved:
+            saved.append(jax.tree.map(jnp.copy, state))
+
+    train.fit(loss_fn, optimizer, make_state(optimizer), data, epochs=2, on_steps=on_steps, **options)
+    assert int(saved[0].epoch_position) == {1: 12, 3: 12, 7: 36, 12: 48}[stop]
+    left = 3 - int(saved[0].step) // 13
+    resumed, _ = train.fit(loss_fn, optimizer, saved[0], data, epochs=left, on_steps=lambda s: None, **options)
+    assert int(resumed.step) == 39
+    chex.assert_trees_all_equal(resumed.params, whole.params)
+    chex.assert_trees_all_equal(resumed.opt_state, whole.opt_state)
+
+
+@pytest.mark.slow
+def test_an_epoch_in_parts_is_the_epoch_and_a_step_of_its_own_leaves_it():
+    optimizer, data = optax.sgd(0.1), make_data(50)
+    whole, expected = train.fit(loss_fn, optimizer, make_state(optimizer), data, epochs=2, batch_size=4)
+    steps = []
+    options = {"every": 5, "on_steps": lambda s: steps.append((int(s.step), int(s.epoch_position)))}
+    state, history = train.fit(loss_fn, optimizer, make_state(optimizer), data, epochs=2, batch_size=4, **options)
+    chex.assert_trees_all_close(state.params, whole.params, rtol=1e-6)
+    np.testing.assert_allclose(history["loss"][1], expected["loss"][1], rtol=1e-6)
+    assert steps == [(5, 20), (10, 40), (13, 0), (18, 20), (23, 40), (26, 0)]
+    middle = state._replace(epoch_position=jnp.int32(5))
+    middle, _ = train.make_train_step(loss_fn, optimizer)(middle, jax.tree.map(lambda a: a[:4], data))
+    assert int(middle.epoch_position) == 0
+
+
+@pytest.mark.slow
+def test_a_run_repeats_to_the_bit():
+    optimizer, data = optax.adam(1e-2), make_data(50)
+
+    def run():
+        def dropped(params, batch, key):
+            logits = fcfunc.mlp(DIMS, dropout_rate=0.3).apply(params, batch.x, key=key)
+            return jnp.mean(losses.softmax_cross_entropy_with_integer_labels(logits, batch.y))
+
+        state, _ = train.fit(dropped, optimizer, make_state(optimizer), data, epochs=2, batch_size=4)
+        return state.params, train.evaluate(dropped, state.params, data)
+
+    chex.assert_trees_all_equal(run(), run())  # traced and compiled anew: the function is another one
+
+
+@pytest.mark.slow
+def test_an_epoch_goes_on_with_the_examples_that_are_left_whatever_the_batch_size():
+    seen, optimizer = [], optax.sgd(0.1)
+
+    def note(params, batch, key):
+        jax.debug.callback(lambda rows: seen.extend(rows.tolist()), batch)
+        return params["a"] * jnp.mean(batch.astype(jnp.float32))
+
+    states = []
+    start = train.init_state({"a": jnp.ones(())}, optimizer, jax.random.key(0))
+    keep = {"every": 2, "on_steps": lambda state: states.append(jax.tree.map(jnp.copy, state))}
+    train.fit(note, optimizer, start, np.arange(50, dtype=np.int32), epochs=1, batch_size=4, **keep)
+    jax.effects_barrier()
+    first, seen[:] = seen[:8], []
+    resumed, _ = train.fit(note, optimizer, states[0], np.arange(50, dtype=np.int32), epochs=1, batch_size=5)
+    jax.effects_barrier()
+    assert sorted(first + seen) == list(range(50))
+    assert int(resumed.epoch_position) == 0
+
+
+@pytest.mark.parametrize("position", [-1, 50])
+def test_what_does_not_fit_a_position_is_refused(position):
+    optimizer, data = optax.sgd(0.1), make_data(50)
+    state = make_state(optimizer)._replace(epoch_position=jnp.int32(position))
+    with pytest.raises(ValueError, match=rf"the state is at example {position} of its epoch, but data has 50 examples"):
+        train.fit(loss_fn, optimizer, state, data, epochs=1, batch_size=4)
+    with pytest.raises(ValueError, match=r"give every and on_steps together"):
+        train.fit(loss_fn, optimizer, make_state(optimizer), data, epochs=1, batch_size=4, every=2)
+
+
+def test_data_that_the_memory_does_not_hold_are_refused_with_their_size_before_anything_is_copied(monkeypatch):
+    monkeypatch.setattr(_memory, "_free", lambda device: 700)
+    optimizer, data = optax.sgd(0.1), make_data(40)
+    with pytest.raises(MemoryError, match=r"fit: data of 0\.00 GB .*to copy, and 0\.00 GB are free on"):
+        train.fit(loss_fn, optimizer, make_state(optimizer), data, epochs=1, batch_size=4)
+    train.fit(loss_fn, optimizer, make_state(optimizer), jax.tree.map(jnp.asarray, data), epochs=1, batch_size=4)
+
+
+def test_the_free_memory_is_that_of_the_machine_or_of_its_container(monkeypatch, tmp_path):
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("4500\n")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 3500\n")
+    monkeypatch.setattr(_memory, "CGROUP", tmp_path)
+    (device, *_) = jax.local_devices()
+    assert _memory._free(device) == 4000
+    (tmp_path / "memory.max").write_text("max\n")
+    free = _memory._free(device)
+    assert free is None or 2**20 < free < 2**50

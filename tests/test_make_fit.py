@@ -1,0 +1,90 @@
+"""make_fit: a whole run as a pure function."""
+
+import operator
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fcfunc
+from fcfunc import train
+from tests.helpers import loss_fn, make_data, make_state
+from tests.rules import slow
+
+
+def test_a_run_as_a_function_ends_with_the_state_of_before_its_parameters_overflowed():
+    optimizer = optax.chain(optax.sgd(1e30), optax.scale(1e15))
+    fit = train.make_fit(loss_fn, optimizer, epochs=3, batch_size=40)
+    state, history = fit(make_state(optimizer), make_data(40))
+    assert int(history["epochs"]) == 1
+    chex.assert_trees_all_equal(state.params, make_state(optimizer).params)
+
+
+@pytest.mark.parametrize("patience", [slow(None), 2])
+def test_a_whole_fit_as_one_program_is_the_fit_of_the_host(patience):
+    options = {"epochs": 12, "batch_size": 8, "monitor": "accuracy", "mode": "max", "patience": patience}
+    data, validation_data, optimizer = make_data(50), make_data(30, 1), optax.adam(3e-2)
+    expected, by_host = train.fit(
+        loss_fn, optimizer, make_state(optimizer), data, validation_data=validation_data, **options
+    )
+    run = jax.jit(train.make_fit(loss_fn, optimizer, **options))
+    state, history = run(make_state(optimizer), data, validation_data)
+    chex.assert_trees_all_close(state._replace(key=0), expected._replace(key=0), rtol=1e-5, atol=1e-6)
+    done = int(history["epochs"])
+    assert patience is None or 2 < done < 12
+    assert done == by_host["epochs"]
+    assert int(history["kept_epoch"]) == by_host["kept_epoch"]
+    assert by_host.keys() - history.keys() == {"step", "seconds"}
+    for name in ("loss", "accuracy", "validation_loss", "validation_accuracy"):
+        assert np.isnan(history[name][done:]).all()
+        np.testing.assert_allclose(history[name][:done], by_host[name], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_sweep_is_one_program_in_which_each_member_stops_for_itself_and_keeps_its_best():
+    optimizer = lambda rate: optax.inject_hyperparams(optax.sgd)(learning_rate=rate)
+    data, validation_data = make_data(50), make_data(30, 1)
+    options = {"epochs": 10, "batch_size": 8, "patience": 2}
+    run, traces = train.make_fit(loss_fn, optimizer(0.1), **options), []
+
+    def member(key, rate):
+        traces.append(None)
+        state = train.init_state(fcfunc.init(key, [4, 8, 3]), optimizer(rate), key)
+        return run(state, data, validation_data)
+
+    keys, rates = jax.random.split(jax.random.key(0), 2), jnp.array([1e-3, 0.3, 1e6])
+    sweep = jax.jit(jax.vmap(jax.vmap(member, in_axes=(None, 0)), in_axes=(0, None)))
+    states, histories = sweep(keys, rates)
+    sweep(keys, 2 * rates)
+    assert len(traces) == 1
+    for at in [(0, 0), (1, 1), (0, 2)]:
+        alone, history = member(keys[at[0]], rates[at[1]])
+        params = jax.tree.map(operator.itemgetter(at), states.params)
+        chex.assert_trees_all_close(params, alone.params, rtol=1e-4, atol=1e-6)
+        assert int(histories["epochs"][at]) == int(history["epochs"])
+        if at[1] < 2:
+            best = float(np.nanmin(histories["validation_loss"][at]))
+            np.testing.assert_allclose(train.evaluate(loss_fn, params, validation_data)["loss"], best, rtol=1e-5)
+    assert histories["epochs"][0, 0] == 10
+    assert histories["epochs"][0, 2] < 10
+
+
+def test_a_whole_fit_stops_at_a_loss_that_is_not_finite():
+    nan_later = lambda params, batch, key: jnp.where(params["a"] > 2.5, jnp.nan, 0 * params["a"]) - params["a"]
+    state = train.init_state({"a": jnp.zeros(())}, optax.sgd(1.0), jax.random.key(0))
+    _, history = jax.jit(train.make_fit(nan_later, optax.sgd(1.0), epochs=9, batch_size=4))(state, np.zeros(4))
+    assert int(history["epochs"]) == 4
+    np.testing.assert_array_equal(np.isfinite(history["loss"]), [True] * 3 + [False] * 6)
+
+
+def test_a_whole_fit_refuses_what_it_cannot_judge():
+    data, optimizer = make_data(12), optax.sgd(0.1)
+    with pytest.raises(ValueError, match=r"make_fit: patience needs validation_data"):
+        train.make_fit(loss_fn, optimizer, epochs=1, batch_size=4, patience=1)(make_state(optimizer), data)
+    with pytest.raises(ValueError, match=r"make_fit: monitor 'f1' is not among the metrics: loss, accuracy"):
+        train.make_fit(loss_fn, optimizer, epochs=1, batch_size=4, monitor="f1")(make_state(optimizer), data, data)
+    with pytest.raises(ValueError, match=r'make_fit: mode must be "min" or "max"'):
+        train.make_fit(loss_fn, optimizer, epochs=1, batch_size=4, mode="less")
