@@ -5,6 +5,6 @@ it found; `assert_vjp` raises where it found something. docs/checking-rules.md i
 """
 
 from fcfunc.testing._compare import Finding
-from fcfunc.testing._report import Report, Result, assert_vjp, check_vjp, worst_relative_error
+from fcfunc.testing._report import Report, Result, assert_vjp, check_vjp
 
-__all__ = ["Finding", "Report", "Result", "assert_vjp", "check_vjp", "worst_relative_error"]
+__all__ = ["Finding", "Report", "Result", "assert_vjp", "check_vjp"]

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fcfunc._arguments import first_line
+
 TOKEN = re.compile(r"(?P<dims>(([A-Za-z_]\w*|\d+)\s*)*)(:(?P<kind>int<\w+|int|bool|positive|key))?")
 
 
@@ -77,21 +79,21 @@ class Case:
         new = iter(reals)
         return jax.tree.map(lambda leaf: next(new) if is_real(leaf) else leaf, self.args)
 
-    def having(self, reals: Sequence) -> "Case":
+    def with_reals(self, reals: Sequence) -> "Case":
         """The same case at other real leaves."""
         return dataclasses.replace(self, args=self.fill(reals))
 
     def cast(self, dtype) -> "Case":
         """The same case with every real leaf in another dtype."""
-        return self.having([leaf.astype(dtype) for leaf in self.reals])
+        return self.with_reals([leaf.astype(dtype) for leaf in self.reals])
 
-    def even(self) -> "Case":
+    def at_even_sizes(self) -> "Case":
         """The case at even sizes, where it was drawn, so that two devices can share each axis."""
         if self.redraw is None or not self.letters:
             return self
         return self.redraw({name: 4 + 2 * i for i, name in enumerate(self.letters)})
 
-    def redrawn(self, salt: int) -> "Case":
+    def redraw_numbers(self, salt: int) -> "Case":
         """The case at other numbers of the same sizes and dtype, where it was drawn; salt 0 is the case itself."""
         if self.redraw is None or not salt:
             return self
@@ -103,7 +105,7 @@ class Case:
         """Whether the outputs in float64 are those in the case's dtype, rounded."""
         wide, outs = self.in_float64, []
         for case in (self, wide):
-            with precision(case.dtype):
+            with x64_for(case.dtype):
                 outs.append([a.astype(np.float64) for a in to_numpy(case.fun(*case.args))])
         scale = 100 * self.eps
         return all(
@@ -118,17 +120,17 @@ class Case:
     def cotangent(self, salt: int) -> list[np.ndarray]:
         """Random numbers of order 1 in the shapes and dtypes of the outputs."""
         rng = self.rng(salt)
-        with precision(self.dtype):
+        with x64_for(self.dtype):
             outs = jax.eval_shape(self.oracle, *self.args)
         return [rng.standard_normal(out.shape).astype(out.dtype) for out in outs]
 
-    def pull(self, fun: Callable, g: list) -> list[np.ndarray]:
+    def vjp(self, fun: Callable, g: list) -> list[np.ndarray]:
         """The gradients of the real leaves, as NumPy arrays."""
         run = compiled_gradients if self.compiled or fun is self.oracle else gradients
-        with precision(self.dtype):
+        with x64_for(self.dtype):
             return to_numpy(run(fun, self.args, to_jax(g)))
 
-    def compile(self) -> "Case":
+    def as_compiled(self) -> "Case":
         """The same case, its rule compiled: at many sizes or points that is faster, and eager is checked elsewhere."""
         return dataclasses.replace(self, compiled=True)
 
@@ -137,7 +139,7 @@ class Case:
         """The same case in float64, where the function takes it; else NotApplicable says why it does not."""
         wide = dataclasses.replace(self.cast(np.float64), compiled=self.compiled or self.fast)
         try:
-            with precision(np.float64):
+            with x64_for(np.float64):
                 outs = jax.eval_shape(self.fun, *wide.args)
         except Exception as e:
             raise NotApplicable(f"the function does not take float64: {first_line(e)}") from None
@@ -196,7 +198,7 @@ def to_jax(arrays: Sequence) -> list[jax.Array]:
     return [jnp.asarray(a) for a in arrays]
 
 
-def precision(dtype):
+def x64_for(dtype):
     """Float64 for the block where `dtype` is, the caller's setting otherwise."""
     return jax.enable_x64(True) if np.dtype(dtype) == np.float64 else contextlib.nullcontext()
 
@@ -206,13 +208,8 @@ def is_real(leaf) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def first_line(error: BaseException) -> str:
-    """The class and first line of an exception."""
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-
-
 @functools.lru_cache(maxsize=256)
-def bound(fun: Callable, statics: tuple, kwargs: tuple) -> Callable:
+def close_statics(fun: Callable, statics: tuple, kwargs: tuple) -> Callable:
     """`fun` with what is no array put in its place, and only the real leaves of its output."""
 
     def of_arrays(*arrays):
@@ -267,7 +264,7 @@ class Shapes:
         return rng.standard_normal(shape) if kind == "real" else rng.uniform(0.05, 1, shape)
 
 
-class Drawn:
+class DrawnBy:
     """Arguments by a function `draw(rng, n, d)`: its parameters after the first without a default are the sizes."""
 
     def __init__(self, draw: Callable):
@@ -292,11 +289,7 @@ def swept_sizes(letters: list[str], *, fast: bool) -> list[dict[str, int]]:
     """Batch 1, all 1, square, 0, primes, more than 32, more than a tile of 128: the sizes at which rules break."""
     base = base_sizes(letters)
     first, others = letters[0], letters[1:]
-    sweep = [
-        dict.fromkeys(letters, 1),
-        base | {first: 0},
-        base | {first: 67},
-    ]
+    sweep = [dict.fromkeys(letters, 1), base | {first: 0}, base | {first: 67}]
     if not fast:
         sweep += [dict.fromkeys(letters, 4), base | {first: 1}]
         sweep += [base | {name: 1} for name in others]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,22 +10,10 @@ import numpy as np
 
 from fcfunc import _arguments
 from fcfunc._arguments import FLOATS
-from fcfunc.testing import _numbers, _oracle, _transforms
-from fcfunc.testing._case import (
-    Case,
-    Drawn,
-    NotApplicable,
-    Shapes,
-    base_sizes,
-    bound,
-    first_line,
-    in_float64_if_taken,
-    precision,
-    swept_sizes,
-)
-from fcfunc.testing._compare import CHECKS, FULL_ONLY, NONE, Finding, agrees, check
-
-del _numbers, _transforms  # imported for the checks that they register
+from fcfunc.testing import _oracle
+from fcfunc.testing._case import Case, DrawnBy, NotApplicable, Shapes, base_sizes, close_statics, first_line, x64_for
+from fcfunc.testing._checks import CHECKS, FULL_ONLY
+from fcfunc.testing._compare import Finding, finding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,8 +126,7 @@ def check_vjp(
     """
     only = (only,) if isinstance(only, str) else tuple(only)
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
-    if not callable(fun):
-        raise TypeError(f"check_vjp: fun must be a function, got {type(fun).__name__}")
+    _arguments.function("check_vjp", fun=fun)
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"check_vjp: seed must be an integer of at least 0, got {seed!r}")
     if at_kink is not None and not isinstance(at_kink, dict):
@@ -147,10 +134,11 @@ def check_vjp(
     for name in (dtype, *dtypes):
         if name not in FLOATS:
             raise ValueError(f"check_vjp: a dtype must be one of {', '.join(FLOATS)}, got {name!r}")
-    unknown = [name for name in (*only, *skip) if name not in CHECKS]
+    names = [check.__name__ for check in CHECKS]
+    unknown = [name for name in (*only, *skip) if name not in names]
     if unknown:
-        raise ValueError(f"check_vjp: no check {unknown[0]!r}; there are {', '.join(CHECKS)}")
-    source = Shapes(args) if isinstance(args, str) else Drawn(args) if callable(args) else None
+        raise ValueError(f"check_vjp: no check {unknown[0]!r}; there are {', '.join(names)}")
+    source = Shapes(args) if isinstance(args, str) else DrawnBy(args) if callable(args) else None
     if source is None and not isinstance(args, tuple):
         raise TypeError(f"check_vjp: args must be a tuple, a string of shapes or a function, got {type(args).__name__}")
     letters = tuple(source.letters) if source else ()
@@ -170,14 +158,13 @@ def check_vjp(
     options = {"seed": seed, "dtype": dtype, "reference": reference, "kwargs": kwargs, "at_kink": at_kink}
     line = functools.partial(_reproduction, case.fun.__name__, args, **options)
     results = []
-    for name, function in CHECKS.items():
-        if name in skip or (only and name not in only):
-            continue
-        results.append(_result(name, function, case, line))
+    for check in CHECKS:
+        if check.__name__ not in skip and (not only or check.__name__ in only):
+            results.append(_result(check, case, line))
     failed: dict[str, list[str]] = {path: [] for path in case.paths}
     for result in results:
-        for finding in result.findings:
-            failed.get(finding.argument, []).append(result.check)
+        for found in result.findings:
+            failed.get(found.argument, []).append(result.check)
     verdicts = {path: ", ".join(dict.fromkeys(names)) or "ok" for path, names in failed.items()}
     return Report(case.fun.__name__, rules, tuple(results), verdicts, statics)
 
@@ -202,34 +189,6 @@ def assert_vjp(fun: Callable, args: tuple | str | Callable, **options) -> None:
         raise AssertionError(str(report))
 
 
-def worst_relative_error(fun: Callable, reference: Callable, args: tuple, *, key: jax.Array) -> float:
-    """How far the gradients of a rule are from those of its plain twin: one number, where `check_vjp` gives a report.
-
-    Both are pulled back from one random cotangent of order 1.
-
-    Args:
-      fun: the function with a hand-written rule.
-      reference: the same function without one, which JAX differentiates by itself.
-      args: arguments for both; those that are not real have no gradient and are held fixed.
-      key: a random key, for the cotangent.
-
-    Returns:
-      The largest difference between elements of two gradients, over the largest element of the reference's, the
-      worst of all arguments; 0 where both gradients are 0.
-    """
-    _arguments.function("worst_relative_error", fun=fun, reference=reference)
-    _arguments.key("worst_relative_error", key)
-    out, pull = jax.vjp(fun, *args)
-    g = jax.random.normal(key, out.shape, out.dtype)
-    got, expected = jax.tree.leaves(pull(g)), jax.tree.leaves(jax.vjp(reference, *args)[1](g))
-    errors = [
-        jnp.max(jnp.abs(a - b)) / jnp.maximum(jnp.max(jnp.abs(b)), jnp.finfo(b.dtype).tiny)
-        for a, b in zip(got, expected, strict=True)
-        if b.dtype != jax.dtypes.float0
-    ]
-    return float(jnp.max(jnp.stack(errors)))
-
-
 def _case(fun, args, source, reference, kwargs, fast, seed, dtype, at_kink, sizes, salt=0):
     """The case at some sizes, and the positions of the arguments that are held fixed."""
     given = source.draw(np.random.default_rng([seed, salt, *sizes.values()]), sizes) if source else args
@@ -244,11 +203,11 @@ def _case(fun, args, source, reference, kwargs, fast, seed, dtype, at_kink, size
     if complexes:
         raise TypeError(f"check_vjp: complex arguments are not supported, got {complexes[0].dtype}")
     statics, options = tuple(fixed.items()), tuple(sorted(kwargs.items()))
-    bind = bound
+    bind = close_statics
     try:
         hash((statics, options, fun, reference))
     except TypeError:
-        bind = bound.__wrapped__  # what cannot be hashed cannot be kept for the next call
+        bind = close_statics.__wrapped__  # what cannot be hashed cannot be kept for the next call
     call = bind(fun, statics, options)
     oracle = bind(reference, statics, options) if reference is not None else call
     case = Case(call, _oracle.without_rules(oracle), free, seed, dict(sizes), fast, at_kink, reference is not None)
@@ -262,7 +221,7 @@ def _case(fun, args, source, reference, kwargs, fast, seed, dtype, at_kink, size
 
 
 def _rules_called(fun: Callable, case: Case) -> tuple[str, ...]:
-    with precision(case.dtype):
+    with x64_for(case.dtype):
         calls, raised = _oracle.watch(case.fun, *case.args)
         if raised is not None:
             raise raised
@@ -275,17 +234,18 @@ def _rules_called(fun: Callable, case: Case) -> tuple[str, ...]:
     return tuple(dict.fromkeys(call.name for call in calls))
 
 
-def _result(name: str, function: Callable, case: Case, line: Callable) -> Result:
-    if case.fast and name in FULL_ONLY:
+def _result(check: Callable, case: Case, line: Callable) -> Result:
+    name = check.__name__
+    if case.fast and check in FULL_ONLY:
         return Result(name, "not applicable", "left to the full mode", ())
     try:
         with np.errstate(all="ignore"):  # infinities are compared on purpose
-            found = list(function(case))
+            found = list(check(case))
     except NotApplicable as e:
         return Result(name, "not applicable", str(e), ())
     except Exception as e:
-        found = [Finding(name, NONE, f"the check ended in an error: {first_line(e)}", dtype=case.dtype.name)]
-    found = [dataclasses.replace(f, seed=case.seed, sizes=f.sizes or case.sizes) for f in found]
+        found = [finding(case, f"the check ended in an error: {first_line(e)}")]
+    found = [dataclasses.replace(f, check=name, seed=case.seed, sizes=f.sizes or case.sizes) for f in found]
     once = {(f.argument, f.message, f.dtype): dataclasses.replace(f, reproduce=line(f, case)) for f in found}
     return Result(name, "failed" if found else "passed", "", tuple(once.values()))
 
@@ -313,22 +273,3 @@ def _is_key(leaf) -> bool:
 def _is_tree_of_arrays(arg) -> bool:
     leaves = jax.tree.leaves(arg)
     return bool(leaves) and all(isinstance(leaf, jax.Array | np.ndarray | np.generic) for leaf in leaves)
-
-
-@check
-def shape_sweep(case: Case) -> Iterator[Finding]:
-    """Other sizes: batch 1, all 1, square, 0, more than 32, more than a tile of 128; against the oracle."""
-    if case.redraw is None or not case.letters:
-        raise NotApplicable("the sizes were given; by shapes with names, as in 'n d, d m', they are swept")
-    for sizes in swept_sizes(list(case.letters), fast=case.fast):
-        other = case.redraw(sizes).compile()
-        message = "at these sizes the rule differs from automatic differentiation"
-        try:
-            if case.fast:  # one dtype to compile instead of two
-                other = in_float64_if_taken(other)
-            found = list(agrees("shape_sweep", other, 1, message))
-        except NotApplicable:
-            continue  # the function itself does not take these sizes
-        if found:
-            yield from (dataclasses.replace(f, sizes=sizes) for f in found)
-            return

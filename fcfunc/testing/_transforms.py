@@ -1,5 +1,6 @@
 """The checks of a rule under JAX's transformations: vmap, jit, scan, remat, second derivatives, other sizes, meshes."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 
@@ -10,8 +11,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from fcfunc import _layout
 from fcfunc.testing import _case
-from fcfunc.testing._case import Case, NotApplicable, in_float64_if_taken, precision, to_jax, to_numpy
-from fcfunc.testing._numbers import Finding, attempt, check, compare, full_only, rounding
+from fcfunc.testing._case import Case, NotApplicable, in_float64_if_taken, swept_sizes, to_jax, to_numpy, x64_for
+from fcfunc.testing._compare import Finding, both, compare, disagreements, rounding
 
 
 def _batched(case: Case, leaves: list, axes: list) -> list[np.ndarray]:
@@ -21,7 +22,7 @@ def _batched(case: Case, leaves: list, axes: list) -> list[np.ndarray]:
     def pull(*leaves):
         return _case.gradients(case.fun, case.fill(leaves[:count]), list(leaves[count:]))
 
-    with precision(case.dtype):
+    with x64_for(case.dtype):
         return to_numpy(jax.jit(jax.vmap(pull, in_axes=axes))(*to_jax(leaves)))
 
 
@@ -30,14 +31,13 @@ def _looped(case: Case, leaves: list, axes: list) -> list[np.ndarray]:
     count, pulled = len(case.reals), []
     for k in range(3):
         row = [leaf[k] if axis == 0 else leaf for leaf, axis in zip(leaves, axes, strict=True)]
-        pulled.append(case.having(row[:count]).pull(case.fun, row[count:]))
+        pulled.append(case.with_reals(row[:count]).vjp(case.fun, row[count:]))
     return [np.stack(leaf) for leaf in zip(*pulled, strict=True)]
 
 
-@check
 def vmap_equals_loop(case: Case) -> Iterator[Finding]:
     """Batched over everything, and over one argument at a time, the gradients are those of a loop."""
-    name, paths = "vmap_equals_loop", [*case.paths, "the cotangent"]
+    paths = [*case.paths, "the cotangent"]
     for at in {c.dtype: c for c in (in_float64_if_taken(case), *([] if case.fast else [case]))}.values():
         rng, g, count = at.rng(200), at.cotangent(201), len(at.reals)
         stacks = [
@@ -50,9 +50,9 @@ def vmap_equals_loop(case: Case) -> Iterator[Finding]:
             leaves = [s if batched else s[0] for s, batched in zip(stacks, chosen, strict=True)]
             run = functools.partial(_batched, at, leaves, axes)
             loop = functools.partial(_looped, at, leaves, axes)
-            got, expected, raised = attempt(name, at, run, loop, f"vmap over {over} raises")
+            got, expected, raised = both(at, run, loop, f"vmap over {over} raises")
             message = f"vmap over {over} differs from a loop"
-            found = [raised] if raised else list(compare(name, at, got, expected, rounding(at, expected), message))
+            found = [raised] if raised else list(compare(at, got, expected, rounding(at, expected), message))
             if found:
                 yield from found
                 return
@@ -68,35 +68,29 @@ def _compiled_backward(back, g: list):
     return _case.only_real(back(g))
 
 
-@check
 def compiled_equals_eager(case: Case) -> Iterator[Finding]:
     """Compiled as one program, and forward and backward apart, the gradients are those of the eager run."""
     g = case.cotangent(210)
-    eager = case.pull(case.fun, g)
+    eager = case.vjp(case.fun, g)
 
     def whole():
-        with precision(case.dtype):
+        with x64_for(case.dtype):
             return to_numpy(_case.compiled_gradients(case.fun, case.args, to_jax(g)))
 
     def apart():
-        with precision(case.dtype):
+        with x64_for(case.dtype):
             _, back = _compiled_forward(case.fun, case.args)
             return to_numpy(_compiled_backward(back, to_jax(g)))
 
     for way, run in (("compiled", whole), ("compiled apart, forward and backward,", apart)):
-        got, _, raised = attempt("compiled_equals_eager", case, run, lambda: None, f"{way} the rule raises")
-        if raised:
-            yield raised
-        else:
-            message = f"{way} the gradient is another than eager"
-            yield from compare("compiled_equals_eager", case, got, eager, rounding(case, eager, 256.0), message)
+        yield from _way(case, run, eager, rounding(case, eager, 256.0), way)
 
 
-@check
 def scan_and_checkpoint(case: Case) -> Iterator[Finding]:
     """Inside `lax.scan` and `jax.checkpoint` the gradients are those outside, times the number of steps."""
     g = case.cotangent(220)
-    expected = [2 * a.astype(np.float64) for a in case.pull(case.fun, g)]
+    half = [a.astype(np.float64) for a in case.vjp(case.fun, g)]
+    expected = [2 * a for a in half]
 
     def twice(*args):
         outs = jax.checkpoint(case.fun)(*args)
@@ -105,29 +99,24 @@ def scan_and_checkpoint(case: Case) -> Iterator[Finding]:
             lambda c, _: ([a + b for a, b in zip(c, case.fun(*args), strict=True)], None), zeros, length=2
         )[0]
 
-    def scanned():
-        return case.compile().pull(twice, g)
+    compiled = case.as_compiled()
+    found = list(_way(case, lambda: compiled.vjp(twice, g), expected, rounding(case, expected), "inside lax.scan"))
+    yield from found
+    if not found:
+        remat = jax.checkpoint(case.fun)
+        yield from _way(case, lambda: compiled.vjp(remat, g), half, rounding(case, half), "under jax.checkpoint")
 
-    got, _, raised = attempt("scan_and_checkpoint", case, scanned, lambda: None, "inside lax.scan the rule raises")
+
+def _way(case: Case, run: Callable, expected: list, allowed: list, way: str) -> Iterator[Finding]:
+    """What is found if the gradients are computed in some way: the rule raises, or they differ from those expected."""
+    got, _, raised = both(case, run, lambda: None, f"{way} the rule raises")
     if raised:
         yield raised
-        return
-    message = "inside lax.scan the gradient is another"
-    yield from compare("scan_and_checkpoint", case, got, expected, rounding(case, expected), message)
-
-    def remat():
-        return case.compile().pull(jax.checkpoint(case.fun), g)
-
-    got, _, raised = attempt("scan_and_checkpoint", case, remat, lambda: None, "under jax.checkpoint the rule raises")
-    if raised:
-        yield raised
-        return
-    half = [a / 2 for a in expected]
-    message = "under jax.checkpoint the gradient is another"
-    yield from compare("scan_and_checkpoint", case, got, half, rounding(case, half), message)
+    else:
+        yield from compare(case, got, expected, allowed, f"{way} the gradient differs")
 
 
-def _second(case: Case, transform: Callable, name: str, message: str) -> Iterator[Finding]:
+def _second(case: Case, transform: Callable, message: str) -> Iterator[Finding]:
     wide = case.in_float64
     g = wide.cotangent(230)
 
@@ -135,21 +124,20 @@ def _second(case: Case, transform: Callable, name: str, message: str) -> Iterato
         def first(reals, weights):
             return _case.gradients(fun, wide.fill(reals), weights)
 
-        with precision(np.float64):
+        with x64_for(np.float64):
             return to_numpy(jax.jit(functools.partial(transform, first))(to_jax(wide.reals), to_jax(g)))
 
-    got, expected, raised = attempt(
-        name, wide, lambda: derivative(wide.fun), lambda: derivative(wide.oracle), f"{message} raises"
+    got, expected, raised = both(
+        wide, lambda: derivative(wide.fun), lambda: derivative(wide.oracle), f"{message} raises"
     )
     if raised:
         yield raised
     else:
         largest_of_all = max((float(np.abs(a).max(initial=0.0)) for a in expected), default=0.0)
         allowed = [t + 1e-11 * largest_of_all + 1e-12 for t in rounding(wide, expected, 4096.0)]
-        yield from compare(name, wide, got, expected, allowed, f"{message} differs from the oracle's")
+        yield from compare(wide, got, expected, allowed, f"{message} differs from the oracle's")
 
 
-@check
 def reverse_over_reverse(case: Case) -> Iterator[Finding]:
     """The gradient of the gradient, by the arguments and by the cotangent, against the oracle's."""
 
@@ -158,10 +146,9 @@ def reverse_over_reverse(case: Case) -> Iterator[Finding]:
         out, back = jax.vjp(first, reals, g)
         return back([jnp.asarray(rng.standard_normal(a.shape)) for a in out])
 
-    yield from _second(case, transform, "reverse_over_reverse", "reverse over reverse")
+    yield from _second(case, transform, "reverse over reverse")
 
 
-@check
 def forward_over_reverse(case: Case) -> Iterator[Finding]:
     """The directional derivative of the gradient against the oracle's."""
 
@@ -170,7 +157,7 @@ def forward_over_reverse(case: Case) -> Iterator[Finding]:
         tangents = [[jnp.asarray(rng.standard_normal(a.shape)) for a in tree] for tree in (reals, g)]
         return jax.jvp(first, (reals, g), tuple(tangents))[1]
 
-    yield from _second(case, transform, "forward_over_reverse", "forward over reverse")
+    yield from _second(case, transform, "forward over reverse")
 
 
 def _layouts(case: Case) -> Iterator[tuple[str, list[PartitionSpec]]]:
@@ -208,10 +195,10 @@ def _sharded(fun: Callable, case: Case, g: list, mesh, specs: list) -> list[np.n
 
     def pull(args, g):
         out, back = jax.vjp(fun, *args)
-        return _case.only_real(back([_layout.laid_like(a, o) for a, o in zip(g, out, strict=True)]))
+        return _case.only_real(back([_layout.reshard_like(a, o) for a, o in zip(g, out, strict=True)]))
 
     leaves, treedef = jax.tree.flatten(case.args)
-    with precision(case.dtype), jax.set_mesh(mesh):
+    with x64_for(case.dtype), jax.set_mesh(mesh):
         placed = [jax.device_put(leaf, NamedSharding(mesh, s)) for leaf, s in zip(leaves, specs, strict=True)]
         return to_numpy(jax.jit(pull)(jax.tree.unflatten(treedef, placed), to_jax(g)))
 
@@ -223,25 +210,23 @@ def _devices(count: int) -> list:
     return jax.devices()[:count]
 
 
-@check
-@full_only
 def sharded_equals_unsharded(case: Case) -> Iterator[Finding]:
     """On Auto and on Explicit meshes the gradients are those of one device, wherever the oracle's are."""
-    name, devices, case = "sharded_equals_unsharded", _devices(4), case.even()
+    devices, case = _devices(4), case.at_even_sizes()
     g, tried = case.cotangent(240), 0
-    expected = case.pull(case.oracle, g)
+    expected = case.vjp(case.oracle, g)
     for kind in (AxisType.Auto, AxisType.Explicit):
         mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(kind,) * 2, devices=devices)
         for layout, specs in _layouts(case):
             run = [functools.partial(_sharded, fun, case, g, mesh, specs) for fun in (case.fun, case.oracle)]
             where = f"on an {kind.name} mesh with {layout}"
             try:
-                got, _, raised = attempt(name, case, run[0], run[1], f"{where} the rule raises")
+                got, _, raised = both(case, run[0], run[1], f"{where} the rule raises")
             except NotApplicable:
                 continue  # nor does automatic differentiation work on this layout
             tried += 1
             message = f"{where} the gradient is another"
-            found = [raised] if raised else list(compare(name, case, got, expected, rounding(case, expected), message))
+            found = [raised] if raised else list(compare(case, got, expected, rounding(case, expected), message))
             if found:
                 yield from found
                 return
@@ -249,11 +234,9 @@ def sharded_equals_unsharded(case: Case) -> Iterator[Finding]:
         raise NotApplicable("no axis has an even size, or automatic differentiation works on no layout either")
 
 
-@check
-@full_only
 def shard_map_equals_unsharded(case: Case) -> Iterator[Finding]:
     """Inside `shard_map`, rows sharded and the rest replicated, the gradients are those of one device."""
-    name, devices, case = "shard_map_equals_unsharded", _devices(2), case.even()
+    devices, case = _devices(2), case.at_even_sizes()
     g, rows = case.cotangent(250), case.reals[0].shape[0] if case.reals[0].ndim else 0
     if not rows or rows % 2 or any(not a.ndim or a.shape[0] != rows for a in g):
         raise NotApplicable("the outputs do not have the rows of the first argument, or their number is odd")
@@ -269,17 +252,33 @@ def shard_map_equals_unsharded(case: Case) -> Iterator[Finding]:
             in_specs=(jax.tree.unflatten(treedef, specs), PartitionSpec("x")),
             out_specs=real_specs,
         )
-        with precision(case.dtype):
+        with x64_for(case.dtype):
             return to_numpy(jax.jit(local)(case.args, to_jax(g)))
 
-    expected = case.pull(case.oracle, g)
+    expected = case.vjp(case.oracle, g)
     message = "inside shard_map, rows sharded,"
-    got, by_oracle, raised = attempt(
-        name, case, lambda: run(case.fun), lambda: run(case.oracle), f"{message} the rule raises"
-    )
-    if list(compare(name, case, by_oracle, expected, rounding(case, expected), "")):
+    got, by_oracle, raised = both(case, lambda: run(case.fun), lambda: run(case.oracle), f"{message} the rule raises")
+    if list(compare(case, by_oracle, expected, rounding(case, expected), "")):
         raise NotApplicable("the rows of the function are not independent")
     if raised:
         yield raised
     else:
-        yield from compare(name, case, got, expected, rounding(case, expected), f"{message} the gradient is another")
+        yield from compare(case, got, expected, rounding(case, expected), f"{message} the gradient is another")
+
+
+def shape_sweep(case: Case) -> Iterator[Finding]:
+    """Other sizes: batch 1, all 1, square, 0, more than 32, more than a tile of 128; against the oracle."""
+    if case.redraw is None or not case.letters:
+        raise NotApplicable("the sizes were given; by shapes with names, as in 'n d, d m', they are swept")
+    for sizes in swept_sizes(list(case.letters), fast=case.fast):
+        other = case.redraw(sizes).as_compiled()
+        message = "at these sizes the rule differs from automatic differentiation"
+        try:
+            if case.fast:  # one dtype to compile instead of two
+                other = in_float64_if_taken(other)
+            found = list(disagreements(other, 1, message))
+        except NotApplicable:
+            continue  # the function itself does not take these sizes
+        if found:
+            yield from (dataclasses.replace(f, sizes=sizes) for f in found)
+            return
