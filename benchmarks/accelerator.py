@@ -23,7 +23,7 @@ import optax
 
 import fcfunc
 from benchmarks.memory import in_turns, ratio
-from fcfunc import losses, mlp, ops, reference, train
+from fcfunc import losses, ops, reference, train
 
 WAYS = {
     "rules": {},
@@ -46,14 +46,15 @@ def product(n: int):
 
 def training(dims: list[int], rows: int, *, scanned=False, ops=ops, losses=losses):
     """Ten SGD steps of a network that computes in bfloat16, their program, and the operations of its products."""
+    net = fcfunc.mlp(dims, compute_dtype="bfloat16", ops=ops)
 
     def loss_fn(params, batch, key):
         x, y = batch
-        logits = fcfunc.apply(params, x, compute_dtype="bfloat16", ops=ops)
+        logits = net.apply(params, x)
         return jnp.mean(losses.softmax_cross_entropy_with_integer_labels(logits, y))
 
-    params, optimizer = fcfunc.init(jax.random.key(0), dims), optax.sgd(0.01)
-    state = train.init_state(mlp.stack(params) if scanned else params, optimizer, jax.random.key(1))
+    params, optimizer = net.init(jax.random.key(0)), optax.sgd(0.01)
+    state = train.init_state(fcfunc.stack(params) if scanned else params, optimizer, jax.random.key(1))
     x = jax.random.normal(jax.random.key(2), (10 * rows, dims[0]), jnp.bfloat16)
     y = jax.random.randint(jax.random.key(3), (10 * rows,), 0, dims[-1])
     epoch = train.make_train_epoch(loss_fn, optimizer, rows)

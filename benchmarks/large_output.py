@@ -74,8 +74,8 @@ def million(n: int, steps: int) -> None:
 
     def loss_fn(params, batch, key):
         x, labels = batch
-        head = functools.partial(losses.linear_softmax_cross_entropy, labels=labels)
-        return jnp.mean(fcfunc.apply(params, x, head=head))
+        features = fcfunc.mlp([64, D, 2**20]).features(params, x)
+        return jnp.mean(losses.linear_softmax_cross_entropy(features, **params[-1], labels=labels))
 
     batch = (jax.random.normal(jax.random.key(2), (n, 64)), jax.random.randint(jax.random.key(3), (n,), 0, 2**20))
     step = train.make_train_step(loss_fn, optimizer)

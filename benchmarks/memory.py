@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 import fcfunc
-from fcfunc import losses, mlp, ops, reference
+from fcfunc import losses, ops, reference
 
 N, D = 2048, 512
 UNIT = 4 * N * D
@@ -76,12 +76,14 @@ def network(layers: int, activation: str, scanned: bool, by_rules: bool):
             x = plain(x @ p["w"] + p["b"])
         return jnp.sum(x**2)
 
+    net = fcfunc.mlp([D] * (layers + 2), activation=activation)  # whose features are the layers
+
     def by_apply(params, x):
-        return jnp.sum(fcfunc.apply(params, x, activation=activation, head=lambda h, w, b: h) ** 2)
+        return jnp.sum(net.features(params, x) ** 2)
 
     if by_rules:
-        params = [*params, params[-1]]  # the head takes the place of the last one
-        params = mlp.stack(params) if scanned else params
+        params = [*params, params[-1]]
+        params = fcfunc.stack(params) if scanned else params
     elif scanned:
         params = jax.tree.map(lambda *a: jnp.stack(a), *params)
     inputs = jax.random.normal(jax.random.key(1), (N, D))
@@ -135,18 +137,19 @@ def table_of_networks() -> str:
 def table_of_options() -> str:
     """Temporaries of the gradient of eight stacked layers by `apply`, with what else it offers."""
     rows = ["| eight layers with gelu, scanned | temporaries |", "|---|---|"]
-    for name, norm, options in (
-        ("plain", None, {}),
-        ("residual", None, {"residual": True}),
-        ("dropout", None, {"dropout_rate": 0.1, "key": KEY}),
-        ("rms_norm", "rms_norm", {"norm": "rms_norm"}),
-        ("layer_norm", "layer_norm", {"norm": "layer_norm"}),
-        ("bfloat16 products", None, {"compute_dtype": "bfloat16"}),
+    for name, options in (
+        ("plain", {}),
+        ("residual", {"residual": True}),
+        ("dropout", {"dropout_rate": 0.1}),
+        ("rms_norm", {"norm": "rms_norm"}),
+        ("layer_norm", {"norm": "layer_norm"}),
+        ("bfloat16 matmuls", {"compute_dtype": "bfloat16"}),
     ):
-        params = mlp.stack(fcfunc.init(jax.random.key(0), [D] * 10, norm=norm))
+        net = fcfunc.mlp([D] * 10, activation="gelu", **options)
+        params = fcfunc.stack(net.init(jax.random.key(0)))
 
-        def loss(params, x, options=options):
-            return jnp.sum(fcfunc.apply(params, x, activation="gelu", head=lambda h, w, b: h, **options) ** 2)
+        def loss(params, x, net=net):
+            return jnp.sum(net.features(params, x, key=KEY) ** 2)
 
         analysis = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, x).compile().memory_analysis()
         rows.append(f"| {name} | {analysis.temp_size_in_bytes / UNIT:.2f} |")
@@ -177,7 +180,7 @@ JAX has none.
 ## What a gradient needs
 
 Temporaries of the compiled gradient of eight layers {D} wide, by `apply` and by autodiff of the same in plain JAX, and
-its time. Scanned layers are those of `mlp.stack`. What a rule saves decides under a scan; in an unrolled program XLA
+its time. Scanned layers are those of `fcfunc.stack`. What a rule saves decides under a scan; in an unrolled program XLA
 keeps what it likes, and merges a pre-activation that is computed again with the one computed before.
 
 {table_of_networks()}

@@ -33,7 +33,8 @@ def by_fcfunc() -> float:
     training, test = data.fashion_mnist()
 
     def loss_fn(params, batch, key):
-        logits = fcfunc.apply(params, batch.x.astype(jnp.float32) / 255, flatten=True)
+        x = batch.x.reshape(len(batch.x), -1).astype(jnp.float32) / 255
+        logits = fcfunc.apply(params, x)
         hits = jnp.argmax(logits, axis=-1) == batch.y
         loss = jnp.mean(losses.softmax_cross_entropy_with_integer_labels(logits, batch.y))
         return loss, {"accuracy": jnp.mean(hits, dtype=jnp.float32)}

@@ -73,17 +73,19 @@ def network(layers: list) -> tuple[Callable, Callable]:
     if output.activation not in ("softmax", "linear"):
         raise ValueError(f"network: the output must be softmax or linear, got {output}")
     activations = [layer.activation for layer in layers[1:-1]]
+    dims = [layer.width for layer in layers]
+    net = fcfunc.mlp(dims, activation=activations, final_activation=output.activation)
 
     def init(key):
         weights = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal")  # sqrt(1 / fan_in) · normal
-        params = fcfunc.init(key, [layer.width for layer in layers], w_init=weights)
+        params = net.init(key, w_init=weights)
         for p, activation in zip(params, [*activations, output.activation], strict=True):
             p["b"] = jnp.full_like(p["b"], 0.1 if activation == "relu" else 0.0)
         return params
 
     def loss_fn(params, batch, key):
         del key  # nothing here is random
-        outputs = fcfunc.apply(params, batch.x, activation=activations, final_activation=output.activation)
+        outputs = net.apply(params, batch.x)
         if output.activation == "softmax":
             return jnp.mean(losses.negative_log_likelihood(outputs, batch.y))
         return jnp.mean(losses.squared_error(outputs, jnp.reshape(batch.y, outputs.shape)))

@@ -27,7 +27,7 @@ def forward(params, x):
 
 
 def loss(params, x, labels=None, *, l2=0.0):
-    """Scores where no labels are given; else the loss and its gradients, derived by hand, chained by hand.
+    """Scores if no labels are given; otherwise the loss and its gradients, derived and chained by hand.
 
     Args:
       params: from `fcfunc.init`, any depth.
@@ -53,8 +53,9 @@ def loss(params, x, labels=None, *, l2=0.0):
 
 
 def loss_by_autodiff(params, x, labels, *, l2=0.0):
-    """The same loss in the library's own words, for `jax.grad`."""
-    scores = fcfunc.apply(params, x, flatten=True, ops=fcfunc.reference)
+    """The same loss with the network and the reference implementation, for `jax.grad`."""
+    dims = [x[0].size, *(len(p["b"]) for p in params)]
+    scores = fcfunc.mlp(dims, ops=fcfunc.reference).apply(params, x.reshape(len(x), -1))
     each = fcfunc.reference.softmax_cross_entropy_with_integer_labels(scores, labels)
     return jnp.mean(each) + l2 * fcfunc.reference.l2_penalty(params)
 

@@ -1,9 +1,8 @@
-"""Trains a fully-connected network on digits, on Fashion-MNIST or on your own arrays, by hand-written rules.
+"""Trains a fully-connected network on digits, on Fashion-MNIST or on your own arrays.
 
     python -m examples.train_classifier --data fashion-mnist --dims 784,512,512,10 --epochs 15
 
-Writes to --out: params.safetensors, history.jsonl and learning_curve.png. How to use the parameters again is in the
-README.
+Writes params.safetensors, history.jsonl and learning_curve.png to --out. The README shows how to load the parameters.
 """
 
 import argparse
@@ -13,7 +12,6 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import jax
@@ -22,8 +20,9 @@ import numpy as np
 import optax
 
 import fcfunc
-from fcfunc import data, losses, mlp, ops, params_file, reference, testing, train
+from fcfunc import data, losses, ops, params_file, reference, train
 
+ACTIVATIONS = ("elu", "gelu", "gelu_exact", "leaky_relu", "linear", "relu", "sigmoid", "silu", "softplus", "tanh")
 OPTIMIZERS = {
     "sgd": (optax.sgd, 0.2),
     "momentum": (lambda rate: optax.sgd(rate, momentum=0.9), 0.05),
@@ -48,10 +47,15 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     task = load(args.data, args.task, args.target, args.seed)
     training, validation, test = task.parts
     dims = check_dims(args.dims, training.x.shape[1], task.classes)
+    net = fcfunc.mlp(
+        dims,
+        activation=args.activation,
+        norm=args.norm,
+        residual=args.residual,
+        dropout_rate=args.dropout,
+        compute_dtype=args.compute_dtype,
+    )
     init_key, run_key = jax.random.split(jax.random.key(args.seed))
-    params = fcfunc.init(init_key, dims, norm=args.norm)
-    network = {"activation": args.activation, "norm": args.norm, "residual": args.residual}
-    network |= {"dropout_rate": args.dropout, "compute_dtype": args.compute_dtype}
     out = Path(args.out) if args.out else Path("runs") / Path(args.data).stem
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: a file is in the way")
@@ -63,13 +67,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         f"{len(part.y)} {name}" for part, name in zip(task.parts, ("training", "validation", "test"), strict=True)
     )
     print(f"{args.data}: {kind}, {counts} examples")
-    print_proof(dims, network, task.classes, args.l2, args.seed)
+    print(net)
+    compare_rules(net, task.classes, args.l2, args.seed)
 
     steps = args.epochs * -(-len(training.y) // args.batch_size)
     make_optimizer, default_rate = OPTIMIZERS[args.optimizer]
     optimizer = make_optimizer(optax.cosine_decay_schedule(args.learning_rate or default_rate, steps))
-    loss_fn, eval_fn = (make_loss_fn(network, task.classes, l2) for l2 in (args.l2, 0.0))
-    state = train.init_state(params, optimizer, run_key)
+    loss_fn, eval_fn = (make_loss_fn(net, task.classes, l2) for l2 in (args.l2, 0.0))
+    state = train.init_state(net.init(init_key), optimizer, run_key)
     score = "accuracy" if task.classes else "loss"
     data.check_values(test, num_classes=task.classes, name="test data")
     state, history = train.fit(
@@ -88,22 +93,23 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         progress=True,
     )
     figures = {name: float(value) for name, value in train.evaluate(eval_fn, state.params, test).items()}
+    epochs = f"{history['epochs']} epochs, of which epoch {history['kept_epoch']} was kept"
     if task.classes:
-        print(f"test accuracy {figures['accuracy']:.4f}, {dims} {args.activation}, {len(history)} epochs")
+        print(f"test accuracy {figures['accuracy']:.4f} after {epochs}")
     else:
         figures["rmse"] = figures["loss"] ** 0.5 * float(task.scaling["target"].scale)
-        print(f"test RMSE {figures['rmse']:.4g} in the target's unit, {dims} {args.activation}, {len(history)} epochs")
-    config = {"dims": dims, **network, "class_names": task.names}
+        print(f"test RMSE {figures['rmse']:.4g} in the target's unit after {epochs}")
+    config = {"network": net.to_dict(), "class_names": task.names}
     write(out, state.params, history, score, config, task.scaling)
     print(f"wrote params.safetensors, history.jsonl and learning_curve.png to {out}/")
     return figures
 
 
-def make_loss_fn(network: dict, classes: int | None, l2: float):
-    """The mean loss over a batch, with the accuracy where there are classes."""
+def make_loss_fn(net: fcfunc.Network, classes: int | None, l2: float):
+    """The mean loss over a batch, with the accuracy if there are classes."""
 
     def loss_fn(params, batch, key):
-        outputs = fcfunc.apply(params, batch.x, key=key, **network)  # in evaluation the key is None: nothing is dropped
+        outputs = net.apply(params, batch.x, key=key)  # in evaluation the key is None: nothing is dropped
         penalty = l2 * losses.l2_penalty(params) if l2 else 0.0
         if classes is None:
             return jnp.mean(losses.squared_error(outputs[:, 0], batch.y)) + penalty
@@ -114,38 +120,54 @@ def make_loss_fn(network: dict, classes: int | None, l2: float):
     return loss_fn
 
 
-def print_proof(dims: list[int], network: dict, classes: int | None, l2: float, seed: int) -> None:
-    """Compares each rule that the run will use with `jax.grad` of its plain twin, on random numbers."""
+def compare_rules(net: fcfunc.Network, classes: int | None, l2: float, seed: int) -> None:
+    """Compares each rule that the run uses with `jax.grad` of its reference implementation, on random numbers."""
     keys = iter(jax.random.split(jax.random.key(seed), 16))
-    x = jax.random.normal(next(keys), (32, dims[0]))
-    w = jax.random.normal(next(keys), (dims[0], dims[1])) / dims[0] ** 0.5
-    b = jax.random.normal(next(keys), (dims[1],))
-    outputs = jax.random.normal(next(keys), (32, dims[-1]))
-    activation, norm = network["activation"], network["norm"]
-    rules: list[tuple[str, ModuleType, tuple]] = [("affine", ops, (x, w, b))]
-    options = {"layer": {"activation": activation}}
-    if norm:
-        rules.append((norm, ops, (ops.affine(x, w, b), *[1 + b, b][: len(mlp.NORMS[norm])])))
-    if activation != "linear":
-        rules.append((activation, ops, (ops.affine(x, w, b),)) if norm else ("layer", ops, (x, w, b)))
+    x = jax.random.normal(next(keys), (32, net.dims[0]))
+    w = jax.random.normal(next(keys), net.dims[:2]) / net.dims[0] ** 0.5
+    b = jax.random.normal(next(keys), net.dims[1:2])
+    outputs = jax.random.normal(next(keys), (32, net.dims[-1]))
+    rules: list[tuple] = [("affine", ops, (x, w, b), {})]
+    if net.norm:
+        leaves = {"layer_norm": (1 + b, b), "rms_norm": (1 + b,)}[net.norm]
+        rules.append((net.norm, ops, (ops.affine(x, w, b), *leaves), {}))
+    if net.activation is not None:
+        name = str(net.activation).removesuffix("_exact")
+        options = {"approximate": False} if net.activation == "gelu_exact" else {}
+        if net.norm:
+            rules.append((name, ops, (ops.affine(x, w, b),), options))
+        else:
+            rules.append(("layer", ops, (x, w, b), {"activation": name, **options}))
     if classes is None:
-        rules.append(("squared_error", losses, (outputs, jax.random.normal(next(keys), outputs.shape))))
+        rules.append(("squared_error", losses, (outputs, jax.random.normal(next(keys), outputs.shape)), {}))
     else:
         labels = jax.random.randint(next(keys), (32,), 0, classes)
-        rules.append(("softmax_cross_entropy_with_integer_labels", losses, (outputs, labels)))
+        rules.append(("softmax_cross_entropy_with_integer_labels", losses, (outputs, labels), {}))
     if l2:
-        rules.append(("l2_penalty", losses, ([{"w": w, "b": b}],)))
-    print(f"{'hand-written rule':<45}worst relative error against jax.grad of its plain twin")
-    for name, module, args in rules:
-        rule, twin = (functools.partial(getattr(m, name), **options.get(name, {})) for m in (module, reference))
-        error = testing.worst_relative_error(rule, twin, args, key=next(keys))
-        print(f"{f'layer: affine and {activation}' if name == 'layer' else name:<45}{error:.1e}")
+        rules.append(("l2_penalty", losses, ([{"w": w, "b": b}],), {}))
+    print(f"{'hand-written rule':<45}worst relative error against jax.grad of its reference implementation")
+    for name, module, args, options in rules:
+        rule, plain = (functools.partial(getattr(m, name), **options) for m in (module, reference))
+        error = worst_relative_error(rule, plain, args, next(keys))
+        print(f"{f'layer: affine and {net.activation}' if name == 'layer' else name:<45}{error:.1e}")
         if not error < 1e-5:
             raise ValueError(f"the rule of {name} is off by {error:.1e} on this device; not training with it")
 
 
+def worst_relative_error(rule, plain, args: tuple, key: jax.Array) -> float:
+    """The largest difference between the gradients of two functions, relative to the largest gradient of the second."""
+    out, pull = jax.vjp(rule, *args)
+    g = jax.random.normal(key, out.shape, out.dtype)
+    errors = [
+        jnp.max(jnp.abs(ours - theirs)) / jnp.max(jnp.abs(theirs))
+        for ours, theirs in zip(jax.tree.leaves(pull(g)), jax.tree.leaves(jax.vjp(plain, *args)[1](g)), strict=True)
+        if theirs.dtype != jax.dtypes.float0  # integer labels have no gradient
+    ]
+    return float(max(errors))
+
+
 def load(source: str, task: str, target: str | None, seed: int) -> Task:
-    """Reads the data and splits it; what it is scaled by comes from the training part alone."""
+    """Reads the data and splits it; the scaling is that of the training part alone."""
     name, folder = source.partition(":")[::2]
     if target is not None and not source.endswith(".csv"):
         raise ValueError("--target names a column of a CSV file")
@@ -233,18 +255,20 @@ def select_device(device: str | None) -> None:
 
 
 def write(out: Path, params, history, score: str, config: dict, scaling: dict) -> None:
-    """Writes into a folder beside `out` first and moves whole files over: none is ever there by half."""
+    """Writes into a temporary folder first and moves complete files over: none is left half-written."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    epochs = [record["epoch"] for record in history]
+    columns = {name: values for name, values in history.items() if isinstance(values, np.ndarray)}
+    records = [{name: values[i].item() for name, values in columns.items()} for i in range(history["epochs"])]
     figure, panels = plt.subplots(1, 2 if score != "loss" else 1, figsize=(9, 3.4), squeeze=False, layout="constrained")
     for panel, metric in zip(panels[0], dict.fromkeys(["loss", score]), strict=True):
-        panel.plot(epochs, [record[metric] for record in history], label="training")
-        panel.plot(epochs, [record[f"validation_{metric}"] for record in history], label="validation")
+        panel.plot(history["epoch"], history[metric], label="training")
+        panel.plot(history["epoch"], history[f"validation_{metric}"], label="validation")
+        panel.axvline(history["kept_epoch"], color="gray", linestyle=":", label="epoch that was kept")
         panel.set(xlabel="epoch", ylabel=metric, yscale="log" if metric == "loss" else "linear")
         panel.grid(alpha=0.3)
         panel.legend()
@@ -252,7 +276,7 @@ def write(out: Path, params, history, score: str, config: dict, scaling: dict) -
         figure.savefig(Path(staging) / "learning_curve.png", dpi=120)
         plt.close(figure)
         params_file.save(Path(staging) / "params.safetensors", {"layers": params, **scaling}, config=config)
-        (Path(staging) / "history.jsonl").write_text("".join(json.dumps(record) + "\n" for record in history))
+        (Path(staging) / "history.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         for name in os.listdir(staging):
             if (out / name).is_dir():
                 raise ValueError(f"{out / name}: a folder is in the way")
@@ -279,15 +303,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="N,N,...",
         help="widths, inputs to outputs (default: one hidden layer of 256)",
     )
-    add("--activation", choices=mlp.ACTIVATIONS, default="relu", help="of the hidden layers (default: relu)")
+    add("--activation", choices=ACTIVATIONS, default="relu", help="of the hidden layers (default: relu)")
     add("--norm", choices=("layer_norm", "rms_norm"), help="of the hidden layers (default: none)")
     add("--residual", action="store_true", help="add a hidden layer's input to its output where the widths are equal")
     add("--dropout", type=positive(float, zero=True, below=1), default=0.0, metavar="RATE",
-        help="the probability to drop a hidden layer's output (default: 0)")  # fmt: skip
+        help="the probability of dropping a hidden layer's output (default: 0)")  # fmt: skip
     add(
         "--compute-dtype",
         choices=("bfloat16", "float32"),
-        help="of the operands of all products (default: the params')",
+        help="of the operands of all matmuls (default: that of the params)",
     )
     add("--optimizer", choices=tuple(OPTIMIZERS), default="sgd", help="default: sgd")
     add("--learning-rate", type=positive(float), metavar="RATE", help="at the start; it decays to 0 along a cosine "

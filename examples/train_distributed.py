@@ -75,7 +75,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     make_params = lambda key: fcfunc.init(key, dims)  # noqa: E731
     key = jax.random.key(args.seed)
     shapes = jax.eval_shape(make_params, key)
-    specs = sharding.param_specs(shapes, mesh, args.mode, whole=("classes",))  # ten classes fit on every device
+    specs = sharding.param_specs(shapes, mesh, args.mode, replicate=("classes",))  # ten classes fit on every device
     there = jax.tree.map(lambda spec: jax.sharding.NamedSharding(mesh, spec), specs)
     params = jax.jit(make_params, out_shardings=there)(key)
 
@@ -107,9 +107,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             )
             raise ValueError(f"--resume: {args.out} is of another run: {other}")
         state = saved.state
-        say(f"resumed at step {saved.step}, saved on {saved.devices} devices, goes on on {jax.device_count()}")
+        say(f"resumed at step {saved.step}, saved on {saved.devices} devices, resumes on {jax.device_count()}")
     elif checkpoint.steps(args.out):
-        raise ValueError(f"--out {args.out}: holds checkpoints; go on with --resume, or choose another folder")
+        raise ValueError(f"--out {args.out}: holds checkpoints; use --resume, or choose another folder")
 
     def on_steps(state):
         checkpoint.save(args.out, state, config=config)
@@ -117,7 +117,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         if jax.process_count() > 1:  # all of them end, or none
             terminate = bool(multihost_utils.process_allgather(np.array(terminate)).any())
         if terminate:
-            raise Terminated(f"terminated; saved at step {int(state.step)}, go on with --resume")
+            raise Terminated(f"terminated; saved at step {int(state.step)}, resume with --resume")
 
     def on_epoch(state, record):
         epoch = record["step"] // steps

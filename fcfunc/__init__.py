@@ -1,39 +1,34 @@
-"""Fully-connected networks as pure functions in JAX, with hand-written backward rules that are tested."""
+"""Fully-connected networks as pure functions in JAX, with hand-written backward rules that are tested.
+
+A network is `net = fcfunc.mlp([784, 128, 10])`, with `params = net.init(key)` and `net.apply(params, x)`. The plain one
+needs only `fcfunc.init(key, dims)` and `fcfunc.apply(params, x)`.
+
+`fcfunc.ops` holds the operations and `fcfunc.losses` the losses, `fcfunc.train` the training loops and `fcfunc.testing`
+the checker of backward rules, `check_vjp`. `fcfunc.reference` has a plain JAX implementation of each rule.
+"""
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING
 
 from fcfunc import losses, ops, reference, sharding, train
-from fcfunc import network as mlp
-from fcfunc.network import apply, apply_batch_norm, init, init_batch_norm_state
+from fcfunc.network import Network, apply, init, mlp, stack, unstack
 
 if TYPE_CHECKING:
     from fcfunc import checkpoint, data, params_file, testing
 
-__version__ = "0.1.0"
-
 __all__ = [
-    "apply",
-    "apply_batch_norm",
-    "checkpoint",
-    "data",
-    "init",
-    "init_batch_norm_state",
-    "losses",
-    "mlp",
-    "ops",
-    "params_file",
-    "reference",
-    "sharding",
-    "testing",
-    "train",
-]
+    "Network", "apply", "checkpoint", "data", "init", "losses", "mlp", "ops", "params_file", "reference", "sharding",
+    "stack", "testing", "train", "unstack",
+]  # fmt: skip
 
 
 def __getattr__(name: str):
     """Imports the modules that a network and its training do not need when they are first used."""
     if name in ("checkpoint", "data", "params_file", "testing"):
         return importlib.import_module(f"fcfunc.{name}")
+    if name == "__version__":
+        return importlib.metadata.version("fcfunc")
     raise AttributeError(f"module 'fcfunc' has no attribute {name!r}")
 
 

@@ -12,7 +12,6 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fcfunc import _arguments, _files, _layout
+from fcfunc import _arguments, _files
 
 __all__ = ["Checkpoint", "restore", "save", "steps"]
 
@@ -105,7 +104,7 @@ def save(folder: Any, state: Any, *, config: Any = None, keep: int = 3, score: f
             checkpointer.save(unfinished / ARRAYS, args=ocp.args.StandardSave(full))
         with _agreed():
             if first:
-                _write(unfinished / MANIFEST, _bytes(manifest | {"files": _hashes(unfinished, kept=True)}))
+                _files.write_synced(unfinished / MANIFEST, _bytes(manifest | {"files": _hashes(unfinished, kept=True)}))
                 os.rename(unfinished, where)
                 _sync(folder)
     with _agreed():
@@ -114,7 +113,7 @@ def save(folder: Any, state: Any, *, config: Any = None, keep: int = 3, score: f
     return where
 
 
-def restore(folder: Any, like: Any, *, step: int | None = None, allowed: Mapping[str, Any] | None = None) -> Checkpoint:
+def restore(folder: Any, like: Any, *, step: int | None = None) -> Checkpoint:
     """Restores a state, by default the last one. Every process calls it.
 
     Args:
@@ -122,8 +121,6 @@ def restore(folder: Any, like: Any, *, step: int | None = None, allowed: Mapping
       like: a state of the same network and optimiser, as `init_state` makes it: the arrays are put where its arrays
         lie, on as many devices as there are now. Arrays, but not random keys, may be `jax.ShapeDtypeStruct`.
       step: which checkpoint; None: the last.
-      allowed: which entries the configuration may have, and of each the values: a type, or a tuple of types and values;
-        `fcfunc.mlp.CONFIG` for a network of this library. None: any plain data.
 
     Returns:
       A `Checkpoint`, every array of it verified by its SHA-256.
@@ -131,8 +128,7 @@ def restore(folder: Any, like: Any, *, step: int | None = None, allowed: Mapping
     Raises:
       FileNotFoundError: no checkpoint there, or not of that step.
       ValueError: a checkpoint of another network, optimiser or dtype, of a newer format, or one whose bytes are not
-        those that were saved, naming the file or the array, what is wrong, and the checkpoint before it; a
-        configuration that is not allowed.
+        those that were saved, naming the file or the array, what is wrong, and the checkpoint before it.
     """
     folder = _local(folder)
     if step is not None:
@@ -147,7 +143,6 @@ def restore(folder: Any, like: Any, *, step: int | None = None, allowed: Mapping
     earlier = [other for other in found if other < step]
     with _error_adds(f"; the checkpoint before it is step={earlier[-1]}" if earlier else ""):
         manifest = _manifest(where)
-        _files.check_allowed(str(where), manifest["config"], allowed)
         _check_alike(where, manifest, arrays, keys)
         _check_files(where, manifest["files"])
         full = {
@@ -159,7 +154,7 @@ def restore(folder: Any, like: Any, *, step: int | None = None, allowed: Mapping
             try:
                 restored |= checkpointer.restore(where / ARRAYS, args=ocp.args.StandardRestore(full))
             except (ValueError, KeyError, TypeError) as e:
-                raise ValueError(f"{where}: its arrays cannot be read ({_first_line(e)})") from None
+                raise ValueError(f"{where}: its arrays cannot be read ({_arguments.first_line(e)})") from None
         for name, a in restored.items():
             if _sha256(a) != manifest["arrays"][name]["sha256"]:
                 raise ValueError(f"{where}: damaged; {name} is not as it was saved (its SHA-256 differs)")
@@ -211,7 +206,7 @@ def _error_names(where: Path, unfinished: Path):
             raise  # a collective that broke: another process was lost
         if jax.process_index() == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
-        raise OSError(f"{where}: cannot be written; it is no checkpoint ({_first_line(e)})") from e
+        raise OSError(f"{where}: cannot be written; it is no checkpoint ({_arguments.first_line(e)})") from e
 
 
 @contextlib.contextmanager
@@ -278,13 +273,6 @@ def _sha256_of(file) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write(path: Path, content: bytes) -> None:
-    with open(path, "wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-
-
 def _sync(folder: Path) -> None:
     """Has the disk keep the names in a folder, where the system can."""
     with contextlib.suppress(OSError):
@@ -308,7 +296,7 @@ def _manifest(where: Path) -> dict:
     try:
         manifest = json.loads(body)
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path}: damaged; it cannot be read ({_first_line(e)})") from None
+        raise ValueError(f"{path}: damaged; it cannot be read ({_arguments.first_line(e)})") from None
     kinds = {"format": int, "step": int, "devices": int, "keys": dict, "arrays": dict, "files": dict}
     if isinstance(manifest, dict) and type(manifest.get("format")) is int and manifest["format"] > FORMAT:
         raise ValueError(f"{path}: of format {manifest['format']}, which a newer fcfunc reads; this one reads {FORMAT}")
@@ -404,7 +392,9 @@ def _named(state) -> tuple[dict[str, jax.Array], dict[str, str]]:
             try:
                 leaf = jnp.asarray(leaf)
             except (OverflowError, TypeError, ValueError) as e:
-                raise TypeError(f"checkpoint: {name} is no array that JAX can hold ({_first_line(e)})") from None
+                raise TypeError(
+                    f"checkpoint: {name} is no array that JAX can hold ({_arguments.first_line(e)})"
+                ) from None
             if np.asarray(given).dtype != leaf.dtype and not isinstance(given, bool | int | float):
                 raise TypeError(f"checkpoint: {name} is {np.asarray(given).dtype}, which JAX narrows to {leaf.dtype}")
         if name in arrays:
@@ -433,9 +423,5 @@ def _unnamed(like, arrays: dict) -> Any:
 
 def _sha256(a: jax.Array) -> str:
     """Of the array's bytes, row by row; wherever it lies."""
-    host = np.ascontiguousarray(_layout.whole(a))
+    host = np.ascontiguousarray(_files.to_host(a))
     return hashlib.sha256(host.reshape(-1).view(np.uint8)).hexdigest()  # type: ignore[arg-type]
-
-
-def _first_line(e: Exception) -> str:
-    return f"{type(e).__name__}: {str(e).strip().splitlines()[0][:400] if str(e).strip() else ''}"

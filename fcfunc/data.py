@@ -24,22 +24,13 @@ import numpy as np
 
 from fcfunc import _arguments
 from fcfunc._arguments import check_values
+from fcfunc._files import MAX_BYTES, regular_file
 
 __all__ = [
-    "Dataset",
-    "Standardizer",
-    "Table",
-    "check_values",
-    "digits",
-    "fashion_mnist",
-    "read_csv",
-    "read_idx",
-    "read_npz",
-    "split",
-    "standardizer",
-]
+    "Dataset", "Standardizer", "Table", "check_values", "digits", "fashion_mnist",
+    "read_csv", "read_idx", "read_npz", "split", "standardizer",
+]  # fmt: skip
 
-MAX_BYTES = 2**31
 FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"  # where Debian's dataset-fashion-mnist puts it
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 MAX_AXES = 32
@@ -262,7 +253,7 @@ def split(data: Any, fractions: Sequence[float], *, seed: int) -> tuple[Any, ...
     """Splits examples at random into parts that share none.
 
     Args:
-      data: a tree of NumPy arrays with one first axis.
+      data: a pytree of NumPy arrays with a common leading axis.
       fractions: the share of each part, positive, with a sum of 1.
       seed: of the order; the same seed gives the same parts.
 
@@ -283,10 +274,7 @@ def split(data: Any, fractions: Sequence[float], *, seed: int) -> tuple[Any, ...
     _arguments.integer("split", seed=seed)
     if not fractions or min(fractions) <= 0 or not math.isclose(sum(fractions), 1.0):
         raise ValueError(f"split: positive fractions with a sum of 1 expected, got {fractions}")
-    counts = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(data)}
-    if len(counts) != 1 or () in counts:
-        raise ValueError(f"split: data of arrays with one first axis, the examples, expected, got {sorted(counts)}")
-    (n,) = counts.pop()
+    n = _arguments.count("split", data, 0)
     ends = np.round(np.cumsum(fractions) * n).astype(int)
     parts = np.split(np.random.default_rng(seed).permutation(n), ends[:-1])
     if min(map(len, parts)) == 0:
@@ -341,17 +329,6 @@ def standardizer(x: np.ndarray) -> Standardizer:
     return Standardizer(np.asarray(mean), np.where(scale > 0, scale, 1.0))
 
 
-def regular_file(path: str | os.PathLike) -> Path:
-    """The path of a file that can be read, without waiting for anyone to write it."""
-    _arguments.path("reading a file", path=path)
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
-    if not path.is_file():  # a folder, or a FIFO, whose opening would wait for ever
-        raise ValueError(f"{path}: not a regular file")
-    return path
-
-
 def _plain_or_gzipped(path: Path) -> Path:
     gzipped = path.with_name(path.name + ".gz")
     if not path.exists() and not gzipped.exists():
@@ -390,10 +367,7 @@ def _read_npy(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> 
     try:
         with archive.open(member) as f:
             version = np.lib.format.read_magic(f)
-            read_header = {
-                (1, 0): np.lib.format.read_array_header_1_0,
-                (2, 0): np.lib.format.read_array_header_2_0,
-            }
+            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
             shape, _, dtype = read_header[version](f)
             size, there = math.prod(shape) * dtype.itemsize, member.file_size - f.tell()
     except MemoryError:

@@ -1,327 +1,507 @@
-"""The network: `init(key, dims)` makes the params, `apply(params, x)` is the function they stand for.
+"""A network as one value: what it is, apart from its parameters, and the functions of its parameters.
 
-A layer is `h ← f(norm(h W + b))`, then dropout, then `+ h`: of these only the affine map is always there. Layers that
-are alike can be stacked and are then scanned: `stack`.
+A layer is `h ← f(norm(h W + b))`, followed by dropout and `+ h`; only the affine map is always there. Identical hidden
+layers can be stacked and are then run by `lax.scan`: `stack`.
 """
 
-import functools
-import inspect
+import dataclasses
 import itertools
 import math
 import operator
 from collections.abc import Callable, Hashable, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fcfunc import _arguments, _layout
-from fcfunc import ops as hand_written
+from fcfunc import _arguments, _layout, ops, reference
 from fcfunc._arguments import as_array
-from fcfunc._rule import accumulator
-
-__all__ = [
-    "ACTIVATIONS",
-    "CONFIG",
-    "NORMS",
-    "Activation",
-    "Params",
-    "apply",
-    "apply_batch_norm",
-    "init",
-    "init_batch_norm_state",
-    "stack",
-    "unstack",
-]
+from fcfunc._rule import sum_dtype
+from fcfunc.ops._layer import packed_layer
 
 Params = list[dict[str, jax.Array]]
-Activation = str | Callable[[jax.Array], jax.Array] | None
-
-ACTIVATIONS = (
-    "elu",
-    "gelu",
-    "leaky_relu",
-    "linear",
-    "log_softmax",
-    "relu",
-    "sigmoid",
-    "silu",
-    "softmax",
-    "softplus",
-    "tanh",
-)
-"""The names that `apply` knows; "linear", or None, is no activation."""
+Activation = str | tuple[str, float] | Callable[[jax.Array], jax.Array] | None
 
 NORMS = {"batch_norm": ("scale", "offset"), "layer_norm": ("scale", "offset"), "rms_norm": ("scale",)}
-"""The names of the norms, and the leaves that a hidden layer's params have for each."""
+"""The leaves that the params of a hidden layer have for each norm."""
 
-CONFIG = {
-    "dims": list[int],
-    "activation": ACTIVATIONS,
-    "final_activation": (None, *ACTIVATIONS),
-    "norm": (None, *NORMS),
-    "residual": bool,
-    "dropout_rate": (float, int),
-    "compute_dtype": (None, "bfloat16", "float32"),
-    "round_cotangent": bool,
-    "flatten": bool,
+ACTIVATIONS = {
+    "elu": ("elu", {}),
+    "gelu": ("gelu", {}),
+    "gelu_exact": ("gelu", {"approximate": False}),
+    "leaky_relu": ("leaky_relu", {}),
+    "log_softmax": ("log_softmax", {}),
+    "relu": ("relu", {}),
+    "sigmoid": ("sigmoid", {}),
+    "silu": ("silu", {}),
+    "softmax": ("softmax", {}),
+    "softplus": ("softplus", {}),
+    "tanh": ("tanh", {}),
 }
-"""What a saved configuration of a network may say: the options of `init` and `apply` that are plain data.
+"""The operation and its options for each name of an activation."""
 
-It is what `fcfunc.params_file.load` and `fcfunc.checkpoint.restore` take as `allowed`; `CONFIG | {"epochs": int}`
-allows more. Names stand for functions of this package, and nothing is imported by them.
-"""
+NUMBERS = {"elu": "alpha", "leaky_relu": "negative_slope"}
+"""The option that the number in `("elu", 0.5)` stands for."""
+
+NAMESPACES = {"ops": ops, "reference": reference}
 
 
 class _Missing:
-    """The default of `key`: None says that nothing is to be dropped, this that nothing was said."""
+    """The default of `key`. None means "no dropout", so a missing key needs a value of its own."""
 
     def __repr__(self) -> str:
-        return "<needed with dropout_rate>"
+        return "<required with dropout>"
 
 
 _MISSING: Any = _Missing()
 
 
-def init(
-    key: jax.Array,
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A fully-connected network apart from its parameters, as `fcfunc.mlp` makes it.
+
+    It is hashable, compares by value and is not a pytree: close over it, or pass it as a static argument. `print` shows
+    its layers.
+    """
+
+    dims: tuple[int, ...]
+    _: dataclasses.KW_ONLY
+    activation: Activation | tuple[Activation, ...] = "relu"
+    final_activation: Activation = None
+    norm: str | None = None
+    norm_eps: float | None = None
+    residual: bool = False
+    dropout_rate: float = 0.0
+    use_bias: bool = True
+    compute_dtype: str | None = None
+    ops: str = "ops"
+
+    def __post_init__(self):
+        try:
+            dims = tuple(operator.index(d) for d in self.dims)
+        except TypeError:
+            raise TypeError(f"mlp: dims must be a sequence of integers, got {self.dims!r:.80}") from None
+        if len(dims) < 2 or min(dims) < 1:
+            raise ValueError(f"mlp: dims must be at least two widths, each at least 1, got {list(dims)!s:.80}")
+        names = [name for name, module in NAMESPACES.items() if self.ops is module or self.ops == name]
+        if not names:
+            error = ValueError if isinstance(self.ops, str) else TypeError
+            raise error(f"mlp: ops must be fcfunc.ops or fcfunc.reference, got {self.ops!r:.80}")
+        valid = {
+            "dims": dims,
+            "activation": _checked_activations(self.activation, len(dims) - 2),
+            "final_activation": _checked_activation("final_activation", self.final_activation),
+            "norm_eps": None if self.norm_eps is None else _arguments.number("mlp", norm_eps=self.norm_eps),
+            "dropout_rate": _arguments.number("mlp", dropout_rate=self.dropout_rate),
+            "compute_dtype": self.compute_dtype and _arguments.compute_dtype_of("mlp", self.compute_dtype).name,
+            "ops": names[0],
+        }
+        for name, value in valid.items():
+            object.__setattr__(self, name, value)
+        if self.norm is not None and (not isinstance(self.norm, str) or self.norm not in NORMS):
+            raise ValueError(f"mlp: unknown norm {self.norm!r:.80}; known are {', '.join(NORMS)}")
+        if self.norm_eps is not None and (self.norm is None or not self.norm_eps > 0):
+            raise ValueError(f"mlp: norm_eps must be above 0 and needs a norm, got {self.norm_eps} and {self.norm}")
+        if not 0 <= self.dropout_rate <= 1:
+            raise ValueError(f"mlp: dropout_rate must be in [0, 1], got {self.dropout_rate}")
+        for name in ("residual", "use_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"mlp: {name} must be True or False, got {getattr(self, name)!r:.80}")
+
+    def __str__(self) -> str:
+        values = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)[1:]]
+        options = [f", {field.name}={value!r}" for field, value in values if value != field.default]
+        rows, total = [("layer", "params", "count", "bytes")], 0
+        for i in range(len(self.dims) - 1):
+            shapes = self._shapes(i)
+            count = sum(map(math.prod, shapes.values()))
+            leaves = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+            rows.append((str(i), leaves, f"{count:,}", f"{4 * count:,}"))
+            total += count
+        rows.append(("total", "", f"{total:,}", f"{4 * total:,} in float32"))
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d}" for a, b, c, d in rows]
+        return "\n".join([f"mlp({list(self.dims)}{''.join(options)})", *lines])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The network as plain data: `fcfunc.mlp(**net.to_dict())` equals `net`, also after JSON.
+
+        Raises:
+          TypeError: an activation is a function of your own, which cannot be saved.
+
+        Example:
+          >>> mlp(**mlp([3, 4, 2], activation=("elu", 0.5)).to_dict()).activation
+          ('elu', 0.5)
+        """
+
+        def plain(value):
+            if callable(value):
+                name = getattr(value, "__name__", type(value).__name__)
+                raise TypeError(f"to_dict: the activation {name} is a function of your own, which cannot be saved")
+            return [plain(v) for v in value] if isinstance(value, tuple) else value
+
+        return {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+    def init(
+        self,
+        key: jax.Array,
+        *,
+        w_init: Callable = jax.nn.initializers.he_normal(),
+        b_init: Callable = jax.nn.initializers.zeros,
+        param_dtype: Any = "float32",
+    ) -> Params:
+        """Initial parameters.
+
+        Args:
+          key: a random key, `jax.random.key(seed)`. Layer l uses `fold_in(key, l)`, so that a deeper network begins
+            with the layers of a shallower one.
+          w_init: an initializer `(key, shape, dtype) -> array` for the weights, as in `jax.nn.initializers`. Others in
+            use: `jax.nn.initializers.normal(1e-3)` (a scale times normal), `jax.nn.initializers.lecun_normal()`.
+          b_init: the same for the biases, e.g. `jax.nn.initializers.constant(0.1)`.
+          param_dtype: dtype of the parameters. Leave it at float32 and use `compute_dtype` for mixed precision: updates
+            of bfloat16 parameters round to nothing.
+
+        Returns:
+          A list with one `{"w": [fan_in, fan_out], "b": [fan_out]}` per layer, without "b" if `use_bias=False`. With a
+          norm, hidden layers have a `scale` of ones and, except for "rms_norm", an `offset` of zeros.
+
+        Raises:
+          TypeError: no key, or not a floating-point dtype.
+
+        Source: He et al. 2015, Delving Deep into Rectifiers, for the default weights.
+
+        Example:
+          >>> jax.tree.map(jnp.shape, mlp([3, 4, 2]).init(jax.random.key(0)))
+          [{'b': (4,), 'w': (3, 4)}, {'b': (2,), 'w': (4, 2)}]
+        """
+        _arguments.key("init", key)
+        if param_dtype is None:
+            raise TypeError("init: param_dtype must be a dtype, got None")
+        _arguments.dtype("init", param_dtype=param_dtype)
+        _arguments.function("init", w_init=w_init, b_init=b_init)
+        shapes = tuple(tuple(self._shapes(i).items()) for i in range(len(self.dims) - 1))
+        # One compiled program starts in a third of the time of one operation at a time; a caller's program contains it.
+        # An initializer of the caller's may have no hash.
+        compiled = not _layout.is_tracer(key) and all(isinstance(f, Hashable) for f in (w_init, b_init))
+        return (_compiled_init if compiled else _init)(key, shapes, w_init, b_init, jnp.dtype(param_dtype))
+
+    def apply(self, params: Params, x: jax.Array, *, key: jax.Array | None = _MISSING) -> jax.Array:
+        """The outputs of the network.
+
+        Args:
+          params: from `init`, or any list of dicts of these shapes. A hidden layer with `w` `[layers, width, width]`
+            stands for that many layers and is scanned: see `fcfunc.stack`.
+          x: inputs, `[..., dims[0]]`, in the dtype of the params unless the network has a `compute_dtype`.
+          key: required with a `dropout_rate` above 0: a random key in training, and None to drop nothing. Hidden layer
+            l uses `fold_in(key, l)`.
+
+        Returns:
+          `[..., dims[-1]]`, in the dtype of `x`; with `compute_dtype` in at least float32.
+
+        Raises:
+          ValueError: params or `x` whose shapes do not fit, naming the layer; a network with batch normalization, which
+            has a state: use `apply_batch_norm`.
+          TypeError: `x` and the params are not of one floating-point dtype; no key where one is required.
+
+        Example:
+          >>> net = mlp([3, 4, 2], activation="tanh")
+          >>> net.apply(net.init(jax.random.key(0)), jnp.ones((5, 3))).shape
+          (5, 2)
+        """
+        return self._last_layer(params, self._hidden_layers("apply", params, x, key)[0])
+
+    def features(self, params: Params, x: jax.Array, *, key: jax.Array | None = _MISSING) -> jax.Array:
+        """The input of the last layer, for a loss that includes that layer, such as `linear_softmax_cross_entropy`.
+
+        Args:
+          params: as for `apply`.
+          x: as for `apply`.
+          key: as for `apply`.
+
+        Returns:
+          `[..., dims[-2]]`, in the dtype of `x` or, with hidden layers, in `compute_dtype`.
+
+        Example:
+          >>> net = mlp([3, 4, 2])
+          >>> net.features(net.init(jax.random.key(0)), jnp.ones((5, 3))).shape
+          (5, 4)
+        """
+        return self._hidden_layers("features", params, x, key)[0]
+
+    def apply_batch_norm(
+        self,
+        params: Params,
+        state: list[dict[str, jax.Array]],
+        x: jax.Array,
+        *,
+        training: bool,
+        decay: float = 0.9,
+        unbiased_variance: bool = True,
+        key: jax.Array | None = _MISSING,
+    ) -> tuple[jax.Array, list[dict[str, jax.Array]]]:
+        """The outputs of a network with `norm="batch_norm"`, and its new running statistics.
+
+        Args:
+          params: as for `apply`.
+          state: from `init_batch_norm_state(params)`, or as the last step returned it.
+          x: as for `apply`.
+          training: whether the batch is normalized by its own statistics and updates the running ones.
+          decay: as for `fcfunc.ops.batch_norm`.
+          unbiased_variance: as for `fcfunc.ops.batch_norm`.
+          key: as for `apply`.
+
+        Returns:
+          `(outputs, state)`. A loss function that is differentiated returns the state beside the loss, as
+          `jax.value_and_grad(..., has_aux=True)` expects it.
+
+        Raises:
+          ValueError: as for `apply`; a state that does not fit the params; a training batch of fewer than two rows.
+          TypeError: as for `apply`.
+
+        Example:
+          >>> net = mlp([3, 4, 2], norm="batch_norm")
+          >>> params = net.init(jax.random.key(0))
+          >>> state = net.init_batch_norm_state(params)
+          >>> outputs, state = net.apply_batch_norm(params, state, jnp.ones((5, 3)), training=True)
+          >>> outputs.shape
+          (5, 2)
+        """
+        where = "apply_batch_norm"
+        if self.norm != "batch_norm":
+            raise ValueError(f"{where}: the network has norm={self.norm!r}; use apply(params, x)")
+        if not isinstance(state, list | tuple):
+            raise TypeError(f"{where}: state must be a list, as from init_batch_norm_state, got {state!r:.80}")
+        options = {"training": training, "decay": decay, "unbiased_variance": unbiased_variance}
+        h, state = self._hidden_layers(where, params, x, key, state=state, **options)
+        return self._last_layer(params, h), state
+
+    def init_batch_norm_state(self, params: Params) -> list[dict[str, jax.Array]]:
+        """The running statistics of `apply_batch_norm` before the first step: mean 0, variance 1.
+
+        Args:
+          params: from `init`, stacked or not.
+
+        Returns:
+          A list with one `{"mean", "var"}` per hidden layer, in at least float32, in the shapes of its `scale`.
+
+        Example:
+          >>> net = mlp([3, 4, 2], norm="batch_norm")
+          >>> jax.tree.map(jnp.shape, net.init_batch_norm_state(net.init(jax.random.key(0))))
+          [{'mean': (4,), 'var': (4,)}]
+        """
+        if self.norm != "batch_norm":
+            raise ValueError(f"init_batch_norm_state: the network has norm={self.norm!r}, which has no state")
+        self._check_params("init_batch_norm_state", params)
+        scales = [p["scale"] for p in params[:-1]]
+        fills = {"mean": jnp.zeros, "var": jnp.ones}
+        return [{name: fill(s.shape, sum_dtype(s.dtype)) for name, fill in fills.items()} for s in scales]
+
+    def _shapes(self, i: int) -> dict[str, tuple[int, ...]]:
+        """The shape of each leaf of layer i."""
+        fan_in, fan_out = self.dims[i : i + 2]
+        shapes: dict[str, tuple[int, ...]] = {"w": (fan_in, fan_out)}
+        if self.use_bias:
+            shapes["b"] = (fan_out,)
+        if self.norm is not None and i < len(self.dims) - 2:
+            shapes |= dict.fromkeys(NORMS[self.norm], (fan_out,))
+        return shapes
+
+    def _activation_of(self, i: int) -> Activation:
+        several = isinstance(self.activation, tuple) and not _has_number(self.activation)
+        return self.activation[i] if several else self.activation  # type: ignore[index,return-value]
+
+    def _hidden_layers(self, where, params, x, key, *, state=None, **batch_norm):
+        """`(h, state)` after all layers but the last."""
+        if self.norm == "batch_norm" and state is None:
+            raise ValueError(f"{where}: batch_norm has a state; use apply_batch_norm(params, state, x, training=...)")
+        depths = self._check_params(where, params)
+        self._check_inputs(where, params, x, key)
+        if state is not None and len(state) != len(depths):
+            raise ValueError(
+                f"{where}: {len(depths)} states expected, one per hidden entry of params, got {len(state)}"
+            )
+        for i, given in enumerate(state or []):
+            _check_leaves(f"{where}, state {i}", given, dict.fromkeys(("mean", "var"), jnp.shape(params[i]["scale"])))
+        h, layer, new_state = as_array(x), 0, []
+        params = jax.tree.map(as_array, params)
+        for p, s, depth in zip(params, state or [None] * len(depths), depths, strict=False):
+            activation = self._activation_of(layer)
+            if any(self._activation_of(layer + i) != activation for i in range(depth)):
+                raise ValueError(f"{where}: the {depth} layers of one stack must have one activation")
+            options = {"activation": activation, "key": None if key is _MISSING else key, "batch_norm": batch_norm}
+            run = _scanned_layers if p["w"].ndim == 3 else _hidden_layer
+            h, s = run(self, p, s, h, layer, **options)
+            new_state.append(s)
+            layer += depth
+        return h, new_state
+
+    def _last_layer(self, params, h):
+        out_dtype = None if self.compute_dtype is None else sum_dtype(self.compute_dtype)
+        return _affine_activation(self, self.final_activation, jax.tree.map(as_array, params[-1]), h, out_dtype)
+
+    def _check_params(self, where: str, params) -> list[int]:
+        """The number of layers that each hidden entry stands for, after the check that the params fit the network."""
+        _check_list(where, params)
+        depths, layer, last = [], 0, len(self.dims) - 2
+        for p in params[:-1]:
+            depths.append(self._check_layer(where, p, layer) if layer < last else 1)
+            layer += depths[-1]
+        if layer != last:
+            raise ValueError(f"{where}: dims {list(self.dims)} need params of {last + 1} layers, got {layer + 1}")
+        self._check_layer(where, params[-1], layer)
+        return depths
+
+    def _check_layer(self, where: str, p, layer: int) -> int:
+        """The number of layers that an entry of the params stands for, which begins at a layer."""
+        here, dims, stack = f"{where}, layer {layer}", self.dims, ()
+        if isinstance(p, dict) and jnp.ndim(p.get("w", 0)) == 3 and layer < len(dims) - 2:
+            stack = jnp.shape(p["w"])[:1]
+            widths = set(dims[layer : min(layer + stack[0], len(dims) - 2) + 1])
+            if stack[0] < 1 or layer + stack[0] > len(dims) - 2 or len(widths) > 1:
+                raise ValueError(
+                    f"{here}: a stack of {stack[0]} layers must stand for hidden layers of one width, "
+                    f"got w {list(jnp.shape(p['w']))} for dims {list(dims)}"
+                )
+        _check_leaves(here, p, {name: (*stack, *shape) for name, shape in self._shapes(layer).items()})
+        _arguments.one_dtype(here, **p)
+        return stack[0] if stack else 1
+
+    def _check_inputs(self, where: str, params, x, key) -> None:
+        _arguments.floating(where, x=x)
+        if jnp.ndim(x) < 1 or jnp.shape(x)[-1] != self.dims[0]:
+            w = list(jnp.shape(params[0]["w"])[-2:])
+            raise ValueError(
+                f"{where}: layer 0 expects {self.dims[0]} features (w is {w}), but x is {list(jnp.shape(x))}"
+            )
+        for i, p in enumerate(params):
+            _arguments.operands(f"{where}, entry {i}", self.compute_dtype, x=x, w=p["w"])
+        if key is not _MISSING and key is not None:
+            _arguments.key(where, key)
+        if self.dropout_rate and key is _MISSING:
+            raise TypeError(
+                f"{where}: dropout_rate {self.dropout_rate} needs key: a random key in training, or None to drop none"
+            )
+
+
+def mlp(
     dims: Sequence[int],
     *,
+    activation: Any = "relu",
+    final_activation: Any = None,
     norm: str | None = None,
-    w_init: Callable = jax.nn.initializers.he_normal(),
-    b_init: Callable = jax.nn.initializers.zeros,
-    param_dtype=jnp.float32,
-) -> Params:
-    """Parameters of a fully-connected network.
+    norm_eps: float | None = None,
+    residual: bool = False,
+    dropout_rate: float = 0.0,
+    use_bias: bool = True,
+    compute_dtype: Any = None,
+    ops: ModuleType | str = "ops",
+) -> Network:
+    """A fully-connected network: affine layers, each hidden one followed by norm, activation, dropout and `+ h`.
+
+    Without a norm, affine and activation are the single rule `ops.layer`, which saves the least memory.
 
     Args:
-      key: a random key, `jax.random.key(seed)`. Layer l uses `fold_in(key, l)`, so that a deeper network begins with
-        the layers of a shallower one.
-      dims: the widths, inputs first and outputs last: `[784, 128, 10]` is one hidden layer.
-      norm: "layer_norm", "rms_norm" or "batch_norm": the hidden layers get a `scale` of ones and, but for "rms_norm",
-        an `offset` of zeros. Give the same name to `apply`.
-      w_init: an initialiser `(key, shape, dtype) -> array` for the weights, as in `jax.nn.initializers`. Others in use:
-        `jax.nn.initializers.normal(1e-3)` (a scale times normal), `jax.nn.initializers.lecun_normal()` or
-        `variance_scaling(1.0, "fan_in", "normal")` (the square root of 1/fan_in times normal).
-      b_init: the same for the biases, e.g. `jax.nn.initializers.constant(0.1)`.
-      param_dtype: of the parameters. Leave it at float32 and give `apply` a `compute_dtype` for mixed precision:
-        updates of bfloat16 parameters round to nothing.
+      dims: the widths, inputs first and outputs last: `[784, 128, 10]` has one hidden layer.
+      activation: after each hidden layer: "elu", "gelu", "gelu_exact", "leaky_relu", "log_softmax", "relu", "sigmoid",
+        "silu", "softmax", "softplus", "tanh", or "linear" or None for none; a name and a number, `("leaky_relu", 0.2)`
+        for the slope or `("elu", 0.5)` for alpha; a function of an array; or a list of these, one per hidden layer.
+        "gelu" is the tanh form, "gelu_exact" the one with erf. A function of your own is differentiated separately
+        from its affine layer, whose output is then kept in memory.
+      final_activation: after the last layer; None leaves it linear, as the losses on logits expect it.
+      norm: "layer_norm" or "rms_norm" in the hidden layers, or "batch_norm", which has a state: `apply_batch_norm`.
+      norm_eps: the norm's `eps`, in the square of the unit of its input; None: 1e-5.
+      residual: add its input to a hidden layer's output where their widths are equal.
+      dropout_rate: the probability of dropping each output of a hidden layer.
+      use_bias: whether the layers have a bias.
+      compute_dtype: dtype of the operands of every matmul, forward and backward, and of what is kept between layers:
+        "bfloat16" with float32 params is mixed precision. Accumulation is in float32, and gradients have the params'
+        dtype. There is no float16, which would need loss scaling; bfloat16 does not.
+      ops: `fcfunc.ops`, the default, with hand-written backward rules; or `fcfunc.reference`, plain JAX, with which
+        forward mode (`jax.jvp`, `jax.jacfwd`) works. Their names, "ops" and "reference", are accepted too.
 
     Returns:
-      A list with one `{"w": [fan_in, fan_out], "b": [fan_out]}` per layer.
+      A `Network`.
 
     Raises:
-      ValueError: fewer than two dims, or one that is not at least 1; an unknown norm.
-      TypeError: no key, or dims that are no integers.
+      ValueError: fewer than two dims, or one below 1; an unknown activation or norm; a number of activations other than
+        that of the hidden layers; a rate outside [0, 1]; a `norm_eps` that is not above 0, or without a norm.
+      TypeError: an argument of another kind, e.g. dims that are not integers, or an activation that has no hash.
 
-    Source: He et al. 2015, Delving Deep into Rectifiers, for the default weights.
+    Example:
+      >>> print(mlp([784, 128, 10], norm="layer_norm"))
+      mlp([784, 128, 10], norm='layer_norm')
+      layer  params                                              count  bytes
+      0      w [784, 128], b [128], scale [128], offset [128]  100,736  402,944
+      1      w [128, 10], b [10]                                 1,290  5,160
+      total                                                    102,026  408,104 in float32
+    """
+    return Network(
+        dims, activation=activation, final_activation=final_activation, norm=norm, norm_eps=norm_eps,  # type: ignore
+        residual=residual, dropout_rate=dropout_rate, use_bias=use_bias, compute_dtype=compute_dtype, ops=ops,  # type: ignore
+    )  # fmt: skip
+
+
+def init(key: jax.Array, dims: Sequence[int]) -> Params:
+    """Parameters of a plain network, with He-normal weights and biases of 0: `fcfunc.mlp(dims).init(key)`.
+
+    Args:
+      key: a random key, `jax.random.key(seed)`.
+      dims: the widths, inputs first and outputs last.
+
+    Returns:
+      A list with one `{"w": [fan_in, fan_out], "b": [fan_out]}` per layer, in float32.
+
+    Raises:
+      ValueError: fewer than two dims, or one below 1.
+      TypeError: no key, or dims that are not integers.
 
     Example:
       >>> jax.tree.map(jnp.shape, init(jax.random.key(0), [3, 4, 2]))
       [{'b': (4,), 'w': (3, 4)}, {'b': (2,), 'w': (4, 2)}]
     """
-    dims = _checked_dims(dims)
-    _arguments.key("init", key)
-    if param_dtype is None:
-        raise TypeError("init: param_dtype must be a dtype, got None")
-    _arguments.dtype("init", param_dtype=param_dtype)
-    options = tuple(dims), _norm_leaves("init", norm), w_init, b_init, jnp.dtype(param_dtype)
-    # One compiled program starts in a third of the time of one operation at a time; a caller's own program contains it.
-    # Hash: an initialiser of the caller's may have none.
-    compiled = not _layout.traced(key) and all(isinstance(f, Hashable) for f in (w_init, b_init))
-    return (_compiled_init if compiled else _init)(key, *options)
+    return mlp(dims).init(key)
 
 
-def _init(key, dims, leaves, w_init, b_init, param_dtype):
-    params = []
-    for layer, shape in enumerate(itertools.pairwise(dims)):
-        w_key, b_key = jax.random.split(jax.random.fold_in(key, layer))
-        params.append({"w": w_init(w_key, shape, param_dtype), "b": b_init(b_key, shape[1:], param_dtype)})
-    for p, (name, fill) in itertools.product(params[:-1], {"scale": jnp.ones, "offset": jnp.zeros}.items()):
-        if name in leaves:
-            p[name] = fill(p["b"].shape, param_dtype)
-    return params
-
-
-# XLA's lower level of optimisation compiles the random numbers in half the time, and draws them as fast.
-_compiled_init = jax.jit(_init, static_argnums=(1, 2, 3, 4, 5), compiler_options={"xla_backend_optimization_level": 1})
-
-
-def apply(
-    params: Params,
-    x: jax.Array,
-    *,
-    activation: Activation | list[Activation] | tuple[Activation, ...] = "relu",
-    final_activation: Activation = None,
-    norm: str | None = None,
-    residual: bool = False,
-    dropout_rate: float = 0.0,
-    key: jax.Array | None = _MISSING,
-    compute_dtype=None,
-    round_cotangent: bool = True,
-    flatten: bool = False,
-    head: Callable | None = None,
-    ops: ModuleType = hand_written,
-) -> jax.Array:
-    r"""The network's outputs: `h = x`; for each layer :math:`h ← f(h W + b)`.
-
-    A hidden layer in full: affine, `norm`, activation, dropout, and `+ h` with `residual`. Without a norm, affine and
-    activation are the one rule `ops.layer`, which saves the least for the backward pass.
+def apply(params: Params, x: jax.Array, *, activation: Any = "relu") -> jax.Array:
+    r"""The outputs of a plain network: `h = x`; for each layer :math:`h ← f(h W + b)`, the last one without `f`.
 
     Args:
-      params: from `init`, or any list of `{"w", "b"}`. A hidden layer with `w` `[layers, width, width]` stands for as
-        many layers, and is scanned: see `stack`.
-      x: inputs, `[..., dims[0]]`; with `flatten=True` `[batch, d1, ..., dk]` with as many features in all. In the dtype
-        of the params, unless `compute_dtype` is given.
-      activation: after each layer but the last: a name in `ACTIVATIONS`, a function of an array, or a list of
-        these, one per hidden layer. A function of this package with options, `functools.partial(ops.elu, alpha=0.5)`,
-        counts as its name. Any other function, `lambda z: ops.gelu(z)` too, is differentiated apart from its affine
-        map, which trades the memory of the pre-activation for the product that "gelu" and "silu" compute again.
-      final_activation: after the last layer; None, the default, leaves it linear, as the losses on logits want it.
-      norm: "layer_norm" or "rms_norm", in the hidden layers, whose params have a `scale` (and `offset`); None: no norm.
-        "batch_norm" has a state: `apply_batch_norm`.
-      residual: add its input to a hidden layer's output where their widths are equal.
-      dropout_rate: the probability to drop each output of a hidden layer.
-      key: with a `dropout_rate` above 0: a random key in training, and None, given as such, where nothing is to be
-        dropped. Hidden layer l uses `fold_in(key, l)`.
-      compute_dtype: of the operands of every product, forward and backward, and of what is kept between layers:
-        "bfloat16" beside float32 params is mixed precision. The sums are in float32, the gradients in the params'
-        dtype. Float16 is not offered: it needs its loss scaled, bfloat16 does not.
-      round_cotangent: as for `ops.affine`.
-      flatten: every axis of `x` after the first is features, as for images.
-      head: what is done with the last layer, `(h, w, b) -> result`, instead of its affine map. A large output layer
-        with its loss is `functools.partial(losses.linear_softmax_cross_entropy, labels=labels)`.
-      ops: where the operations are looked up by name. `fcfunc.ops`, the default, has hand-written backward rules;
-        with `fcfunc.reference` the whole network is plain JAX, and forward mode (`jax.jvp`, `jax.jacfwd`) works. One
-        of your own needs `affine` and what is used besides; a `layer` in it goes before its `affine` and activation.
+      params: from `init`.
+      x: inputs, `[..., dims[0]]`, in the dtype of the params.
+      activation: as for `fcfunc.mlp`, which has all other options too.
 
     Returns:
-      `[..., dims[-1]]`, in the dtype of `x`, with `compute_dtype` in at least float32; with `head` what it returns.
+      `[..., dims[-1]]`, in the dtype of `x`.
 
     Raises:
-      ValueError: a width that does not fit, naming the layer and both shapes; an unknown activation or norm, or a wrong
-        number of activations; a norm whose params are missing, or params of a norm that is not asked for.
-      TypeError: `x` and the params are not of one floating-point dtype; no key where one is needed.
+      ValueError: params or `x` whose shapes do not fit, naming the layer; an unknown activation.
+      TypeError: `x` and the params are not of one floating-point dtype.
 
     Example:
-      >>> params = init(jax.random.key(0), [3, 4, 2])
-      >>> apply(params, jnp.ones((5, 3)), activation="tanh").shape
+      >>> apply(init(jax.random.key(0), [3, 4, 2]), jnp.ones((5, 3)), activation="tanh").shape
       (5, 2)
     """
-    if norm == "batch_norm":
-        raise ValueError("apply: batch_norm has a state; use apply_batch_norm(params, state, x, training=...)")
-    _check_list("apply", params)
-    net = _Network("apply", norm, residual, dropout_rate, key, compute_dtype, round_cotangent, ops)
-    state = [None] * (len(params) - 1)
-    return _apply(net, params, state, x, activation, final_activation, flatten, head)[0]
-
-
-def apply_batch_norm(
-    params: Params,
-    state: list[dict[str, jax.Array]],
-    x: jax.Array,
-    *,
-    training: bool,
-    decay: float = 0.9,
-    activation: Activation | list[Activation] | tuple[Activation, ...] = "relu",
-    final_activation: Activation = None,
-    residual: bool = False,
-    dropout_rate: float = 0.0,
-    key: jax.Array | None = _MISSING,
-    compute_dtype=None,
-    round_cotangent: bool = True,
-    flatten: bool = False,
-    head: Callable | None = None,
-    ops: ModuleType = hand_written,
-) -> tuple[jax.Array, list[dict[str, jax.Array]]]:
-    """As `apply`, with batch normalisation in the hidden layers: the running statistics go in and come out.
-
-    Args:
-      params: from `init(key, dims, norm="batch_norm")`.
-      state: from `init_batch_norm_state(params)`, or as it came back from the last step.
-      x: as for `apply`.
-      training: whether the batch is normalised by its own statistics and moves the running ones.
-      decay: how much of the running statistics stays in a step.
-      activation: as for `apply`.
-      final_activation: as for `apply`.
-      residual: as for `apply`.
-      dropout_rate: as for `apply`.
-      key: as for `apply`.
-      compute_dtype: as for `apply`.
-      round_cotangent: as for `apply`.
-      flatten: as for `apply`.
-      head: as for `apply`.
-      ops: as for `apply`.
-
-    Returns:
-      `(outputs, state)`. A loss function that is differentiated returns the state beside the loss, as
-      `jax.value_and_grad(..., has_aux=True)` has it.
-
-    Raises:
-      ValueError: as for `apply`; a state that does not fit the params; a training batch of fewer than two rows.
-      TypeError: as for `apply`.
-
-    Example:
-      >>> params = init(jax.random.key(0), [3, 4, 2], norm="batch_norm")
-      >>> outputs, state = apply_batch_norm(params, init_batch_norm_state(params), jnp.ones((5, 3)), training=True)
-      >>> outputs.shape
-      (5, 2)
-    """
-    _check_list("apply_batch_norm", params)
-    if not isinstance(state, list | tuple):
-        raise TypeError(f"apply_batch_norm: state must be a list, as from init_batch_norm_state, got {state!r:.80}")
-    if len(state) != len(params) - 1:
-        raise ValueError(
-            f"apply_batch_norm: {len(params) - 1} states expected, one per hidden entry of params, got {len(state)}"
-        )
-    net = _Network(
-        "apply_batch_norm",
-        "batch_norm",
-        residual,
-        dropout_rate,
-        key,
-        compute_dtype,
-        round_cotangent,
-        ops,
-        training,
-        decay,
-    )
-    return _apply(net, params, state, x, activation, final_activation, flatten, head)
-
-
-def init_batch_norm_state(params: Params) -> list[dict[str, jax.Array]]:
-    """The running statistics of `apply_batch_norm` before the first step: mean 0, variance 1.
-
-    Args:
-      params: from `init(key, dims, norm="batch_norm")`, stacked or not.
-
-    Returns:
-      A list with one `{"mean", "var"}` per hidden layer, in at least float32, in the shapes of the biases.
-
-    Example:
-      >>> params = init(jax.random.key(0), [3, 4, 2], norm="batch_norm")
-      >>> jax.tree.map(jnp.shape, init_batch_norm_state(params))
-      [{'mean': (4,), 'var': (4,)}]
-    """
-    _check_list("init_batch_norm_state", params)
-    return [
-        {name: fill(p["b"].shape, accumulator(p["b"].dtype)) for name, fill in (("mean", jnp.zeros), ("var", jnp.ones))}
-        for p in params[:-1]
-    ]
+    _check_layers("apply", params)
+    dims = [jnp.shape(params[0]["w"])[-2]]
+    for p in params:
+        *depth, _, fan_out = jnp.shape(p["w"])
+        dims += [fan_out] * (depth[0] if depth else 1)
+    return mlp(dims, activation=activation).apply(params, x)
 
 
 def stack(params: Params) -> Params:
-    """Params whose runs of alike hidden layers are stacked, so that `apply` scans them.
+    """Params in which runs of identical hidden layers are stacked, so that `apply` scans them.
 
-    A scanned run is compiled once, however long it is, and its backward pass keeps what the rules save, nothing else.
+    A scanned run is compiled once, however long it is, and its backward pass keeps only what the rules save.
 
     Args:
-      params: from `init`; layers are alike where their leaves have the same names, shapes and dtypes. The last layer
-        stays apart.
+      params: from `init`; layers are identical if their leaves have the same names, shapes and dtypes. The last layer
+        stays separate.
 
     Returns:
-      A list in which a run of two or more is one dict, each leaf with a first axis more: `w` `[layers, width, width]`.
+      A list in which a run of two or more layers is one dict whose leaves have an extra leading axis: `w`
+      `[layers, width, width]`.
 
     Raises:
       ValueError: no layers, or an ensemble of networks: `jax.vmap(stack)` stacks the layers of each.
@@ -331,9 +511,9 @@ def stack(params: Params) -> Params:
       >>> jax.tree.map(jnp.shape, stack(params))[1]
       {'b': (3, 4), 'w': (3, 4, 4)}
     """
-    _check_stackable("stack", params)
+    _check_layers("stack", params)
     stacked = []
-    for _, run in itertools.groupby(params[:-1], key=_likeness):
+    for _, run in itertools.groupby(params[:-1], key=_kind):
         layers = list(run)
         square = len(set(layers[0]["w"].shape)) == 1 and layers[0]["w"].ndim == 2
         stacked += [jax.tree.map(lambda *a: jnp.stack(a), *layers)] if len(layers) > 1 and square else layers
@@ -357,140 +537,126 @@ def unstack(params: Params) -> Params:
       >>> len(unstack(stack(params)))
       5
     """
-    _check_stackable("unstack", params)
+    _check_layers("unstack", params)
     layers = []
     for p in params:
         layers += [p] if p["w"].ndim == 2 else [jax.tree.map(lambda a, i=i: a[i], p) for i in range(len(p["w"]))]
     return layers
 
 
-class _Network(NamedTuple):
-    """What all hidden layers share."""
-
-    where: str
-    norm: str | None
-    residual: bool
-    rate: float
-    key: Any
-    compute_dtype: Any
-    round_cotangent: bool
-    ops: ModuleType
-    training: bool = False
-    decay: float = 0.9
-
-
-class _Resolved(NamedTuple):
-    """An activation: the function, its name where the rule of a layer knows it, and its options."""
-
-    function: Callable
-    name: str | None
-    options: dict
+def _init(key, shapes, w_init, b_init, param_dtype):
+    params = []
+    for layer, leaves in enumerate(shapes):
+        w_key, b_key = jax.random.split(jax.random.fold_in(key, layer))
+        make = {
+            "w": lambda shape, key=w_key: w_init(key, shape, param_dtype),
+            "b": lambda shape, key=b_key: b_init(key, shape, param_dtype),
+            "scale": lambda shape: jnp.ones(shape, param_dtype),
+            "offset": lambda shape: jnp.zeros(shape, param_dtype),
+        }
+        params.append({name: make[name](shape) for name, shape in leaves})
+    return params
 
 
-def _apply(net: _Network, params, state, x, activation, final_activation, flatten, head):
-    _check_layers(net, params, state, x, flatten)
-    params, x = jax.tree.map(as_array, (params, x))
-    if not 0 <= _arguments.number(net.where, dropout_rate=net.rate) <= 1:
-        raise ValueError(f"{net.where}: dropout_rate must be in [0, 1], got {net.rate}")
-    if net.key is not _MISSING and net.key is not None:
-        _arguments.key(net.where, net.key)
-    if net.rate and net.key is _MISSING:
-        raise TypeError(
-            f"{net.where}: dropout_rate {net.rate} needs key: a random key in training, or None to drop nothing"
-        )
-    if head is not None and final_activation is not None:
-        raise ValueError(f"{net.where}: head takes the place of the last layer; final_activation must be None")
-    depths = [len(p["w"]) if p["w"].ndim == 3 else 1 for p in params[:-1]]
-    resolved = _activations(net, activation, sum(depths))
-    final = _resolve(net, final_activation)
-    if flatten:
-        x = x.reshape(x.shape[0], -1)
-    layer, new_state = 0, []
-    for p, s, depth in zip(params[:-1], state, depths, strict=True):
-        run = resolved[layer : layer + depth]
-        if p["w"].ndim == 3:
-            if any(f != run[0] for f in run):
-                raise ValueError(f"{net.where}: the {depth} layers of one stack must have one activation")
-            x, s = _scan(net, p, s, x, run[0], layer)
-        else:
-            x, s = _hidden(net, p, s, x, run[0], layer)
-        new_state.append(s)
-        layer += depth
-    w, b = params[-1]["w"], params[-1]["b"]
-    if head is not None:
-        return head(x, w, b), new_state
-    wide: dict[str, Any] = {}
-    if net.compute_dtype is not None:
-        wide["out_dtype"] = accumulator(jnp.dtype(net.compute_dtype))
-    return _affine_then(net, final, x, w, b, **wide), new_state
+# XLA's lower level of optimization compiles the random numbers in half the time, and draws them as fast.
+_compiled_init = jax.jit(_init, static_argnums=(1, 2, 3, 4), compiler_options={"xla_backend_optimization_level": 1})
 
 
-def _hidden(net: _Network, p, state, x, activation: _Resolved, layer, *, stacked=False):
-    """One hidden layer, and its running statistics."""
+def _hidden_layer(net: Network, p, state, x, index, *, activation, key: Any, batch_norm, scanned=False):
+    """The output of a hidden layer, and its running statistics."""
+    namespace, drops = NAMESPACES[net.ops], key is not None and net.dropout_rate > 0
     if net.norm is None:
-        # In one program the output is the next layer's input, and kept; not so in a scan, nor if more is done with it.
-        pack = stacked or net.residual or bool(net.rate and net.key is not None)
-        y = _affine_then(net, activation, x, p["w"], p["b"], pack=pack)
+        # In one program the output is the next layer's input, and kept; not so in a scan, nor if more follows.
+        y = _affine_activation(net, activation, p, x, pack=scanned or net.residual or drops)
     else:
-        leaves = (p[name] for name in NORMS[net.norm])
-        z = net.ops.affine(x, p["w"], p["b"], **_products(net))
+        leaves = [p[name] for name in NORMS[net.norm]]
+        z = namespace.affine(x, p["w"], p.get("b"), compute_dtype=net.compute_dtype)
+        eps = {} if net.norm_eps is None else {"eps": net.norm_eps}
         if net.norm == "batch_norm":
-            z, state = net.ops.batch_norm(z, *leaves, state, training=net.training, decay=net.decay)
+            z, state = namespace.batch_norm(z, *leaves, state, **eps, **batch_norm)
         else:
-            z = getattr(net.ops, net.norm)(z, *leaves)
-        y = activation.function(z, **activation.options)
-    if y.shape != (*x.shape[:-1], p["w"].shape[-1]):
-        expected = [*x.shape[:-1], p["w"].shape[-1]]
-        raise ValueError(f"{net.where}: a hidden activation must keep the shape {expected}, got {list(y.shape)}")
-    y = y.astype(
-        x.dtype if net.compute_dtype is None else net.compute_dtype
-    )  # whatever a function of the caller's gave
-    if net.rate and net.key is not None:
-        y = net.ops.dropout(y, rate=net.rate, key=jax.random.fold_in(net.key, layer))
-    if net.residual and x.shape[-1] == y.shape[-1]:
-        y = x.astype(y.dtype) + y
-    return y, state
+            z = getattr(namespace, net.norm)(z, *leaves, **eps)
+        y = _function(net, activation)(z)
+    expected = (*x.shape[:-1], p["w"].shape[-1])
+    if y.shape != expected:
+        raise ValueError(f"apply: a hidden activation must keep the shape {list(expected)}, got {list(y.shape)}")
+    y = y.astype(x.dtype if net.compute_dtype is None else net.compute_dtype)  # a function may return any dtype
+    if drops:
+        y = namespace.dropout(y, rate=net.dropout_rate, key=jax.random.fold_in(key, index))  # type: ignore
+    return (x.astype(y.dtype) + y if net.residual and x.shape == y.shape else y), state
 
 
-def _scan(net: _Network, p, state, x, activation: _Resolved, first):
-    """As many hidden layers as `p` holds, by a scan: compiled once, and free of what a rule does not save."""
+def _scanned_layers(net: Network, p, state, x, first, **options):
+    """As many hidden layers as `p` holds: compiled once, and nothing is kept that a rule does not save."""
 
     def step(x, slices):
-        y, state = _hidden(net, slices[0], slices[1], x, activation, slices[2], stacked=True)
-        return _layout.laid_like(y, x), state  # a layer divided by columns, or by rows, lays its output otherwise
+        p, state, index = slices
+        y, state = _hidden_layer(net, p, state, x, index, scanned=True, **options)
+        return _layout.reshard_like(y, x), state  # a layer with sharded weights shards its output differently
 
-    if net.compute_dtype is not None:
-        x = x.astype(net.compute_dtype)
+    x = x if net.compute_dtype is None else x.astype(net.compute_dtype)
     return jax.lax.scan(step, x, (p, state, first + jnp.arange(len(p["w"]))))
 
 
-def _affine_then(net: _Network, activation: _Resolved, x, w, b, *, pack=True, **options):
-    options |= _products(net)
-    if activation.name is not None and hasattr(net.ops, "layer"):
-        options |= {"pack": pack} if net.ops is hand_written else {}
-        return net.ops.layer(x, w, b, activation=activation.name, **activation.options, **options)
-    return activation.function(net.ops.affine(x, w, b, **options), **activation.options)
+def _affine_activation(net: Network, activation: Activation, p, x, out_dtype=None, *, pack=True):
+    options: dict[str, Any] = {"compute_dtype": net.compute_dtype, "out_dtype": out_dtype}
+    if activation is None or callable(activation):
+        return _function(net, activation)(NAMESPACES[net.ops].affine(x, p["w"], p.get("b"), **options))
+    name, more = _operation(activation)
+    if net.ops == "reference":
+        return reference.layer(x, p["w"], p.get("b"), activation=name, **options, **more)
+    return packed_layer(x, p["w"], p.get("b"), activation=name, pack=pack, **options, **more)
 
 
-def _products(net: _Network) -> dict:
-    """The options of every product; the defaults are left out, which a namespace of one's own need not know."""
-    options = {} if net.compute_dtype is None else {"compute_dtype": jnp.dtype(net.compute_dtype).name}
-    return options if net.round_cotangent else options | {"round_cotangent": False}
+def _function(net: Network, activation: Activation) -> Callable:
+    if activation is None:
+        return lambda z: z
+    if callable(activation):
+        return activation
+    name, options = _operation(activation)
+    return lambda z: getattr(NAMESPACES[net.ops], name)(z, **options)
 
 
-def _likeness(p):
-    return {name: (leaf.shape, leaf.dtype) for name, leaf in p.items()}
+def _operation(activation: Any) -> tuple[str, dict]:
+    """The name and the options of the operation that a name, or a name and a number, stands for."""
+    if isinstance(activation, tuple):
+        name, number = activation
+        return name, {NUMBERS[name]: number}
+    return ACTIVATIONS[activation]
 
 
-def _check_stackable(where: str, params) -> None:
-    _check_list(where, params)
-    if not all(isinstance(p, dict) and "w" in p for p in params):
-        raise TypeError(f"{where}: params as from init expected, a list of dicts with w and b, got {params!r:.80}")
-    if jnp.ndim(params[-1]["w"]) != 2:
-        raise ValueError(
-            f"{where}: the last layer's w must be [fan_in, fan_out], got {list(jnp.shape(params[-1]['w']))}; "
-            f"for an ensemble of networks take jax.vmap({where})"
-        )
+def _has_number(activation: Any) -> bool:
+    second = activation[1] if isinstance(activation, list | tuple) and len(activation) == 2 else None
+    return isinstance(second, int | float) and not isinstance(second, bool)
+
+
+def _checked_activations(activation: Any, count: int) -> Any:
+    if not isinstance(activation, list | tuple) or _has_number(activation):
+        return _checked_activation("activation", activation)
+    if len(activation) != count:
+        raise ValueError(f"mlp: {count} activations expected, one per hidden layer, got {len(activation)}")
+    return tuple(_checked_activation("activation", a) for a in activation)
+
+
+def _checked_activation(argument: str, activation: Any) -> Any:
+    if activation is None or (isinstance(activation, str) and activation == "linear"):
+        return None
+    if _has_number(activation):
+        name, number = activation[0], float(activation[1])
+        if not isinstance(name, str) or name not in NUMBERS:
+            raise ValueError(f"mlp: {argument}: a number goes with {' or '.join(NUMBERS)}, got {activation!r:.80}")
+        if name == "elu" and not number >= 0:
+            raise ValueError(f"mlp: {argument}: alpha of elu must be at least 0, got {number}")
+        return name, number
+    if callable(activation):
+        if not isinstance(activation, Hashable):
+            raise TypeError(f"mlp: {argument} must be hashable, got {type(activation).__name__}")
+        name = getattr(activation, "__name__", None)
+        return name if name in ACTIVATIONS and activation is getattr(ops, str(name), None) else activation
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise ValueError(f"mlp: {argument}: unknown activation {activation!r:.80}; known are {known} and linear")
+    return activation
 
 
 def _check_list(where: str, params) -> None:
@@ -500,99 +666,31 @@ def _check_list(where: str, params) -> None:
         raise ValueError(f"{where}: params must be a list of at least one layer, got {params!r}")
 
 
-def _norm_leaves(where: str, norm: str | None) -> tuple[str, ...]:
-    if norm is not None and (not isinstance(norm, str) or norm not in NORMS):
-        raise ValueError(f"{where}: unknown norm {norm!r}; known are {', '.join(NORMS)}")
-    return NORMS[norm] if norm else ()
-
-
-def _checked_dims(dims) -> list[int]:
-    try:
-        checked = [operator.index(d) for d in dims]
-    except TypeError:
-        raise TypeError(f"init: dims must be a sequence of integers, got {dims!r}") from None
-    if len(checked) < 2 or min(checked) < 1:
-        raise ValueError(f"init: dims must be at least two widths, each at least 1, got {checked}")
-    return checked
-
-
-def _activations(net: _Network, activation, count: int) -> list[_Resolved]:
-    if not isinstance(activation, list | tuple):
-        return [_resolve(net, activation)] * count
-    if len(activation) != count:
-        raise ValueError(f"{net.where}: {count} activations expected, one per hidden layer, got {len(activation)}")
-    return [_resolve(net, a) for a in activation]
-
-
-def _resolve(net: _Network, activation: Activation) -> _Resolved:
-    if activation is None or activation == "linear":
-        return _Resolved(_identity, None, {})
-    options = {}
-    if isinstance(activation, functools.partial) and not activation.args:
-        options, function = activation.keywords, activation.func
-    else:
-        function = activation
-    name = getattr(function, "__name__", None) if callable(function) else function
-    if callable(function) and (name not in ACTIVATIONS or function is not getattr(hand_written, name, None)):
-        return _Resolved(activation, None, {})  # type: ignore[arg-type]
-    if name not in ACTIVATIONS:
-        raise ValueError(f"{net.where}: unknown activation {activation!r}; known are {', '.join(ACTIVATIONS)}")
-    for option in options.keys() - inspect.signature(getattr(hand_written, name)).parameters.keys():
-        raise ValueError(f"{net.where}: {name} has no option {option!r}")
-    return _Resolved(getattr(net.ops, name), name, options)
-
-
-def _identity(x):
-    return x
-
-
-def _check_layers(net: _Network, params, state, x, flatten: bool) -> None:
-    where = net.where
-    _arguments.floating(where, x=x)
+def _check_layers(where: str, params) -> None:
+    """Raises if these are not the params of any network, stacked or not."""
     _check_list(where, params)
-    if jnp.ndim(x) < 1:
-        raise ValueError(f"{where}: x must be [..., fan_in], got a scalar")
-    leaves = _norm_leaves(where, net.norm)
-    shape = jnp.shape(x)
-    width = math.prod(shape[1:]) if flatten else shape[-1]
-    came = f"x {list(shape)}"
-    for layer, p in enumerate(params):
-        # An entry is a layer, unless one before it is a stack: then it is not the layer of that number.
-        stacks = any(jnp.ndim(q["w"]) == 3 for q in params[:layer])
-        here, hidden = f"{where}, {'entry' if stacks else 'layer'} {layer}", layer < len(params) - 1
-        if not isinstance(p, dict) or not {"w", "b"} <= p.keys():
-            raise TypeError(f"{here}: a dict of w and b expected, got {p!r:.80}")
+    for i, p in enumerate(params):
+        here = f"{where}, layer {i}"
+        if not isinstance(p, dict) or "w" not in p:
+            raise TypeError(f"{here}: params must be dicts of w and b, got {p!r:.80}")
         _arguments.array(here, **p)
-        w, b = jnp.shape(p["w"]), jnp.shape(p["b"])
-        stacked = len(w) == 3 and hidden
-        if stacked and (w[0] < 1 or w[1:] != (width, width) or b != (w[0], width)):
-            raise ValueError(
-                f"{here}: stacked w [layers, {width}, {width}] and b [layers, {width}] expected to follow {came}, "
-                f"got w {list(w)} and b {list(b)}"
-            )
-        if not stacked and (len(w) != 2 or w[0] != width or b != w[1:]):
-            raise ValueError(
-                f"{here}: w [{width}, fan_out] and b [fan_out] expected to follow {came}, "
-                f"got w {list(w)} and b {list(b)}"
-            )
-        _arguments.operands(here, net.compute_dtype, x=x, w=p["w"], b=p["b"])
-        used = ("w", "b", *leaves) if hidden else ("w", "b")
-        for name in used:
-            if name not in p:
-                raise ValueError(f"{here}: {net.norm} needs the leaf {name!r}; init(..., norm={net.norm!r}) makes it")
-            if name != "w" and jnp.shape(p[name]) != b:
-                raise ValueError(f"{here}: {name} {list(b)} expected, got {list(jnp.shape(p[name]))}")
-        for name in p.keys() - set(used):
-            raise ValueError(f"{here}: the params have a leaf {name!r}, which is not used with norm={net.norm!r}")
-        _arguments.one_dtype(here, **{name: p[name] for name in used})
-        if hidden and net.norm == "batch_norm":
-            _check_state(here, state[layer], b)
-        width, came = w[-1], f"layer {layer}'s w {list(w)}"
+        if jnp.ndim(p["w"]) not in (2, 3) or (i == len(params) - 1 and jnp.ndim(p["w"]) != 2):
+            shape, advice = list(jnp.shape(p["w"])), f"for an ensemble of networks use jax.vmap({where})"
+            raise ValueError(f"{here}: w must be [fan_in, fan_out], got {shape}; {advice}")
 
 
-def _check_state(here: str, state, shape) -> None:
-    if not isinstance(state, dict) or state.keys() != {"mean", "var"}:
-        raise TypeError(f"{here}: a state of mean and var expected, got {state!r:.80}")
-    for name, a in state.items():
-        if jnp.shape(a) != shape:
-            raise ValueError(f"{here}: {name} {list(shape)} expected in the state, got {list(jnp.shape(a))}")
+def _check_leaves(here: str, given, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raises if `given` is not a dict of arrays of these shapes."""
+    if not isinstance(given, dict):
+        raise TypeError(f"{here}: expected a dict of {', '.join(sorted(shapes))}, got {given!r:.80}")
+    if given.keys() != shapes.keys():
+        expected, got = (", ".join(sorted(map(str, names))) for names in (shapes, given))
+        raise ValueError(f"{here}: expected the leaves {expected}, got {got}")
+    _arguments.array(here, **given)
+    for name, shape in shapes.items():
+        if jnp.shape(given[name]) != shape:
+            raise ValueError(f"{here}: {name} must be {list(shape)}, got {list(jnp.shape(given[name]))}")
+
+
+def _kind(p) -> dict:
+    return {name: (leaf.shape, leaf.dtype) for name, leaf in p.items()}

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcfunc import _arguments, _files, _layout
-from fcfunc.data import MAX_BYTES, regular_file
+from fcfunc import _arguments, _files
+from fcfunc._files import MAX_BYTES, regular_file
 
 __all__ = ["load", "save"]
 
@@ -35,27 +34,30 @@ DTYPES = (
 
 
 def save(path: str | os.PathLike, params: Any, *, config: Any = None) -> None:
-    """Writes parameters and their configuration; the file is there whole or not at all.
+    """Writes parameters and their configuration. The file is written completely or not at all.
 
     Args:
-      path: the file, `*.safetensors` by custom.
-      params: lists, dicts and named tuples of arrays, as `fcfunc.init` makes them, or with more beside them:
+      path: the file, `*.safetensors` by convention.
+      params: lists, dicts and named tuples of arrays, as `net.init` returns them, or together with others:
         `{"layers": params, "input": standardizer}`. The names in the file are the path to each array, `layers.0.w`;
         on a mesh every array is gathered.
-      config: what the parameters belong to, of dicts with text keys, lists, text, numbers, booleans and None.
+      config: what the parameters belong to, e.g. `net.to_dict()`: dicts with string keys, lists, strings, numbers,
+        booleans and None.
 
     Raises:
       ImportError: safetensors is not installed.
-      TypeError: params of anything else, or of a dtype that the file cannot hold, or a config that is no such data.
-      OSError: the file cannot be written; what was there before is as it was.
+      TypeError: params of anything else, or of a dtype that the file cannot hold, or a config that is not such data.
+      OSError: the file cannot be written; an existing file is left unchanged.
 
     Example:
       >>> import tempfile
       >>> path = Path(tempfile.mkdtemp()) / "params.safetensors"
-      >>> save(path, [{"w": jnp.ones((2, 3)), "b": jnp.zeros(3)}], config={"activation": "relu"})
-      >>> params, config = load(path, allowed={"activation": ("relu", "tanh")})
-      >>> jax.tree.map(jnp.shape, params), config
-      ([{'b': (3,), 'w': (2, 3)}], {'activation': 'relu'})
+      >>> import fcfunc
+      >>> net = fcfunc.mlp([2, 3])
+      >>> save(path, net.init(jax.random.key(0)), config=net.to_dict())
+      >>> params, config = load(path)
+      >>> fcfunc.mlp(**config) == net
+      True
     """
     _arguments.path("params_file.save", path=path)
     if isinstance(params, jax.Array | np.ndarray | np.generic):
@@ -67,35 +69,27 @@ def save(path: str | os.PathLike, params: Any, *, config: Any = None) -> None:
     path = Path(path).resolve()  # a link stays one
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as staging:
         staged = Path(staging) / path.name
-        with open(staged, "wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
+        _files.write_synced(staged, content)
         os.replace(staged, path)
 
 
-def load(
-    path: str | os.PathLike, *, allowed: Mapping[str, Any] | None = None, max_bytes: int = MAX_BYTES
-) -> tuple[Any, Any]:
+def load(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> tuple[Any, Any]:
     """Reads what `save` wrote, or any safetensors file.
 
     Args:
       path: the file.
-      allowed: which entries the configuration may have, and of each the values: a type, or a tuple of types and values;
-        `fcfunc.mlp.CONFIG` for a network of this library. None: any plain data.
       max_bytes: the largest file that is accepted. Memory is taken for two copies of it, and some kB for each array.
 
     Returns:
-      `(params, config)`: lists and dicts of arrays as they were saved, and the configuration, None where the file has
-      none. A name in the file is taken as a path through them, `layers.0.w`; named tuples come back as dicts. Arrays
-      are JAX's; those of 64 bits, such as torch's counters, stay NumPy's unless `jax_enable_x64` is set, as JAX would
-      narrow them.
+      `(params, config)`: lists and dicts of arrays as they were saved, and the configuration, None if the file has
+      none; for a network `fcfunc.mlp(**config)` validates it. A name in the file is read as a path, `layers.0.w`; named
+      tuples come back as dicts. Arrays are JAX arrays, except that those of 64 bits, such as torch's counters, stay
+      NumPy arrays unless `jax_enable_x64` is set, as JAX would narrow them.
 
     Raises:
       ImportError: safetensors is not installed.
       FileNotFoundError: there is no such file.
-      ValueError: it is no whole safetensors file, is too large, is not as it was saved, or holds a configuration that
-        is not allowed; naming the file and the entry.
+      ValueError: it is not a whole safetensors file, is too large, or differs from what was saved; naming the file.
     """
     _arguments.positive("params_file.load", max_bytes=max_bytes)
     path = regular_file(path)
@@ -122,7 +116,6 @@ def load(
         config = json.loads(text)
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path}: its config is not JSON ({e!s:.80})") from None
-    _files.check_allowed(str(path), config, allowed)
     kept = {name: jax.dtypes.canonicalize_dtype(a.dtype) == a.dtype for name, a in tensors.items()}
     return _tree(path, {name: jax.device_put(a) if kept[name] else a for name, a in tensors.items()}), config
 
@@ -137,7 +130,7 @@ def _library():
 
 def _host(name: str, a) -> np.ndarray:
     """On the host, as it will be read back."""
-    host = np.ascontiguousarray(_layout.whole(a)).reshape(np.shape(a))
+    host = np.ascontiguousarray(_files.to_host(a)).reshape(np.shape(a))
     host = host.astype(host.dtype.newbyteorder("="))
     if host.dtype.name not in DTYPES:
         raise TypeError(f"params_file.save: {name} is {host.dtype}, and may be {', '.join(DTYPES)}")

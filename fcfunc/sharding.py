@@ -77,7 +77,7 @@ def make_mesh(
     return jax.make_mesh((rows, model), ("data", "model"), axis_types=(axis_type,) * 2, devices=devices)
 
 
-def param_specs(params: Any, mesh: Mesh, mode: str | Rules, *, whole: str | Sequence[str] = ()) -> Any:
+def param_specs(params: Any, mesh: Mesh, mode: str | Rules, *, replicate: str | Sequence[str] = ()) -> Any:
     """How the params of a network lie on a mesh: a tree of PartitionSpec in their shape.
 
     Modes:
@@ -96,14 +96,14 @@ def param_specs(params: Any, mesh: Mesh, mode: str | Rules, *, whole: str | Sequ
       params: from `fcfunc.init`, stacked or not; or their shapes, from `jax.eval_shape`.
       mesh: the mesh.
       mode: one of `MODES`, or rules of your own. A mesh axis may be a tuple of several.
-      whole: logical axes that no rule shall divide: "classes", or `("classes",)`, where the classes are too few.
+      replicate: logical axes that no rule divides: "classes", or `("classes",)`, if there are too few classes.
 
     Returns:
       A list of dicts with one PartitionSpec for each array.
 
     Raises:
       ValueError: an unknown mode; a rule with an axis that the mesh or the network has not; a width that the mesh axis
-        does not divide and no other rule for that mesh axis makes good: nothing is left whole that a mode divides.
+        does not divide and no other rule for that mesh axis makes good: a mode never replicates silently.
       TypeError: params, a mesh or rules of another kind.
 
     Example:
@@ -117,20 +117,22 @@ def param_specs(params: Any, mesh: Mesh, mode: str | Rules, *, whole: str | Sequ
     if isinstance(mode, str) and mode not in MODES:
         raise ValueError(f"param_specs: unknown mode {mode!r}; known are {', '.join(MODES)}, or a list of rules")
     rules = _checked_rules("param_specs: mode", MODES[mode] if isinstance(mode, str) else mode)
-    if isinstance(whole, str) or not isinstance(whole, Sequence):
-        whole = (whole,)
+    if isinstance(replicate, str) or not isinstance(replicate, Sequence):
+        replicate = (replicate,)
     if not isinstance(params, list | tuple) or not all(isinstance(p, dict) and "w" in p for p in params):
         raise TypeError("param_specs: params as from init expected; for another tree take logical_specs")
     names = ("features", "mlp", "embed", "classes")
-    for name in {*whole, *(name for name, _ in rules)} - set(names):
-        raise ValueError(f"param_specs: unknown logical axis {name!r} in mode or whole; there are {', '.join(names)}")
-    rules = [rule for rule in rules if rule[0] not in whole]
+    for name in {*replicate, *(name for name, _ in rules)} - set(names):
+        raise ValueError(
+            f"param_specs: unknown logical axis {name!r} in mode or replicate; there are {', '.join(names)}"
+        )
+    rules = [rule for rule in rules if rule[0] not in replicate]
     specs, here, other = [], "features", "mlp"
     for layer, p in enumerate(params):
         stacked = len(p["w"].shape) == 3
         there = "classes" if layer == len(params) - 1 else other
         axes = (None,) * stacked + (here, there)
-        advice = "choose a width that can, or leave it whole: whole={name!r}"
+        advice = "choose a width that can, or replicate it: replicate={name!r}"
         w = _assigned(f"param_specs: layer {layer}", axes, p["w"].shape, mesh, rules, advice)
         columns = PartitionSpec(*w[:stacked], w[-1])
         specs.append({name: w if name == "w" else columns for name in p})
@@ -148,7 +150,7 @@ def logical_specs(axes: Any, tree: Any, mesh: Mesh, rules: Rules) -> Any:
       tree: the arrays, or their shapes.
       mesh: the mesh.
       rules: `(logical axis, mesh axis)` in order of preference, read as `param_specs` reads them. Each name in `axes`
-        needs one; None for its mesh axis leaves it whole.
+        needs one; None for its mesh axis replicates it.
 
     Returns:
       A tree of PartitionSpec of mesh axes.
@@ -169,8 +171,8 @@ def logical_specs(axes: Any, tree: Any, mesh: Mesh, rules: Rules) -> Any:
             raise TypeError(f"logical_specs: axes must be a PartitionSpec for each array, got {names!r:.80}")
         where = f"logical_specs: {jax.tree_util.keystr(path) or 'array'}"
         for name in set(names) - {None, *(name for name, _ in rules)}:
-            raise ValueError(f"{where}: no rule for the logical axis {name!r}; ({name!r}, None) leaves it whole")
-        advice = "choose a width that can, or leave it whole: ({name!r}, None)"
+            raise ValueError(f"{where}: no rule for the logical axis {name!r}; ({name!r}, None) replicates it")
+        advice = "choose a width that can, or replicate it: ({name!r}, None)"
         return _assigned(where, names, np.shape(leaf), mesh, rules, advice)
 
     is_axes = lambda a: isinstance(a, PartitionSpec)  # noqa: E731
@@ -206,12 +208,11 @@ def shard(tree: Any, specs: Any, mesh: Mesh) -> Any:
         raise TypeError(
             f"shard: specs must be a PartitionSpec, or a tree of them, got {wrong[0] if wrong else None!r:.80}"
         )
-    is_spec = lambda a: isinstance(a, PartitionSpec)  # noqa: E731
     specs = jax.tree.map(lambda spec, part: jax.tree.map(lambda _: spec, part), specs, tree, is_leaf=is_spec)
 
     def place(path, leaf, spec):
         _check_divides(f"shard: {jax.tree_util.keystr(path) or 'array'}", spec, np.shape(leaf), mesh)
-        return _layout.placed(clipped(leaf), NamedSharding(mesh, spec))
+        return _layout.put(clipped(leaf), NamedSharding(mesh, spec))
 
     return jax.tree.map_with_path(place, tree, specs)
 
@@ -220,8 +221,8 @@ def global_batch(local: Any, mesh: Mesh, *, axis: str | tuple[str, ...] = "data"
     """Examples on a mesh, divided over it, from the part that each process has.
 
     Args:
-      local: a tree of arrays with one first axis, this process's examples; every process has as many. With one process
-        these are all. Where every process has all examples, take `shard(data, PartitionSpec("data"), mesh)` instead.
+      local: a pytree of arrays with a common leading axis, this process's examples; every process has as many. If every
+        process has all examples, use `shard(data, PartitionSpec("data"), mesh)` instead.
       mesh: the mesh.
       axis: the mesh axis, or axes, over which the examples are divided.
 
@@ -249,12 +250,7 @@ def global_batch(local: Any, mesh: Mesh, *, axis: str | tuple[str, ...] = "data"
             "give all of them on every process to shard(data, PartitionSpec(...), mesh)"
         )
     here = sum(jax.process_index() in processes for processes in owners.values())
-    counts = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(local)}
-    if len(counts) != 1 or () in counts:
-        raise ValueError(
-            f"global_batch: local of arrays with one first axis, the examples, expected, got {sorted(counts)}"
-        )
-    _check_equal_counts(counts.pop())
+    _check_equal_counts(_arguments.count("global_batch", local, 0, "local"))
 
     def place(path, leaf):
         leaf, where = np.asarray(clipped(leaf)), f"global_batch: {jax.tree_util.keystr(path) or 'array'}"
@@ -269,7 +265,7 @@ def global_batch(local: Any, mesh: Mesh, *, axis: str | tuple[str, ...] = "data"
     return jax.tree.map_with_path(place, local)
 
 
-def _check_equal_counts(count: tuple[int, ...]) -> None:
+def _check_equal_counts(count: int) -> None:
     if jax.process_count() > 1:
         counts = multihost_utils.process_allgather(np.array(count)).reshape(-1).tolist()
         if len(set(counts)) > 1:

@@ -14,7 +14,7 @@ import numpy as np
 from fcfunc import ops
 from fcfunc.testing import check_vjp
 from tests.planted import RIGHT
-from tests.table import RULES
+from tests.rules import RULES
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 LEFT_OUT = (

@@ -1,7 +1,10 @@
 """Every example in a docstring and every Python block in the README and the docs runs and prints what it says."""
 
 import doctest
+import importlib
 import inspect
+import pkgutil
+import pydoc
 import re
 from pathlib import Path
 
@@ -11,10 +14,11 @@ import numpy as np
 import pytest
 
 import fcfunc
-from tests.table import slow
+from tests.rules import slow
 
 ROOT = Path(fcfunc.__file__).parents[1]
-MODULES = [getattr(fcfunc, name) for name in fcfunc.__all__ if inspect.ismodule(getattr(fcfunc, name))]
+NAMESPACES = [fcfunc, *(m for name in fcfunc.__all__ if inspect.ismodule(m := getattr(fcfunc, name)))]
+MODULES = [importlib.import_module(m.name) for m in pkgutil.walk_packages(fcfunc.__path__, "fcfunc.")]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -38,18 +42,48 @@ def test_python_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
             exec(compile(block, str(page), "exec"), names)
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
-def test_every_public_function_is_documented_in_full(module):
-    for name in getattr(module, "__all__", []):
-        function = getattr(module, name)
-        if not inspect.isfunction(function):
-            continue
-        doc = function.__doc__ or ""
-        assert doc, f"{module.__name__}.{name} has no docstring"
-        if not name.endswith(("_fwd", "_bwd")):
-            signature = inspect.signature(function)
-            assert "Args:" in doc or not signature.parameters, f"{module.__name__}.{name}: no Args"
-            assert "Returns:" in doc or signature.return_annotation is None, f"{module.__name__}.{name}: no Returns"
+def public_functions():
+    """The functions that the namespaces list, and the methods of a network."""
+    for module in NAMESPACES:
+        for name in getattr(module, "__all__", []):
+            if inspect.isfunction(getattr(module, name)):
+                yield f"{module.__name__}.{name}", getattr(module, name)
+    for name, method in inspect.getmembers(fcfunc.Network, inspect.isfunction):
+        if not name.startswith("_"):
+            yield f"Network.{name}", method
+
+
+FUNCTIONS = dict(public_functions())
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_public_function_is_documented_in_full(name):
+    doc, signature = FUNCTIONS[name].__doc__ or "", inspect.signature(FUNCTIONS[name])
+    assert doc
+    if name.endswith(("_fwd", "_bwd", ".to_dict")):
+        return
+    assert "Args:" in doc or not signature.parameters
+    assert "Returns:" in doc or signature.return_annotation in (None, "None")
+
+
+@pytest.mark.parametrize("name", [n for n in FUNCTIONS if n.startswith(("fcfunc.train.", "fcfunc.mlp", "Network."))])
+def test_training_functions_and_networks_have_an_example(name):
+    assert "Example:" in (FUNCTIONS[name].__doc__ or "")
+
+
+@pytest.mark.parametrize("name", [n for n in FUNCTIONS if n.startswith("Network.")])
+def test_the_help_of_a_method_fits_on_one_screen(name):
+    assert len(pydoc.plain(pydoc.render_doc(FUNCTIONS[name])).splitlines()) <= 50
+
+
+def test_the_first_program_of_the_readme_is_the_example():
+    code = (ROOT / "examples" / "first.py").read_text().split('"""\n\n', 1)[1].strip()
+    assert code == re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0].strip()
+
+
+def test_the_readme_has_at_most_twelve_modules():
+    rows = re.findall(r"^\| `fcfunc[.\w]*` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert 8 <= len(rows) <= 12
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -12,8 +12,8 @@ import pytest
 
 import fcfunc
 from examples import layer_list, layers_by_hand, one_neuron, sigmoid_network, sweep, train_classifier
-from fcfunc import data, mlp, params_file
-from tests.table import slow
+from fcfunc import data, params_file
+from tests.rules import slow
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_layers_chained_by_hand_give_scores_where_no_labels_are_given():
     params = fcfunc.init(jax.random.key(0), [12, 5, 3])
     images = np.random.default_rng(0).standard_normal((4, 2, 2, 3)).astype(np.float32)
     np.testing.assert_allclose(
-        layers_by_hand.loss(params, images), fcfunc.apply(params, images, flatten=True), rtol=1e-6
+        layers_by_hand.loss(params, images), fcfunc.apply(params, images.reshape(4, 12)), rtol=1e-6
     )
 
 
@@ -130,11 +130,11 @@ def test_the_digits_are_learned_and_three_files_written(run, tmp_path):
     assert sorted(p.name for p in folder.iterdir()) == ["history.jsonl", "learning_curve.png", "params.safetensors"]
     history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     assert history[-1]["epoch"] == len(history) == 60
-    allowed = mlp.CONFIG | {"class_names": None}
-    params, config = params_file.load(folder / "params.safetensors", allowed=allowed)
-    assert config["dims"] == [64, 256, 10]
+    params, config = params_file.load(folder / "params.safetensors")
+    net = fcfunc.mlp(**config["network"])
+    assert net.dims == (64, 256, 10)
     digits = data.digits()
-    assert np.mean(np.argmax(fcfunc.apply(params["layers"], digits.x), axis=-1) == digits.y) > 0.97
+    assert np.mean(np.argmax(net.apply(params["layers"], digits.x), axis=-1) == digits.y) > 0.97
 
 
 def test_the_users_csv_is_classified_by_the_names_of_its_classes(run, tmp_path):

@@ -1,7 +1,5 @@
 """Forward mode: not for hand-written rules, for their twins in full, and second derivatives for both."""
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,32 +8,39 @@ import pytest
 from jax.experimental import jet
 
 import fcfunc
-from fcfunc import mlp, reference
-from tests.table import slow
+from fcfunc import reference
+from fcfunc.network import ACTIVATIONS
+from tests.rules import slow
 
 X = jax.random.normal(jax.random.key(0), (3, 4))
 LABELS = jnp.array([0, 1, 1])
 
 
-def network(activation="tanh", norm=None, head=None, **options):
-    params = fcfunc.init(jax.random.key(1), [4, 5, 5, 2], norm=norm)
-    return lambda x: fcfunc.apply(params, x, activation=activation, norm=norm, head=head, ops=reference, **options)
+def network(activation="tanh", key=None, **options):
+    net = fcfunc.mlp([4, 5, 5, 2], activation=activation, ops=reference, **options)
+    params = net.init(jax.random.key(1))
+    return lambda x: net.apply(params, x, key=key)
 
 
-def normalised_by_batch(x):
-    params = fcfunc.init(jax.random.key(1), [4, 5, 2], norm="batch_norm")
-    state = mlp.init_batch_norm_state(params)
-    return fcfunc.apply_batch_norm(params, state, x, training=True, activation="tanh", ops=reference)[0]
+def batch_normalized(x):
+    net = fcfunc.mlp([4, 5, 2], activation="tanh", norm="batch_norm", ops=reference)
+    params = net.init(jax.random.key(1))
+    return net.apply_batch_norm(params, net.init_batch_norm_state(params), x, training=True)[0]
 
 
-PLAIN = {name: network(name) for name in mlp.ACTIVATIONS} | {
-    "gelu, exact": functools.partial(reference.gelu, approximate=False),
+def large_output(x):
+    net = fcfunc.mlp([4, 5, 5, 2], activation="tanh", ops=reference)
+    params = net.init(jax.random.key(1))
+    return reference.linear_softmax_cross_entropy(net.features(params, x), **params[-1], labels=LABELS)
+
+
+PLAIN = {name: network(name) for name in ACTIVATIONS} | {
     "layer_norm": network(norm="layer_norm"),
     "rms_norm": network(norm="rms_norm"),
-    "batch_norm": normalised_by_batch,
+    "batch_norm": batch_normalized,
     "dropout": network(dropout_rate=0.3, key=jax.random.key(2)),
     "residual": network(residual=True),
-    "large output": network(head=functools.partial(reference.linear_softmax_cross_entropy, labels=LABELS)),
+    "large output": large_output,
     "cross-entropy": lambda x: reference.softmax_cross_entropy_with_integer_labels(
         x, LABELS, where=jnp.array([True, False, True]), label_smoothing=0.1
     ),
@@ -66,10 +71,10 @@ def test_the_twins_have_jvp_jacfwd_linearize_and_jet(fun):
 
 
 def test_jet_knows_no_scan_and_takes_the_unstacked_network():
-    params = mlp.stack(fcfunc.init(jax.random.key(1), [4, 5, 5, 5, 2]))
-    apply = functools.partial(fcfunc.apply, activation="tanh", ops=reference)
-    _, (first,) = jet.jet(lambda x: apply(mlp.unstack(params), x), (X,), ((jnp.ones_like(X),),))
-    _, tangent = jax.jvp(lambda x: apply(params, x), (X,), (jnp.ones_like(X),))
+    net = fcfunc.mlp([4, 5, 5, 5, 2], activation="tanh", ops=reference)
+    params = fcfunc.stack(net.init(jax.random.key(1)))
+    _, (first,) = jet.jet(lambda x: net.apply(fcfunc.unstack(params), x), (X,), ((jnp.ones_like(X),),))
+    _, tangent = jax.jvp(lambda x: net.apply(params, x), (X,), (jnp.ones_like(X),))
     np.testing.assert_allclose(first, tangent, rtol=1e-4, atol=1e-5)
 
 
@@ -81,14 +86,14 @@ def test_a_rule_says_that_it_has_no_forward_mode():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", [None, "layer_norm", "rms_norm"])
-def test_second_derivatives_of_a_whole_network_are_those_of_its_twin(norm, x64):
-    params = fcfunc.init(jax.random.key(1), [3, 4, 4, 4, 2], norm=norm, param_dtype=jnp.float64)
-    params, x = mlp.stack(params), jax.random.normal(jax.random.key(0), (3, 3), jnp.float64)
+def test_second_derivatives_of_a_whole_network_are_those_of_its_reference(norm, x64):
+    def loss_of(ops):
+        net = fcfunc.mlp([3, 4, 4, 4, 2], activation="gelu", norm=norm, residual=True, ops=ops)
+        return net, lambda params: jnp.sum(net.apply(params, x) ** 2)
 
-    def loss(ops, params):
-        return jnp.sum(fcfunc.apply(params, x, activation="gelu", norm=norm, residual=True, ops=ops) ** 2)
-
-    ours, theirs = functools.partial(loss, fcfunc.ops), functools.partial(loss, reference)
+    (net, ours), (_, theirs) = loss_of(fcfunc.ops), loss_of(reference)
+    params = fcfunc.stack(net.init(jax.random.key(1), param_dtype=jnp.float64))
+    x = jax.random.normal(jax.random.key(0), (3, 3), jnp.float64)
     for second in (
         lambda f: jax.jvp(jax.grad(f), (params,), (params,))[1],
         lambda f: jax.grad(lambda p: sum(jnp.sum(g**2) for g in jax.tree.leaves(jax.grad(f)(p))))(params),

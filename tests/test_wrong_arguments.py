@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import fcfunc
-from fcfunc import checkpoint, data, losses, mlp, ops, params_file, sharding, testing, train
+from fcfunc import checkpoint, data, losses, ops, params_file, sharding, testing, train
 
 FAST = {f"testing.{name}": {"only": ("oracle",)} for name in ("check_vjp", "assert_vjp")}
 UNCHECKED = {"digits"}
@@ -21,8 +21,11 @@ X, W, B = np.ones((4, 3), np.float32), np.ones((3, 5), np.float32), np.ones(5, n
 LABELS, MASK, ROWS = np.array([0, 1, 2, 0]), np.ones(4, bool), np.ones(4, np.float32)
 KEY = jax.random.key(0)
 PARAMS = fcfunc.init(KEY, [3, 8, 8, 5])
-NORMED = fcfunc.init(KEY, [3, 8, 5], norm="batch_norm")
-STATE = fcfunc.init_batch_norm_state(NORMED)
+NET = fcfunc.mlp([3, 8, 8, 5])
+NORMED_NET = fcfunc.mlp([3, 8, 5], norm="batch_norm")
+NORMED = NORMED_NET.init(KEY)
+STATE = NORMED_NET.init_batch_norm_state(NORMED)
+ZEROS = jax.nn.initializers.zeros
 OPTIMIZER = optax.sgd(0.1)
 TRAIN_STATE = train.init_state(PARAMS, OPTIMIZER, KEY)
 DATA = (X, LABELS.astype(np.int32))
@@ -99,6 +102,7 @@ def seven(_):
 
 ALONE = [text, nothing, integers, complex_numbers]
 TOGETHER = [*ALONE, other_dtype, wider]
+BIASES = [kind for kind in TOGETHER if kind is not nothing]  # None stands for no bias
 LABELLED = [text, floats, column]
 MASKED = [text, integers, wider]
 WEIGHED = [text, integers, wider]
@@ -120,11 +124,11 @@ CALLS = {
     "ops.leaky_relu": ({"x": X, "negative_slope": 0.1}, {"x": ALONE, "negative_slope": NUMBER}),
     "ops.affine": (
         {"x": X, "w": W, "b": B, "compute_dtype": None, "out_dtype": None},
-        {"x": TOGETHER, "w": TOGETHER, "b": TOGETHER, "compute_dtype": [word, seven], "out_dtype": [word, seven]},
+        {"x": TOGETHER, "w": TOGETHER, "b": BIASES, "compute_dtype": [word, seven], "out_dtype": [word, seven]},
     ),
     "ops.layer": (
         {"x": X, "w": W, "b": B, "activation": "relu"},
-        {"x": TOGETHER, "w": TOGETHER, "b": TOGETHER, "activation": [unknown, seven]},
+        {"x": TOGETHER, "w": TOGETHER, "b": BIASES, "activation": [unknown, seven]},
     ),
     "ops.softmax": ({"x": X, "axis": -1, "where": X > 0}, {"x": ALONE, "axis": AXIS, "where": MASKED}),
     "ops.log_softmax": ({"x": X, "axis": -1, "where": X > 0}, {"x": ALONE, "axis": AXIS, "where": MASKED}),
@@ -202,7 +206,7 @@ CALLS = {
         {
             "x": TOGETHER,
             "w": TOGETHER,
-            "b": TOGETHER,
+            "b": BIASES,
             "labels": LABELLED,
             "chunk_size": COUNT,
             "where": MASKED,
@@ -215,28 +219,60 @@ CALLS = {
     ),
     "losses.l2_penalty": ({"params": PARAMS}, {"params": [word, empty, seven]}),
     "losses.mean": ({"loss": ROWS, "over": MASK}, {"loss": [text, nothing, wider], "over": [text, nothing, wider]}),
-    "mlp.init": (
-        {"key": KEY, "dims": [3, 4], "norm": None, "param_dtype": "float32"},
-        {"key": KEYED, "dims": [text, nothing, seven], "norm": [unknown], "param_dtype": [word, seven]},
-    ),
-    "mlp.apply": (
-        {"params": PARAMS, "x": X, "activation": "relu", "norm": None, "dropout_rate": 0.0, "compute_dtype": None},
+    "fcfunc.mlp": (
         {
-            "params": [text, nothing, seven],
-            "x": TOGETHER,
+            "dims": [3, 4],
+            "activation": "relu",
+            "final_activation": None,
+            "norm": "rms_norm",
+            "norm_eps": 1e-3,
+            "residual": False,
+            "dropout_rate": 0.0,
+            "use_bias": True,
+            "compute_dtype": None,
+            "ops": ops,
+        },
+        {
+            "dims": [text, nothing, seven],
             "activation": [unknown, seven],
+            "final_activation": [unknown, seven],
             "norm": [unknown, seven],
+            "norm_eps": [below, word],
+            "residual": [seven],
             "dropout_rate": [above, below, word],
+            "use_bias": [word],
             "compute_dtype": [word, seven],
+            "ops": [unknown, nothing],
         },
     ),
-    "mlp.apply_batch_norm": (
-        {"params": NORMED, "state": STATE, "x": X, "training": True},
-        {"params": [text, nothing, seven], "state": [text, nothing, seven], "x": TOGETHER},
+    "fcfunc.init": ({"key": KEY, "dims": [3, 4]}, {"key": KEYED, "dims": [text, nothing, seven]}),
+    "fcfunc.apply": (
+        {"params": PARAMS, "x": X, "activation": "relu"},
+        {"params": [text, nothing, seven], "x": TOGETHER, "activation": [unknown, seven]},
     ),
-    "mlp.init_batch_norm_state": ({"params": NORMED}, {"params": [text, nothing, seven]}),
-    "mlp.stack": ({"params": PARAMS}, {"params": [text, nothing, seven]}),
-    "mlp.unstack": ({"params": PARAMS}, {"params": [text, nothing, seven]}),
+    "fcfunc.stack": ({"params": PARAMS}, {"params": [text, nothing, seven]}),
+    "fcfunc.unstack": ({"params": PARAMS}, {"params": [text, nothing, seven]}),
+    "net.init": (
+        {
+            "key": KEY,
+            "w_init": jax.nn.initializers.zeros,
+            "b_init": jax.nn.initializers.zeros,
+            "param_dtype": "float32",
+        },
+        {"key": KEYED, "w_init": [text, nothing], "b_init": [text, nothing], "param_dtype": [word, seven]},
+    ),
+    "net.apply": ({"params": PARAMS, "x": X}, {"params": [text, nothing, seven], "x": TOGETHER}),
+    "net.features": ({"params": PARAMS, "x": X}, {"params": [text, nothing, seven], "x": TOGETHER}),
+    "normed_net.apply_batch_norm": (
+        {"params": NORMED, "state": STATE, "x": X, "training": True, "decay": 0.9},
+        {
+            "params": [text, nothing, seven],
+            "state": [text, nothing, seven],
+            "x": TOGETHER,
+            "decay": [above, below, word],
+        },
+    ),
+    "normed_net.init_batch_norm_state": ({"params": NORMED}, {"params": [text, nothing, seven]}),
     "train.init_state": (
         {"params": PARAMS, "optimizer": OPTIMIZER, "key": KEY},
         {"params": [text, empty], "optimizer": [text, nothing], "key": KEYED},
@@ -348,8 +384,8 @@ CALLS = {
         {"data": [*COUNT], "model": [*COUNT]},
     ),
     "sharding.param_specs": (
-        {"params": PARAMS, "mesh": MESH, "mode": "fsdp", "whole": ("classes",)},
-        {"params": [text, nothing], "mesh": [text, nothing], "mode": [unknown, nothing, seven], "whole": [seven]},
+        {"params": PARAMS, "mesh": MESH, "mode": "fsdp", "replicate": ("classes",)},
+        {"params": [text, nothing], "mesh": [text, nothing], "mode": [unknown, nothing, seven], "replicate": [seven]},
     ),
     "sharding.logical_specs": (
         {
@@ -373,18 +409,15 @@ CALLS = {
         {"fun": [text, nothing], "args": [seven, nothing], "dtype": [word, seven], "seed": [word]},
     ),
     "testing.assert_vjp": ({"fun": ops.relu, "args": (X,), "fast": True}, {"fun": [text, nothing], "args": [seven]}),
-    "testing.worst_relative_error": (
-        {"fun": ops.relu, "reference": fcfunc.reference.relu, "args": (X,), "key": KEY},
-        {"fun": [text, nothing], "reference": [text, nothing], "key": KEYED},
-    ),
 }
 """Of each public function: right arguments by name, and which of them are made wrong in which ways."""
 
 MODULES = {
-    m.__name__.rpartition(".")[2]: m for m in (
-        checkpoint, data, losses, mlp, ops, params_file, sharding, testing, train
-    )
-}  # fmt: skip
+    module.__name__.rpartition(".")[2]: module
+    for module in (fcfunc, checkpoint, data, losses, ops, params_file, sharding, testing, train)
+}
+HOLDERS = MODULES | {"net": NET, "normed_net": NORMED_NET}
+"""What the functions of the table belong to."""
 
 
 def public_functions():
@@ -399,11 +432,16 @@ def public_functions():
 
 
 def test_every_public_function_is_in_the_table():
-    called = {getattr(MODULES[name.split(".")[0]], name.split(".")[1]) for name in CALLS}
+    called = {getattr(HOLDERS[name.split(".")[0]], name.split(".")[1]) for name in CALLS}
     missing = [name for function, name in public_functions().items() if function not in called]
     assert [name for name in missing if name.split(".")[1] not in UNCHECKED] == []
     modules = {name for name in fcfunc.__all__ if isinstance(getattr(fcfunc, name), types.ModuleType)}
     assert modules - MODULES.keys() == {"reference"}  # checks nothing
+
+
+def test_every_method_of_a_network_is_in_the_table():
+    methods = {name for name, _ in inspect.getmembers(fcfunc.Network, inspect.isfunction) if not name.startswith("_")}
+    assert methods - {"to_dict"} == {name.split(".")[1] for name in CALLS if "net." in name}
 
 
 def cases():
@@ -418,7 +456,7 @@ def cases():
 def call(name, arguments, tmp_path):
     module, function = name.split(".")
     given = {k: tmp_path / "file" if k in ("path", "folder") and v is None else v for k, v in arguments.items()}
-    function = getattr(MODULES[module], function)
+    function = getattr(HOLDERS[module], function)
     parameters = inspect.signature(function).parameters.values()
     required = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
     keywords = {k: v for k, v in given.items() if k not in required}
