@@ -27,14 +27,14 @@ def first_line(error: BaseException) -> str:
 
 
 def array(where: str, /, **arrays) -> None:
-    """TypeError where an argument is neither an array nor a number."""
+    """TypeError if an argument is neither an array nor a number."""
     for name, x in arrays.items():
         if not isinstance(x, ARRAYS):
             raise TypeError(f"{where}: {name} must be an array, got {describe(x)}")
 
 
 def floating(where: str, /, **arrays) -> None:
-    """TypeError where an array is not of one of the real floating-point dtypes that the rules are proven for."""
+    """TypeError if an array does not have one of the floating-point dtypes that the rules are tested for."""
     array(where, **arrays)
     for name, x in arrays.items():
         if jnp.result_type(x).name not in FLOATS:
@@ -42,7 +42,7 @@ def floating(where: str, /, **arrays) -> None:
 
 
 def one_dtype(where: str, /, *, hint: str = "", **arrays) -> None:
-    """TypeError where floating-point arrays that enter one formula differ in dtype: nothing is promoted silently."""
+    """TypeError if floating-point arrays that enter one formula differ in dtype: nothing is promoted silently."""
     floating(where, **arrays)
     if len({jnp.result_type(x) for x in arrays.values()}) > 1:
         came = ", ".join(f"{name} {describe(x)}" for name, x in arrays.items())
@@ -50,9 +50,9 @@ def one_dtype(where: str, /, *, hint: str = "", **arrays) -> None:
 
 
 def operands(where: str, compute_dtype, /, **arrays) -> np.dtype:
-    """The dtype that the operands of a product take: `compute_dtype`, or, where that is None, the arrays' own.
+    """The dtype of the operands of a matmul: `compute_dtype`, or that of the arrays if it is None.
 
-    TypeError where it is none of those offered, or where without it the arrays differ in dtype.
+    TypeError if it is not one of those offered, or if the arrays differ in dtype without it.
     """
     if compute_dtype is None:
         one_dtype(where, hint=" or give compute_dtype", **arrays)
@@ -80,7 +80,7 @@ def compute_dtype_of(where: str, compute_dtype) -> np.dtype:
 
 
 def one_shape(where: str, /, **arrays) -> None:
-    """ValueError where arrays that are combined element by element differ in shape: nothing is broadcast."""
+    """ValueError if arrays that are combined element by element differ in shape: nothing is broadcast."""
     array(where, **arrays)
     if len({jnp.shape(x) for x in arrays.values()}) > 1:
         came = ", ".join(f"{name} {list(jnp.shape(x))}" for name, x in arrays.items())
@@ -88,7 +88,7 @@ def one_shape(where: str, /, **arrays) -> None:
 
 
 def labels(where: str, labels, *, scores) -> None:
-    """TypeError for labels that are no integers, ValueError where they are not one per row of `scores`."""
+    """TypeError if labels are not integers, ValueError if there is not one for each row of `scores`."""
     array(where, labels=labels)
     if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
         raise TypeError(f"{where}: labels must be integers, got {describe(labels)}")
@@ -102,7 +102,7 @@ def labels(where: str, labels, *, scores) -> None:
 def real_labels(where: str, labels, *, dtype, name: str = "labels"):
     """Labels that enter a formula as numbers; integers and booleans are cast to `dtype`.
 
-    TypeError where they are not real numbers.
+    TypeError if they are not real numbers.
     """
     array(where, **{name: labels})
     kind = jnp.result_type(labels)
@@ -136,7 +136,7 @@ def loss_options(where: str, shape: tuple, mask, weights, smoothing, *, logits: 
 
 
 def class_weights(where: str, weights, classes: int, *, name: str = "class_weights") -> None:
-    """TypeError or ValueError where there are weights of classes, and they are not one number for each class."""
+    """TypeError or ValueError if there are weights of classes but not one number for each class."""
     if weights is None:
         return
     floating(where, **{name: weights})
@@ -145,7 +145,7 @@ def class_weights(where: str, weights, classes: int, *, name: str = "class_weigh
 
 
 def axis(where: str, axis, **arrays) -> None:
-    """TypeError where `axis` is no integer, ValueError where an array has no axis of that number."""
+    """TypeError if `axis` is not an integer, ValueError if an array has no axis of that number."""
     integer(where, axis=axis)
     for name, x in arrays.items():
         if not -jnp.ndim(x) <= axis < jnp.ndim(x):
@@ -155,7 +155,7 @@ def axis(where: str, axis, **arrays) -> None:
 def axes(where: str, wanted, **arrays) -> tuple[int, ...]:
     """The axes that an integer, several or None (all of them) name, counted from the front.
 
-    TypeError or ValueError where an array has no such axis, or where one is named twice.
+    TypeError or ValueError if an array has no such axis, or if one is named twice.
     """
     ((_, x),) = arrays.items()
     named = range(jnp.ndim(x)) if wanted is None else wanted if isinstance(wanted, tuple | list) else (wanted,)
@@ -168,7 +168,7 @@ def axes(where: str, wanted, **arrays) -> tuple[int, ...]:
 
 
 def key(where: str, key) -> None:
-    """TypeError where `key` is no random key."""
+    """TypeError if `key` is not a single random key."""
     typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     raw = isinstance(key, jax.Array) and key.dtype == jnp.uint32 and key.shape == (2,)
     if not ((typed and key.shape == ()) or raw):
@@ -177,9 +177,9 @@ def key(where: str, key) -> None:
 
 
 def number(where: str, **numbers) -> float:
-    """The one given as a Python float: any other kind of scalar would take part in the dtype of a result.
+    """The number as a Python float: any other kind of scalar would affect the dtype of a result.
 
-    TypeError where it is not a real number that is known while tracing.
+    TypeError if it is not a real number that is known while tracing.
     """
     ((name, value),) = numbers.items()
     try:
@@ -189,7 +189,7 @@ def number(where: str, **numbers) -> float:
 
 
 def ignored_label(where: str, ignore_index) -> None:
-    """TypeError or ValueError where `ignore_index` is neither None nor an integer that a label can be."""
+    """TypeError or ValueError if `ignore_index` is neither None nor an integer that a label can be."""
     if ignore_index is None:
         return
     if not isinstance(ignore_index, int | np.integer) or isinstance(ignore_index, bool):
@@ -199,7 +199,7 @@ def ignored_label(where: str, ignore_index) -> None:
 
 
 def dtype(where: str, /, **dtypes) -> None:
-    """TypeError where a dtype is neither None nor one of the floating-point dtypes."""
+    """TypeError if a dtype is neither None nor one of the floating-point dtypes."""
     for name, value in dtypes.items():
         try:
             known = value is None or jnp.dtype(value).name in FLOATS
@@ -210,46 +210,46 @@ def dtype(where: str, /, **dtypes) -> None:
 
 
 def integer(where: str, /, **numbers) -> None:
-    """TypeError where a number is no Python or NumPy integer."""
+    """TypeError if a number is not a Python or NumPy integer."""
     for name, n in numbers.items():
         if not isinstance(n, int | np.integer) or isinstance(n, bool):
             raise TypeError(f"{where}: {name} must be an integer, got {n!r:.80}")
 
 
 def function(where: str, /, **functions) -> None:
-    """TypeError where a function is none."""
+    """TypeError if an argument is not callable."""
     for name, f in functions.items():
         if not callable(f):
             raise TypeError(f"{where}: {name} must be a function, got {type(f).__name__}")
 
 
 def optimizer(where: str, optimizer) -> None:
-    """TypeError where `optimizer` has no `init` and `update`, as those of optax have."""
+    """TypeError if `optimizer` does not have the `init` and `update` of an optax optimizer."""
     if not all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
         raise TypeError(f"{where}: optimizer must be an optax optimizer, got {type(optimizer).__name__}")
 
 
 def path(where: str, /, **paths) -> None:
-    """TypeError where a path is none."""
+    """TypeError if an argument is not a path."""
     for name, p in paths.items():
         if not isinstance(p, str | os.PathLike):
             raise TypeError(f"{where}: {name} must be a path, got {type(p).__name__}")
 
 
 def positive(where: str, **numbers) -> None:
-    """ValueError where a number that counts something is not an integer of at least 1."""
+    """ValueError if a number that counts something is not an integer of at least 1."""
     for name, n in numbers.items():
         if not isinstance(n, int | np.integer) or isinstance(n, bool) or n < 1:
             raise ValueError(f"{where}: {name} must be an integer of at least 1, got {n!r}")
 
 
 def as_array(leaf):
-    """As `jnp.asarray`, but a NumPy integer too large for JAX's own becomes the largest one, not another number."""
+    """`jnp.asarray`, except that a NumPy integer too large for JAX becomes the largest one, not a different number."""
     return jnp.asarray(clipped(leaf))
 
 
 def clipped(leaf):
-    """A NumPy array of integers within the range that JAX keeps; anything else as it is.
+    """A NumPy array of integers, clipped to the range that JAX keeps; anything else unchanged.
 
     Without x64 JAX keeps the lower 32 bits: the label 2**32 would silently be class 0.
     """
@@ -263,9 +263,9 @@ def clipped(leaf):
 
 
 def examples(where: str, data, name: str = "data"):
-    """`data`, ready for JAX: a NumPy integer too large for JAX's own becomes the largest one, not another number.
+    """`data`, ready for JAX: a NumPy integer too large for JAX becomes the largest one, not a different number.
 
-    TypeError where a leaf is no array of numbers, with what to do about it.
+    TypeError with advice if a leaf is not an array of numbers.
     """
     leaves, treedef = jax.tree.flatten(data)
     if all(isinstance(leaf, jax.Array) for leaf in leaves):
@@ -283,7 +283,7 @@ def _is_examples(leaf) -> bool:
 
 
 def _wrong_kind(where: str, data, name: str) -> TypeError:
-    """The error of the first leaf that is no array of numbers."""
+    """The error for the first leaf that is not an array of numbers."""
     path, leaf = next((path, leaf) for path, leaf in jax.tree.leaves_with_path(data) if not _is_examples(leaf))
     here, kind = f"{name}{jax.tree_util.keystr(path)!s:.80}", type(leaf)
     if isinstance(leaf, np.ma.MaskedArray):
@@ -318,11 +318,11 @@ def count(where: str, data, batch_size: int, name: str = "data") -> int:
 
 
 def check_values(data: Any, *, num_classes: int | None = None, name: str = "data") -> None:
-    """Raises where a value cannot be trained on; runs on the host.
+    """Raises if a value cannot be trained on; runs on the host.
 
     Args:
       data: a pytree of arrays with a common leading axis.
-      num_classes: where given, every integer array of one axis holds labels, which must lie in `[0, num_classes)`.
+      num_classes: if given, every one-dimensional integer array holds labels, which must lie in `[0, num_classes)`.
       name: what the data is called in the message.
 
     Raises:
@@ -330,7 +330,9 @@ def check_values(data: Any, *, num_classes: int | None = None, name: str = "data
     """
     if num_classes is not None:
         positive("check_values", num_classes=num_classes)
-    parts = [(path, start, part) for path, leaf in jax.tree.leaves_with_path(data) for start, part in _here(leaf)]
+    parts = [
+        (path, start, part) for path, leaf in jax.tree.leaves_with_path(data) for start, part in _local_parts(leaf)
+    ]
     for path, start, a in parts:
         where = f"{name}{jax.tree_util.keystr(path)}"
         if jnp.issubdtype(a.dtype, jnp.inexact):  # NumPy's own test does not know bfloat16
@@ -345,8 +347,8 @@ def check_values(data: Any, *, num_classes: int | None = None, name: str = "data
             raise ValueError(f"{where}[{shown}]: {expected} expected, got {a[at]}")
 
 
-def _here(leaf) -> list[tuple[tuple[int, ...], np.ndarray]]:
-    """The parts of an array that this process has, each with the index of its first element."""
+def _local_parts(leaf) -> list[tuple[tuple[int, ...], np.ndarray]]:
+    """The parts of an array that this process holds, each with the index of its first element."""
     if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
         return [((0,) * np.ndim(leaf), np.asarray(leaf))]
     parts = {tuple(i.start or 0 for i in shard.index): shard.data for shard in leaf.addressable_shards}

@@ -2,7 +2,7 @@
 
 The arrays are written and read by orbax-checkpoint (the extra `checkpoint`). Added here is a manifest, put in place
 last: the name, shape, dtype and SHA-256 of every array, the size and SHA-256 of every file, and a SHA-256 of itself.
-All are verified when a checkpoint is restored; a folder without a manifest is no checkpoint.
+All are verified when a checkpoint is restored; a folder without a manifest is not a checkpoint.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ class Checkpoint(NamedTuple):
     """What `restore` returns.
 
     Attributes:
-      state: like the one given, with the saved arrays, where the given ones lie.
+      state: like the one given, with the saved arrays, sharded like the given ones.
       config: the configuration that was saved.
       step: the step that was saved.
       devices: the number of devices that the saved arrays were on.
@@ -51,21 +51,21 @@ def save(folder: Any, state: Any, *, config: Any = None, keep: int = 3, score: f
     """Saves a state as `folder/<step>`, and removes what need not be kept. Every process calls it.
 
     Args:
-      folder: for the checkpoints of one run, on a file system that all processes share; made where it is not there.
-        One run at a time writes to it: what a killed save left in it (`.<step>.unfinished`) is removed.
-      state: a `TrainState`, or any tree with a `step` and of arrays and random keys.
-      config: what made the run, of dicts with text keys, lists, text, numbers, booleans and None.
-      keep: so many of the last checkpoints are kept.
-      score: where given, the checkpoint with the highest is kept besides.
+      folder: for the checkpoints of one run, on a file system that all processes share; created if it does not exist.
+        Only one run at a time may write to it: what a killed save left there (`.<step>.unfinished`) is removed.
+      state: a `TrainState`, or any pytree of arrays and random keys with a `step`.
+      config: what made the run: dicts with string keys, lists, strings, numbers, booleans and None.
+      keep: how many of the last checkpoints to keep.
+      score: if given, the checkpoint with the highest score is kept too.
 
     Returns:
-      The checkpoint's folder. It is whole and verified by its manifest, or it is not there.
+      The checkpoint's folder. It is complete and verified by its manifest, or it does not exist.
 
     Raises:
-      TypeError: a config that is no such data, a state without a step, an array whose dtype JAX would narrow.
-      ValueError: `keep` below 1, a score that is not finite, a step below 0, or not above those that the folder holds
-        (the same arrays and config again are no error).
-      OSError: it cannot be written, naming the checkpoint; those that were in the folder before are as they were.
+      TypeError: a config that is not such data, a state without a step, an array whose dtype JAX would narrow.
+      ValueError: `keep` below 1, a score that is not finite, a step below 0, or not above those in the folder
+        (saving the same arrays and config again is not an error).
+      OSError: it cannot be written, naming the checkpoint; earlier checkpoints are untouched.
     """
     _arguments.positive("checkpoint.save", keep=keep)
     if score is not None and not np.isfinite(_arguments.number("checkpoint.save", score=score)):
@@ -87,7 +87,7 @@ def save(folder: Any, state: Any, *, config: Any = None, keep: int = 3, score: f
     folder = _local(folder)
     where, unfinished = folder / str(step), folder / f".{step}.unfinished"
     last = max(steps(folder), default=-1)
-    if step == last and _identity(_manifest(where)) == _identity(manifest):
+    if step == last and _content(_manifest(where)) == _content(manifest):
         return where
     if step <= last:
         raise ValueError(
@@ -95,21 +95,21 @@ def save(folder: Any, state: Any, *, config: Any = None, keep: int = 3, score: f
             f"what is above step {step} out of this one"
         )
     first = jax.process_index() == 0
-    with _error_names(where, unfinished):
-        with _agreed():
+    with _as_os_error(where, unfinished):
+        with _all_or_none():
             if first:
-                _begin(folder, where, unfinished)
+                _start(folder, where, unfinished)
         with _orbax() as (ocp, checkpointer):
             full = {name: a for name, a in arrays.items() if a.size}  # orbax refuses empty arrays
             checkpointer.save(unfinished / ARRAYS, args=ocp.args.StandardSave(full))
-        with _agreed():
+        with _all_or_none():
             if first:
                 _files.write_synced(unfinished / MANIFEST, _bytes(manifest | {"files": _hashes(unfinished, kept=True)}))
                 os.rename(unfinished, where)
                 _sync(folder)
-    with _agreed():
+    with _all_or_none():
         if first:
-            _remove(folder, keep)
+            _prune(folder, keep)
     return where
 
 
@@ -118,8 +118,8 @@ def restore(folder: Any, like: Any, *, step: int | None = None) -> Checkpoint:
 
     Args:
       folder: as for `save`.
-      like: a state of the same network and optimiser, as `init_state` makes it: the arrays are put where its arrays
-        lie, on as many devices as there are now. Arrays, but not random keys, may be `jax.ShapeDtypeStruct`.
+      like: a state of the same network and optimizer, as `init_state` makes it: the arrays are sharded like its arrays,
+        on as many devices as there are now. Arrays, but not random keys, may be `jax.ShapeDtypeStruct`.
       step: which checkpoint; None: the last.
 
     Returns:
@@ -127,7 +127,7 @@ def restore(folder: Any, like: Any, *, step: int | None = None) -> Checkpoint:
 
     Raises:
       FileNotFoundError: no checkpoint there, or not of that step.
-      ValueError: a checkpoint of another network, optimiser or dtype, of a newer format, or one whose bytes are not
+      ValueError: a checkpoint of a different network, optimizer or dtype, of a newer format, or one whose bytes are not
         those that were saved, naming the file or the array, what is wrong, and the checkpoint before it.
     """
     folder = _local(folder)
@@ -141,7 +141,7 @@ def restore(folder: Any, like: Any, *, step: int | None = None) -> Checkpoint:
     where = folder / str(step)
     arrays, keys = _named(like)
     earlier = [other for other in found if other < step]
-    with _error_adds(f"; the checkpoint before it is step={earlier[-1]}" if earlier else ""):
+    with _append_to_error(f"; the checkpoint before it is step={earlier[-1]}" if earlier else ""):
         manifest = _manifest(where)
         _check_alike(where, manifest, arrays, keys)
         _check_files(where, manifest["files"])
@@ -168,7 +168,7 @@ def steps(folder: Any) -> list[int]:
       folder: as for `save`.
 
     Returns:
-      In order; none where the folder is not there. What a killed save left is no checkpoint, nor is what else is there.
+      In order; none if the folder does not exist. What a killed save left, or anything else there, does not count.
     """
     folder = _local(folder)
     if not folder.is_dir():
@@ -195,7 +195,7 @@ def _orbax():
 
 
 @contextlib.contextmanager
-def _error_names(where: Path, unfinished: Path):
+def _as_os_error(where: Path, unfinished: Path):
     """Whatever fails while writing is an OSError that names the checkpoint; what was written of it is removed."""
     try:
         yield
@@ -206,11 +206,11 @@ def _error_names(where: Path, unfinished: Path):
             raise  # a collective that broke: another process was lost
         if jax.process_index() == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
-        raise OSError(f"{where}: cannot be written; it is no checkpoint ({_arguments.first_line(e)})") from e
+        raise OSError(f"{where}: cannot be written; it is not a checkpoint ({_arguments.first_line(e)})") from e
 
 
 @contextlib.contextmanager
-def _error_adds(text: str):
+def _append_to_error(text: str):
     try:
         yield
     except ValueError as e:
@@ -218,7 +218,7 @@ def _error_adds(text: str):
 
 
 @contextlib.contextmanager
-def _agreed():
+def _all_or_none():
     """Where one process fails, all of them raise, or the others would wait for it."""
     error = None
     try:
@@ -233,7 +233,7 @@ def _agreed():
         raise error
 
 
-def _begin(folder: Path, where: Path, unfinished: Path) -> None:
+def _start(folder: Path, where: Path, unfinished: Path) -> None:
     if where.exists():
         raise FileExistsError("something else of that name is there")
     folder.mkdir(parents=True, exist_ok=True)
@@ -311,13 +311,13 @@ def _manifest(where: Path) -> dict:
         or manifest["format"] != FORMAT
         or not isinstance(manifest["score"], float | None)
     ):
-        raise ValueError(f"{path}: damaged; it is no manifest of format {FORMAT}")
+        raise ValueError(f"{path}: damaged; it is not a manifest of format {FORMAT}")
     if str(manifest["step"]) != where.name:
         raise ValueError(f"{path}: is of step {manifest['step']}; its folder was renamed")
     return manifest
 
 
-def _identity(manifest: dict) -> str:
+def _content(manifest: dict) -> str:
     """What makes two checkpoints of one step the same: not where they were saved, nor how good they are."""
     return json.dumps({name: manifest[name] for name in ("keys", "arrays", "config")}, sort_keys=True)
 
@@ -326,7 +326,7 @@ def _check_alike(where: Path, manifest: dict, arrays: dict, keys: dict) -> None:
     saved = manifest["arrays"]
     for name in [*(saved.keys() - arrays.keys()), *(arrays.keys() - saved.keys())]:
         has, lacks = ("the checkpoint", "this run") if name in saved else ("this run", "the checkpoint")
-        raise ValueError(f"{where}: of another network or optimizer; {has} has {name}, and {lacks} has not")
+        raise ValueError(f"{where}: of a different network or optimizer: {has} has {name}, {lacks} does not")
     for name, a in arrays.items():
         came, expected = saved[name], {"shape": list(a.shape), "dtype": str(a.dtype)}
         if any(came[what] != expected[what] for what in expected):
@@ -338,7 +338,7 @@ def _check_alike(where: Path, manifest: dict, arrays: dict, keys: dict) -> None:
         raise ValueError(f"{where}: random keys {manifest['keys']}, and this run expects {keys}")
 
 
-def _remove(folder: Path, keep: int) -> None:
+def _prune(folder: Path, keep: int) -> None:
     scores: dict[int, Any] = {}
     for step in steps(folder):
         with contextlib.suppress(ValueError, OSError):  # a damaged one is left for a person to look at
@@ -348,7 +348,7 @@ def _remove(folder: Path, keep: int) -> None:
     for step in sorted(scores)[:-keep]:
         if step != best and not (folder / str(step)).is_symlink():
             removed = folder / f".{step}.unfinished"
-            os.rename(folder / str(step), removed)  # from here on it is no checkpoint, however the rest goes
+            os.rename(folder / str(step), removed)  # from here on it is not a checkpoint, whatever happens next
             _rmtree(removed)
 
 
@@ -393,7 +393,7 @@ def _named(state) -> tuple[dict[str, jax.Array], dict[str, str]]:
                 leaf = jnp.asarray(leaf)
             except (OverflowError, TypeError, ValueError) as e:
                 raise TypeError(
-                    f"checkpoint: {name} is no array that JAX can hold ({_arguments.first_line(e)})"
+                    f"checkpoint: {name} is not an array that JAX can hold ({_arguments.first_line(e)})"
                 ) from None
             if np.asarray(given).dtype != leaf.dtype and not isinstance(given, bool | int | float):
                 raise TypeError(f"checkpoint: {name} is {np.asarray(given).dtype}, which JAX narrows to {leaf.dtype}")
@@ -422,6 +422,6 @@ def _unnamed(like, arrays: dict) -> Any:
 
 
 def _sha256(a: jax.Array) -> str:
-    """Of the array's bytes, row by row; wherever it lies."""
+    """The SHA-256 of the array's bytes, row by row, on whichever devices they are."""
     host = np.ascontiguousarray(_files.to_host(a))
     return hashlib.sha256(host.reshape(-1).view(np.uint8)).hexdigest()  # type: ignore[arg-type]

@@ -1,9 +1,9 @@
-"""Data sets in memory: readers that refuse bad files, a split, and a standardiser.
+"""Data sets in memory: readers that reject damaged files, a split, and a standardizer.
 
-A reader looks at a file's kind, size and header before it takes memory, and refuses arrays, or a file, of more than
-`max_bytes`; while it reads it takes up to three times that, `read_csv` up to twenty times where cells are short. What
-it refuses is a ValueError (a FileNotFoundError where there is no file) that names the file and what is wrong with it.
-Nothing is unpickled. All arrays are NumPy's; `fcfunc.train` puts them on the device.
+A reader checks a file's kind, size and header before it allocates memory, and rejects arrays, or a file, of more than
+`max_bytes`; while reading it needs up to three times that, `read_csv` up to twenty times if cells are short. A rejected
+file is a ValueError (a FileNotFoundError if there is none) that names the file and what is wrong with it. Nothing is
+unpickled. All arrays are NumPy arrays; `fcfunc.train` puts them on the device.
 """
 
 import array
@@ -34,11 +34,11 @@ __all__ = [
 FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"  # where Debian's dataset-fashion-mnist puts it
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 MAX_AXES = 32
-MEMBERS = 10_000
+MAX_MEMBERS = 10_000
 """The most arrays that an NPZ file may hold."""
 MEMBER_BYTES = 2**20
 """What an NPZ file may be larger than its arrays: names, headers, the directory."""
-UNPACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 """What NumPy writes; zipfile bounds the memory of no other method by what a member says of its size."""
 IDX_DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
@@ -53,7 +53,7 @@ class Dataset(NamedTuple):
 class Table(NamedTuple):
     """A CSV file: `x` float32 `[n, features]`; `y` int32 or float32 `[n]`; names of columns and of classes.
 
-    `classes` holds the texts that the integers in `y` stand for, or None where the target is numeric.
+    `classes` holds the strings that the integers in `y` stand for, or None if the target is numeric.
     """
 
     x: np.ndarray
@@ -121,7 +121,7 @@ def read_idx(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> np.ndarr
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is no IDX file, is cut off, is longer than its header says, or is too large.
+      ValueError: it is not an IDX file, is truncated, is longer than its header says, or is too large.
 
     Source: Y. LeCun, The MNIST database, for the format.
     """
@@ -151,7 +151,7 @@ def read_npz(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> dict[str
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is no NPZ file, holds anything but arrays of numbers, is damaged or too large.
+      ValueError: it is not an NPZ file, contains anything but arrays of numbers, is damaged or too large.
     """
     _arguments.positive("read_npz", max_bytes=max_bytes)
     path = regular_file(path)
@@ -163,10 +163,10 @@ def read_npz(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> dict[str
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
             total = sum(m.file_size for m in members)
-            if total > max_bytes or len(members) > MEMBERS:
+            if total > max_bytes or len(members) > MAX_MEMBERS:
                 raise ValueError(
                     f"{path}: {len(members)} arrays, {total} bytes when unpacked, more than the {max_bytes} allowed "
-                    f"(or than {MEMBERS} arrays)"
+                    f"(or than {MAX_MEMBERS} arrays)"
                 )
             for member in members:
                 name = member.filename.removesuffix(".npy")
@@ -183,13 +183,13 @@ def read_npz(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> dict[str
 def read_csv(path: str | os.PathLike, *, target: str | None = None, max_bytes: int = MAX_BYTES) -> Table:
     """Features and a target from a CSV file.
 
-    The first row is taken as a header if one of its cells but the last is no number. Every feature must be a finite
-    number. A target of whole numbers of at most nine digits is read as int32, of other numbers as float32; of texts, as
-    the indices of the sorted texts.
+    The first row is a header if one of its cells except the last is not a number. Every feature must be a finite
+    number. A target of integers of at most nine digits is read as int32, of other numbers as float32, and of strings as
+    the indices of the sorted strings.
 
     Args:
       path: the file, UTF-8, comma-separated.
-      target: the target's column by its name in the header; None takes the last column.
+      target: the name of the target's column in the header; None: the last column.
       max_bytes: the largest file that is accepted.
 
     Returns:
@@ -197,8 +197,8 @@ def read_csv(path: str | os.PathLike, *, target: str | None = None, max_bytes: i
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file is empty or too large, a row has another number of cells than the first, a cell is no finite
-        number, or the target is not in the header; each with the line.
+      ValueError: the file is empty or too large, a row and the first one differ in their number of cells, a cell is
+        not a finite number, or the target is not in the header; each with the line.
     """
     _arguments.positive("read_csv", max_bytes=max_bytes)
     path = regular_file(path)
@@ -241,7 +241,7 @@ def read_csv(path: str | os.PathLike, *, target: str | None = None, max_bytes: i
 
 
 def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """The rows of a CSV file with the line that each ends in; empty lines are none."""
+    """The rows of a CSV file with the line that each ends in, without empty lines."""
     with open(path, encoding="utf-8-sig", newline="") as f:
         reader = csv.reader(f, strict=True)
         for row in reader:
@@ -345,7 +345,7 @@ def _parse_idx(path: Path, f: BinaryIO, max_bytes: int) -> np.ndarray:
         raise ValueError(f"{path}: cut off in the header")
     shape = [int(d) for d in np.frombuffer(header, ">u4")]
     size = math.prod(shape) * dtype.itemsize
-    if _counted(shape) * dtype.itemsize > max_bytes or len(shape) > MAX_AXES:
+    if _claimed_elements(shape) * dtype.itemsize > max_bytes or len(shape) > MAX_AXES:
         raise ValueError(f"{path}: the header claims {shape}, {size} bytes, more than the {max_bytes} allowed")
     body = f.read(size + 1)
     if len(body) != size:
@@ -354,15 +354,15 @@ def _parse_idx(path: Path, f: BinaryIO, max_bytes: int) -> np.ndarray:
     return np.frombuffer(body, dtype).reshape(shape).astype(dtype.newbyteorder("="))
 
 
-def _counted(shape) -> int:
-    """The elements of an array, where one without any counts by its other axes, as NumPy does."""
+def _claimed_elements(shape) -> int:
+    """The number of elements of an array, in which an axis of size 0 counts as 1, as in NumPy's own limit."""
     return math.prod(max(d, 1) for d in shape)
 
 
 def _read_npy(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
-    """One array of an archive; its header is held against the member's size before memory is taken."""
+    """One array of an archive; its header is compared with the member's size before memory is allocated."""
     where = f"{path}, {member.filename}"
-    if member.compress_type not in UNPACKED:
+    if member.compress_type not in COMPRESSIONS:
         raise ValueError(f"{where}: packed by another method than NumPy's, {member.compress_type}")
     try:
         with archive.open(member) as f:
@@ -378,7 +378,7 @@ def _read_npy(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> 
         raise ValueError(f"{where}: an array of numbers expected, got dtype {dtype}")
     if not all(type(d) is int and d >= 0 for d in shape) or len(shape) > MAX_AXES:
         raise ValueError(f"{where}: the header claims an impossible shape, {list(shape)!s:.80}")
-    if size != there or _counted(shape) * dtype.itemsize > 2**62:
+    if size != there or _claimed_elements(shape) * dtype.itemsize > 2**62:
         raise ValueError(f"{where}: the header claims {list(shape)} of {dtype}, {size} bytes, and {there} follow")
     try:
         with archive.open(member) as f:
@@ -388,7 +388,7 @@ def _read_npy(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> 
 
 
 def _number(cell: str) -> float | None:
-    """The number that a cell spells, None where it spells none; digits grouped by `_` are no number here."""
+    """The number in a cell, None if there is none; digits grouped by `_` do not count as a number."""
     try:
         return None if "_" in cell else float(cell)
     except ValueError:

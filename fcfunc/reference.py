@@ -1,9 +1,9 @@
-"""The plain-JAX twin of every operation and loss: same name, same signature, no hand-written rule.
+"""A plain JAX implementation of every operation and loss: same name, same signature, no hand-written rule.
 
-The twins are the oracle that the rules are compared with, and they have what a `custom_vjp` function lacks:
-forward mode (`jax.jvp`, `jax.jacfwd`, `jax.linearize`, `jax.experimental.jet`).
-`fcfunc.apply(..., ops=fcfunc.reference)` runs a whole network on them. They are written for comparison,
-not for memory or speed. Like the rules they take arrays and Python floats, and broadcast nothing.
+It is the oracle that the rules are compared with, and it has what a `custom_vjp` function lacks: forward mode
+(`jax.jvp`, `jax.jacfwd`, `jax.linearize`, `jax.experimental.jet`). `fcfunc.mlp(..., ops=fcfunc.reference)` builds a
+network on it. It is written for comparison, not for memory or speed. Like the rules it accepts arrays and Python
+floats, and broadcasts nothing.
 """
 
 import math
@@ -49,22 +49,22 @@ def leaky_relu(x, *, negative_slope=0.01):
 
 def elu(x, *, alpha=1.0):
     """Reference implementation of `fcfunc.ops.elu`."""
-    return _widened("elu", lambda x: jnp.where(x > 0, x, alpha * (jnp.exp(jnp.where(x > 0, 0, x)) - 1)), x)
+    return _in_float32("elu", lambda x: jnp.where(x > 0, x, alpha * (jnp.exp(jnp.where(x > 0, 0, x)) - 1)), x)
 
 
 def sigmoid(x):
     """Reference implementation of `fcfunc.ops.sigmoid`."""
-    return _widened("sigmoid", jax.nn.sigmoid, x)
+    return _in_float32("sigmoid", jax.nn.sigmoid, x)
 
 
 def silu(x):
     """Reference implementation of `fcfunc.ops.silu`."""
-    return _widened("silu", lambda x: _times_probability(x, jax.nn.sigmoid), x)
+    return _in_float32("silu", lambda x: _times_probability(x, jax.nn.sigmoid), x)
 
 
 def softplus(x):
     """Reference implementation of `fcfunc.ops.softplus`."""
-    return _widened("softplus", _softplus, x)
+    return _in_float32("softplus", _softplus, x)
 
 
 def gelu(x, *, approximate=True):
@@ -78,12 +78,12 @@ def gelu(x, *, approximate=True):
         c = jnp.where(x > 40, 40, jnp.where(x < -40, -40, x))
         return jax.nn.sigmoid(2 * math.sqrt(2 / math.pi) * (c + 0.044715 * c**3))
 
-    return _widened("gelu", lambda x: _times_probability(x, with_tanh if approximate else exact), x)
+    return _in_float32("gelu", lambda x: _times_probability(x, with_tanh if approximate else exact), x)
 
 
 def tanh(x):
     """Reference implementation of `fcfunc.ops.tanh`."""
-    return _widened("tanh", jnp.tanh, x)
+    return _in_float32("tanh", jnp.tanh, x)
 
 
 def dropout(x, *, rate, key):
@@ -96,37 +96,37 @@ def dropout(x, *, rate, key):
 
 def layer_norm(x, scale, offset, *, eps=1e-5):
     """Reference implementation of `fcfunc.ops.layer_norm`."""
-    return _normalised(x, *_moments(x, -1), scale, offset, eps)
+    return _normalized(x, *_moments(x, -1), scale, offset, eps)
 
 
 def rms_norm(x, scale, *, eps=1e-5):
     """Reference implementation of `fcfunc.ops.rms_norm`."""
     z = upcast(x)
     square = jnp.mean(z**2, axis=-1, keepdims=True)
-    normal = z / jnp.sqrt(jnp.where(square == jnp.inf, jnp.nan, square) + eps)
-    return (normal * jnp.broadcast_to(scale.astype(z.dtype), z.shape)).astype(x.dtype)
+    x_hat = z / jnp.sqrt(jnp.where(square == jnp.inf, jnp.nan, square) + eps)
+    return (x_hat * jnp.broadcast_to(scale.astype(z.dtype), z.shape)).astype(x.dtype)
 
 
 def batch_norm(x, scale, offset, state, *, training, decay=0.9, eps=1e-5, unbiased_variance=True):
     """Reference implementation of `fcfunc.ops.batch_norm`."""
     if not training:
-        return _normalised(x, state["mean"], jnp.zeros_like(state["mean"]), state["var"], scale, offset, eps), state
-    mean, rest, var = _moments(x, tuple(range(x.ndim - 1)))
+        return _normalized(x, state["mean"], jnp.zeros_like(state["mean"]), state["var"], scale, offset, eps), state
+    mean, mean_error, var = _moments(x, tuple(range(x.ndim - 1)))
     rows = math.prod(x.shape[:-1])
     scale_var = rows / (rows - 1) if unbiased_variance else 1
-    batch = {"mean": (mean + rest).reshape(-1), "var": var.reshape(-1) * scale_var}
+    batch = {"mean": (mean + mean_error).reshape(-1), "var": var.reshape(-1) * scale_var}
     moved = {name: decay * state[name] + (1 - decay) * batch[name].astype(state[name].dtype) for name in batch}
-    return _normalised(x, mean, rest, var, scale, offset, eps), moved
+    return _normalized(x, mean, mean_error, var, scale, offset, eps), moved
 
 
 def softmax(x, axis=-1, where=None):
     """Reference implementation of `fcfunc.ops.softmax`."""
-    return _widened("softmax", lambda x: jnp.exp(_log_softmax(x, axis, where)), x)
+    return _in_float32("softmax", lambda x: jnp.exp(_log_softmax(x, axis, where)), x)
 
 
 def log_softmax(x, axis=-1, where=None):
     """Reference implementation of `fcfunc.ops.log_softmax`."""
-    return _widened("log_softmax", lambda x: _log_softmax(x, axis, where), x)
+    return _in_float32("log_softmax", lambda x: _log_softmax(x, axis, where), x)
 
 
 def softmax_cross_entropy_with_integer_labels(
@@ -139,10 +139,10 @@ def softmax_cross_entropy_with_integer_labels(
     _arguments.loss_options(name, jnp.shape(labels), where, weights, label_smoothing, logits=logits.shape)
     classes = where if where is not None and jnp.ndim(where) == logits.ndim else None
     rows = where if classes is None else jnp.any(classes, axis=-1)
-    logits, hit, ignored, poison = _labelled(logits, as_array(labels), ignore_index, rows)
+    logits, is_label, ignored, poison = _labelled(logits, as_array(labels), ignore_index, rows)
     if classes is not None:
-        poison = jnp.where(ignored | jnp.any(hit & classes, axis=-1), poison, jnp.nan)
-    targets = hit.astype(logits.dtype)
+        poison = jnp.where(ignored | jnp.any(is_label & classes, axis=-1), poison, jnp.nan)
+    targets = is_label.astype(logits.dtype)
     loss = _cross_entropy(logits, targets, weights, class_weights, label_smoothing, classes) * poison
     return jnp.where(ignored, 0, loss)
 
@@ -209,9 +209,9 @@ def negative_log_likelihood(probs, labels, axis=-1, *, ignore_index=None):
     """Reference implementation of `fcfunc.losses.negative_log_likelihood`."""
     probs, _ = _classes_last(_floating("negative_log_likelihood", probs), axis, None)
     _arguments.labels("negative_log_likelihood", labels, scores=probs)
-    probs, hit, ignored, poison = _labelled(probs, as_array(labels), ignore_index)
+    probs, is_label, ignored, poison = _labelled(probs, as_array(labels), ignore_index)
     # The sum before the logarithm: the logarithm of a probability of 0 that is not the label's stays out.
-    picked = jnp.sum(jnp.where(hit, probs, 0), axis=-1)
+    picked = jnp.sum(jnp.where(is_label, probs, 0), axis=-1)
     poison = jnp.where(picked < 0, jnp.nan, poison)
     return jnp.where(ignored, 0, -jnp.log(jnp.where(ignored, 1, picked * poison)))
 
@@ -220,11 +220,11 @@ def multiclass_svm(scores, labels, axis=-1, *, margin=1.0):
     """Reference implementation of `fcfunc.losses.multiclass_svm`."""
     scores, _ = _classes_last(_floating("multiclass_svm", scores), axis, None)
     _arguments.labels("multiclass_svm", labels, scores=scores)
-    scores, hit, _, poison = _labelled(scores, as_array(labels), None)
+    scores, is_label, _, poison = _labelled(scores, as_array(labels), None)
 
     def excess(scores):
-        own = jnp.sum(jnp.where(hit, scores, 0), axis=-1, keepdims=True)
-        return jnp.where(hit, 0, scores - jnp.broadcast_to(own, scores.shape) + margin)
+        own = jnp.sum(jnp.where(is_label, scores, 0), axis=-1, keepdims=True)
+        return jnp.where(is_label, 0, scores - jnp.broadcast_to(own, scores.shape) + margin)
 
     poison = jnp.where(jnp.max(jnp.isnan(excess(scores)).astype(scores.dtype), axis=-1, initial=0) > 0, jnp.nan, poison)
     return jnp.sum(relu(excess(scores * jnp.expand_dims(poison, -1))), axis=-1) * poison
@@ -242,7 +242,7 @@ def _floating(where, x):
     return jnp.asarray(x)
 
 
-def _widened(where, fun, x):
+def _in_float32(where, fun, x):
     x = _floating(where, x)
     return fun(upcast(x)).astype(x.dtype)
 
@@ -273,18 +273,18 @@ def _times_probability(x, cdf):
 
 
 def _moments(x, axes):
-    """The mean, in two numbers as its rounding would count as variance, and the variance."""
+    """The mean, in two parts because its rounding error would count as variance, and the variance."""
     mean = jnp.mean(upcast(x), axis=axes, keepdims=True)
-    rest = jnp.mean(upcast(x) - mean, axis=axes, keepdims=True)
-    return mean, rest, jnp.mean((upcast(x) - mean - rest) ** 2, axis=axes, keepdims=True)
+    mean_error = jnp.mean(upcast(x) - mean, axis=axes, keepdims=True)
+    return mean, mean_error, jnp.mean((upcast(x) - mean - mean_error) ** 2, axis=axes, keepdims=True)
 
 
-def _normalised(x, mean, rest, var, scale, offset, eps):
-    """`scale (x − mean − rest) / √(var + eps) + offset`; a variance that overflowed counts as NaN."""
+def _normalized(x, mean, mean_error, var, scale, offset, eps):
+    """`scale (x − mean − mean_error) / √(var + eps) + offset`; NaN for a variance that overflowed."""
     var = jnp.where(var == jnp.inf, jnp.nan, var)
-    arrays = (mean, rest, var, scale, offset)
-    mean, rest, var, scale, offset = (jnp.broadcast_to(a.astype(upcast(x).dtype), x.shape) for a in arrays)
-    return ((upcast(x) - mean - rest) / jnp.sqrt(var + eps) * scale + offset).astype(x.dtype)
+    arrays = (mean, mean_error, var, scale, offset)
+    mean, mean_error, var, scale, offset = (jnp.broadcast_to(a.astype(upcast(x).dtype), x.shape) for a in arrays)
+    return ((upcast(x) - mean - mean_error) / jnp.sqrt(var + eps) * scale + offset).astype(x.dtype)
 
 
 def _log_softmax(x, axis, where=None):
@@ -317,17 +317,17 @@ def _cross_entropy(logits, labels, weights, class_weights, smoothing, classes=No
 
 
 def _labelled(scores, labels, ignore_index, where=None):
-    """Scores with ignored rows set to 0, the label's mask, the ignored rows, and NaN for impossible labels, else 1.
+    """Scores with ignored rows set to 0, the label's mask, the ignored rows, and 1 or NaN (impossible labels).
 
     Impossible labels make their scores NaN as well: setting the scores, and not only the loss, is what keeps a NaN out
     of the gradient of an ignored row, and in that of an impossible one.
     """
     scores, classes = upcast(scores), scores.shape[-1]
     labels = labels.astype(jnp.int64 if labels.dtype.itemsize > 4 else jnp.int32)
-    hit = jnp.expand_dims(labels, -1) == jax.lax.broadcasted_iota(labels.dtype, scores.shape, scores.ndim - 1)
+    is_label = jnp.expand_dims(labels, -1) == jax.lax.broadcasted_iota(labels.dtype, scores.shape, scores.ndim - 1)
     ignored = jnp.zeros(labels.shape, bool) if where is None else ~where
     if ignore_index is not None:
         ignored = ignored | (labels == ignore_index)
     poison = jnp.where(ignored | ((labels >= 0) & (labels < classes)), 1, jnp.nan)
     scores = jnp.where(jnp.expand_dims(ignored, -1), 0, scores * jnp.expand_dims(poison, -1))
-    return scores, hit, ignored, poison
+    return scores, is_label, ignored, poison

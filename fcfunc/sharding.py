@@ -1,8 +1,8 @@
-"""Where arrays lie: meshes of devices, and the layouts of params and batches on them.
+"""Meshes of devices, and the sharding of params and batches.
 
-Nothing here computes. The functions of the package stay as they are, on one device and on many: JAX divides their work
-by where their arguments lie. The mesh has two axes: "data", over which the examples are divided, and "model", over
-which the layers are.
+Nothing here computes. The functions of the package are the same on one device and on several: JAX partitions their work
+according to the sharding of their arguments. The mesh has two axes: examples are sharded along "data", layers along
+"model".
 """
 
 import math
@@ -47,16 +47,16 @@ def make_mesh(
     """A mesh with the axes "data" and "model".
 
     Args:
-      data: devices over which the examples are divided; None: all there are, divided by `model`.
-      model: devices over which each layer is divided; neighbours, whose link is the fastest.
-      axis_type: `AxisType.Explicit`, as JAX's own meshes: an array's layout is part of its type, so that a gradient
-        lies as its parameter and a fully-sharded parameter is gathered, by the types alone. `AxisType.Auto` leaves the
-        layouts between to the compiler, which may move activations where that is less; for loss functions and
-        optimisers that the types refuse.
-      devices: those to use; None: all of all processes.
+      data: the number of devices over which the examples are sharded; None: all devices divided by `model`.
+      model: the number of devices over which each layer is sharded; neighbors, which have the fastest link.
+      axis_type: `AxisType.Explicit`, as for JAX's own meshes: an array's sharding is part of its type, so that a
+        gradient is sharded like its parameter and a fully sharded parameter is gathered, by the types alone.
+        `AxisType.Auto` leaves the sharding in between to the compiler, which may move activations if that is less; for
+        loss functions and optimizers that the types reject.
+      devices: the devices to use; None: all devices of all processes.
 
     Returns:
-      A `jax.sharding.Mesh`. One of your own from `jax.make_mesh` does as well wherever a mesh is asked for.
+      A `jax.sharding.Mesh`. A mesh of your own from `jax.make_mesh` works everywhere too.
 
     Raises:
       ValueError: a number below 1, or numbers whose product is not the number of devices.
@@ -78,19 +78,19 @@ def make_mesh(
 
 
 def param_specs(params: Any, mesh: Mesh, mode: str | Rules, *, replicate: str | Sequence[str] = ()) -> Any:
-    """How the params of a network lie on a mesh: a tree of PartitionSpec in their shape.
+    """The sharding of the params of a network on a mesh: a pytree of PartitionSpec with their structure.
 
     Modes:
-      "data": every device has all params; the examples are divided over "data".
-      "fsdp": each `w` is divided over "data" as well, and gathered where it is used.
-      "tensor": each layer is divided over "model", by columns and by rows in turn, so that two layers need one sum.
+      "data": params are replicated; examples are sharded along "data".
+      "fsdp": each `w` is sharded along "data" as well, and gathered where it is used.
+      "tensor": each layer is sharded along "model", by columns and by rows in turn, so that two layers need one sum.
       "fsdp+tensor": both.
 
     A mode is a list of rules, `(logical axis, mesh axis)`. The logical axes of the widths are "features" for the
-    inputs, then "mlp" and "embed" in turn, and "classes" for the outputs; a stack keeps what it is given, and its first
-    axis is never divided. For each `w` the rules are gone through in order. One applies where `w` has its logical axis,
-    that axis has no mesh axis yet, no other axis of `w` has its mesh axis, and its width can be divided. The biases and
-    the leaves of a norm lie as the columns of their `w`.
+    inputs, then "mlp" and "embed" in turn, and "classes" for the outputs; a stack keeps those of its input, and its
+    leading axis is never sharded. For each `w` the rules are tried in order. A rule applies if `w` has its logical
+    axis, that axis has no mesh axis yet, no other axis of `w` has its mesh axis, and its width can be divided. Biases
+    and the leaves of a norm are sharded like the columns of their `w`.
 
     Args:
       params: from `fcfunc.init`, stacked or not; or their shapes, from `jax.eval_shape`.
@@ -102,8 +102,8 @@ def param_specs(params: Any, mesh: Mesh, mode: str | Rules, *, replicate: str | 
       A list of dicts with one PartitionSpec for each array.
 
     Raises:
-      ValueError: an unknown mode; a rule with an axis that the mesh or the network has not; a width that the mesh axis
-        does not divide and no other rule for that mesh axis makes good: a mode never replicates silently.
+      ValueError: an unknown mode; a rule with an axis that the mesh or the network does not have; a width that the mesh
+        axis does not divide, unless another rule uses that mesh axis: a mode never replicates silently.
       TypeError: params, a mesh or rules of another kind.
 
     Example:
@@ -142,18 +142,18 @@ def param_specs(params: Any, mesh: Mesh, mode: str | Rules, *, replicate: str | 
 
 
 def logical_specs(axes: Any, tree: Any, mesh: Mesh, rules: Rules) -> Any:
-    """How any tree of arrays lies on a mesh, by the logical names of its axes.
+    """The sharding of any pytree of arrays on a mesh, by the logical names of its axes.
 
     Args:
-      axes: in the shape of `tree`, for each array a PartitionSpec of logical names: `P("embed", "mlp")`, None for an
-        axis that is not divided.
+      axes: with the structure of `tree`, for each array a PartitionSpec of logical names: `P("embed", "mlp")`, None for
+        an axis that is not sharded.
       tree: the arrays, or their shapes.
       mesh: the mesh.
       rules: `(logical axis, mesh axis)` in order of preference, read as `param_specs` reads them. Each name in `axes`
         needs one; None for its mesh axis replicates it.
 
     Returns:
-      A tree of PartitionSpec of mesh axes.
+      A pytree of PartitionSpec of mesh axes.
 
     Raises:
       ValueError: as for `param_specs`, naming the array by its path; a logical axis without a rule.
@@ -182,19 +182,19 @@ def logical_specs(axes: Any, tree: Any, mesh: Mesh, rules: Rules) -> Any:
 
 
 def shard(tree: Any, specs: Any, mesh: Mesh) -> Any:
-    """Lays arrays on a mesh.
+    """Places arrays on a mesh.
 
     Args:
-      tree: arrays, the same on every process. Where they are too large for one device, make them where they shall lie
-        instead: `jax.jit(init, out_shardings=...)`.
-      specs: a tree of PartitionSpec as from `param_specs`, or one for a whole subtree.
+      tree: arrays, the same on every process. If they are too large for one device, create them sharded instead:
+        `jax.jit(net.init, out_shardings=...)`.
+      specs: a pytree of PartitionSpec as from `param_specs`, or one for an entire subtree.
       mesh: the mesh.
 
     Returns:
-      The same arrays, each device holding its part.
+      The same arrays, of which each device holds its part.
 
     Raises:
-      ValueError: an axis that the mesh axes do not divide, naming the array.
+      ValueError: an axis that the mesh axes do not divide evenly, naming the array.
 
     Example:
       >>> mesh = make_mesh(data=1, devices=jax.devices()[:1])

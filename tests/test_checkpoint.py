@@ -82,7 +82,7 @@ def test_what_is_not_the_same_run_is_an_error_that_names_the_array(tmp_path):
         ValueError, match=r"1: params\[0\]\['b'\] is float32 \[64\], and this run expects float32 \[32\]"
     ):
         checkpoint.restore(tmp_path, make_state(dims=(16, 32, 8)))
-    with pytest.raises(ValueError, match=r"another network or optimizer; the checkpoint has opt_state"):
+    with pytest.raises(ValueError, match=r"different network or optimizer: the checkpoint has opt_state"):
         checkpoint.restore(tmp_path, make_state(optimizer=optax.sgd(0.1)))
     with pytest.raises(ValueError, match=r"float32 .*, and this run expects bfloat16"):
         checkpoint.restore(tmp_path, make_state(dtype=jnp.bfloat16))
@@ -198,12 +198,12 @@ def test_a_checkpoint_that_cannot_be_removed_is_a_warning_and_the_new_one_is_who
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.pop("files"), "it is no manifest of format 1"),
-        (lambda m: m.pop("config"), "it is no manifest of format 1"),
-        (lambda m: m.update(arrays=[]), "it is no manifest of format 1"),
-        (lambda m: m.update(format=0), "it is no manifest of format 1"),
-        (lambda m: m.update(format=float("nan")), "it is no manifest of format 1"),
-        (lambda m: m.update(score="best"), "it is no manifest of format 1"),
+        (lambda m: m.pop("files"), "it is not a manifest of format 1"),
+        (lambda m: m.pop("config"), "it is not a manifest of format 1"),
+        (lambda m: m.update(arrays=[]), "it is not a manifest of format 1"),
+        (lambda m: m.update(format=0), "it is not a manifest of format 1"),
+        (lambda m: m.update(format=float("nan")), "it is not a manifest of format 1"),
+        (lambda m: m.update(score="best"), "it is not a manifest of format 1"),
         (
             lambda m: m["files"].update({"/etc/hostname": {"bytes": 1, "sha256": ""}}),
             "/etc/hostname: damaged; the file",
@@ -236,7 +236,7 @@ def test_empty_arrays_and_numbers_too_large_are_laid_or_refused(tmp_path):
     state = train.TrainState({"a": empty}, (), jnp.int32(1), jax.random.key(0))
     checkpoint.save(tmp_path, state)
     assert checkpoint.restore(tmp_path, state).state.params["a"].sharding == empty.sharding
-    with pytest.raises(TypeError, match=r"params\['a'\] is no array that JAX can hold"):
+    with pytest.raises(TypeError, match=r"params\['a'\] is not an array that JAX can hold"):
         checkpoint.save(tmp_path, state._replace(params={"a": 2**40}, step=jnp.int32(2)))
 
 
@@ -285,7 +285,7 @@ except OSError as e:
     command = [sys.executable, "-c", program, how, str(folder)]
     result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=Path(__file__).parents[1])
     assert result.returncode == 1, result.stderr
-    assert f"refused: {folder}/2: cannot be written; it is no checkpoint (" in result.stderr
+    assert f"refused: {folder}/2: cannot be written; it is not a checkpoint (" in result.stderr
     assert checkpoint.steps(folder) == [1]
     assert bits(checkpoint.restore(folder, make_state()).state) == bits(state)
     checkpoint.save(folder, moved(make_state(), 3))

@@ -97,20 +97,20 @@ def negative_log_likelihood(
 ) -> jax.Array:
     r"""Negative log-likelihood of a network that ends in softmax: :math:`\ell = -\log p_y`.
 
-    Where the network can end in logits instead, `softmax_cross_entropy_with_integer_labels` is exact for
+    If the network can end in logits instead, `softmax_cross_entropy_with_integer_labels` is exact for
     probabilities that round to 0, which here give a loss of inf.
 
     Args:
       probs: probabilities, `[..., classes]`, or with the classes along `axis`.
       labels: integers in `[0, classes)`, in the shape of `probs` without `axis`.
       axis: the axis of the classes. For a tuple of axes a label is the flat index into them, in the order given.
-      ignore_index: the label of rows that have no loss; None (the default) where every row has one.
+      ignore_index: the label of rows to mask; None (the default) if every label is a class.
 
     Returns:
       One loss per row, in nats. Saved for the backward pass: the arguments.
 
     Raises:
-      TypeError: float labels, or probabilities of another than a floating-point dtype.
+      TypeError: float labels, or probabilities that are not floating-point.
       ValueError: `labels` does not have the shape of `probs` without `axis`.
 
     Source: derived in docs/derivations.md#negative-log-likelihood.
@@ -160,13 +160,13 @@ def multiclass_svm(
       scores: `[..., classes]`, or with the classes along `axis`.
       labels: integers in `[0, classes)`, in the shape of `scores` without `axis`.
       axis: the axis of the classes. For a tuple of axes a label is the flat index into them, in the order given.
-      margin: by how much the right score should exceed each other one, in the unit of the scores.
+      margin: by how much the right score should exceed every other one, in the unit of the scores.
 
     Returns:
       One loss per row. Saved for the backward pass: one boolean per score, one per row, and the labels.
 
     Raises:
-      TypeError: float labels, or scores of another than a floating-point dtype.
+      TypeError: float labels, or scores that are not floating-point.
       ValueError: `labels` does not have the shape of `scores` without `axis`.
 
     Source: derived in docs/derivations.md#multiclass-svm.

@@ -1,4 +1,4 @@
-"""The proof of a hand-written rule, for this library's rules and for anyone's.
+"""Tests for hand-written backward rules, those of this library and your own.
 
 `check_vjp(fun, args)` runs every check on a function that has a `custom_vjp` rule, or that calls some, and reports what
 it found; `assert_vjp` raises where it found something. docs/checking-rules.md is the guide.

@@ -1,4 +1,4 @@
-"""What a rule is tried on: arguments by shapes or as given, and gradients of them."""
+"""The test case: arguments (drawn or given), and gradients at them."""
 
 import contextlib
 import dataclasses
@@ -184,7 +184,7 @@ def compiled_tangents(fun: Callable, args: tuple, tangents: list) -> list:
 
 
 def only_real(cotangents) -> list:
-    """The leaves that are no float0, the cotangent of what cannot be differentiated."""
+    """The leaves that are not float0, the cotangent of what cannot be differentiated."""
     return [leaf for leaf in jax.tree.leaves(cotangents) if leaf.dtype != jax.dtypes.float0]
 
 
@@ -210,7 +210,7 @@ def is_real(leaf) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def close_statics(fun: Callable, statics: tuple, kwargs: tuple) -> Callable:
-    """`fun` with what is no array put in its place, and only the real leaves of its output."""
+    """`fun` as a function of its arrays alone, and only the real leaves of its output."""
 
     def of_arrays(*arrays):
         args, left = [], iter(arrays)

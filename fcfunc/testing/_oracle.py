@@ -81,7 +81,7 @@ class Call(NamedTuple):
 def watch(function: Callable, *args) -> tuple[list[Call], BaseException | None]:
     """Traces `function(*args)` and records every `custom_vjp` function that it calls, and every backward pass.
 
-    Nothing is computed. Functions that were compiled before are traced anew: their programs would hide their rules.
+    Nothing is computed. Functions that were compiled before are traced again: their programs would hide their rules.
     While it runs, `jax.custom_vjp.__call__` is replaced: not for use from several threads at once.
 
     Returns:
@@ -116,4 +116,4 @@ def watch(function: Callable, *args) -> tuple[list[Call], BaseException | None]:
     return calls, None
 
 
-_watched, _count = jax.make_user_context(0), itertools.count(1)  # a value never seen before makes JAX trace anew
+_watched, _count = jax.make_user_context(0), itertools.count(1)  # a value never seen before makes JAX trace again

@@ -42,7 +42,7 @@ class Report:
       rules: the names of the rules that it calls.
       results: one `Result` for each check, in the order they ran.
       arguments: a verdict for each real argument, by its path: "ok" or the checks that its gradient failed.
-      statics: the positions of the arguments that were held fixed, being no arrays.
+      statics: the positions of the arguments that were held fixed because they are not arrays.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Report:
         lines = [f"check_vjp of {self.name} (rules: {', '.join(self.rules)}): {'ok' if self.ok else 'FAILED'}"]
         lines += [f"  {path}: {verdict}" for path, verdict in self.arguments.items()]
         if self.statics:
-            lines.append(f"  held fixed, being no arrays: arguments {', '.join(map(str, self.statics))}")
+            lines.append(f"  held fixed, not being arrays: arguments {', '.join(map(str, self.statics))}")
         lines += [f"- {finding}" for finding in self.findings]
         lines.append(f"passed: {', '.join(passed) or 'none'}")
         lines += [f"not applicable: {r.check}: {r.reason}" for r in self.results if r.status == "not applicable"]
@@ -98,8 +98,8 @@ def check_vjp(
       args: concrete arguments, as a tuple; or their shapes by name, `"n d, d m, m"`, with what to draw where it is not
         normal numbers: `"n c, n:int<c"` (labels), `"n d:positive"`, `"n:bool"`, `":key"`; or a function
         `draw(rng, n, d)` that returns the tuple, its parameters after the first being the sizes. By shapes or by a
-        function the checker draws and sweeps the sizes. What is no array (a string, a Python number, a function) is
-        held fixed, as are the `nondiff_argnums` of a `custom_vjp`.
+        function the checker draws and sweeps the sizes. Non-array arguments (a string, a Python number, a function)
+        and `nondiff_argnums` are held fixed.
       reference: the oracle's function, where the rule's own is in doubt or the rule is a deliberate surrogate.
       kwargs: options of `fun`, held fixed.
       fast: fewer directions and sizes, no element-by-element differences, no meshes: under a second once warm.
@@ -116,7 +116,7 @@ def check_vjp(
       A `Report`.
 
     Raises:
-      TypeError: complex arguments, which are not supported; arguments that are no tuple, string or function.
+      TypeError: complex arguments, which are not supported; `args` that is not a tuple, string or function.
       ValueError: the function calls no rule, has no real argument or output, or a shape cannot be read; no such check.
 
     Example:

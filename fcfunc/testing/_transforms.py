@@ -161,11 +161,11 @@ def forward_over_reverse(case: Case) -> Iterator[Finding]:
 
 
 def _layouts(case: Case) -> Iterator[tuple[str, list[PartitionSpec]]]:
-    """Where arrays lie on a mesh of axes "x" and "y", by what their sizes are divided over.
+    """Shardings of the arguments on a mesh of axes "x" and "y", by the mesh axis of each size.
 
-    Each even size alone over "x", as data, column and row parallel training lay it; all over "x", as fully sharded; and
-    one over "y", the others over "x", as both together. In an array each mesh axis is used once, from the first axis
-    of the array on or, where that makes a difference, from the last.
+    Each even size alone over "x", as in data, column and row parallel training; all over "x", as in fully sharded
+    training; and one over "y", the others over "x", as in both together. An array uses each mesh axis once, from its
+    first axis on or, if that makes a difference, from its last.
     """
     leaves = jax.tree.leaves(case.args)
     sizes = sorted({n for leaf in case.reals for n in leaf.shape if n and n % 2 == 0})
@@ -191,7 +191,7 @@ def _layouts(case: Case) -> Iterator[tuple[str, list[PartitionSpec]]]:
 
 
 def _sharded(fun: Callable, case: Case, g: list, mesh, specs: list) -> list[np.ndarray]:
-    """The gradients, computed where the arguments lie."""
+    """The gradients, computed on sharded arguments."""
 
     def pull(args, g):
         out, back = jax.vjp(fun, *args)

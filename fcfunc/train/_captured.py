@@ -32,7 +32,7 @@ class FunctionKey:
 def cached_by_key(make: Callable) -> Callable:
     """`make`, which returns the same program for the same functions and numbers; the last 32 are kept.
 
-    JAX's own cache lives as long as a compiled function, so a program that is made anew would be compiled anew.
+    JAX's own cache lives as long as a compiled function, so a new function would be compiled again.
     Functions are given as `FunctionKey`.
     """
 

@@ -133,8 +133,8 @@ def _blame(loss_fn, state, data, indices, key) -> str | None:
     for name, a in leaves:
         if not np.issubdtype(a.dtype, np.integer) or a.ndim > 2 or not np.isfinite(loss(bad, **{name: good})):
             continue
-        alike = [i for i in np.flatnonzero((a == a[bad]).reshape(count, -1).all(axis=1))[:16] if i != bad]
-        if not any(np.isfinite(loss(int(i))) for i in alike):
+        same = [i for i in np.flatnonzero((a == a[bad]).reshape(count, -1).all(axis=1))[:16] if i != bad]
+        if not any(np.isfinite(loss(int(i))) for i in same):
             return (
                 f"with a value other than {name}[{bad}] = {a[bad]!s:.40} the loss is finite: labels must lie in "
                 "[0, classes), and num_classes= checks them before training"

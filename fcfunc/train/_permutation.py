@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 ROUNDS = {256: 12, 2**31: 4}
-"""Rounds for fewer than so many things. Digits of few values need more: after 4, orders of six are not alike yet."""
+"""Rounds for fewer than this many things. Small digits need more: after 4, orders of six are not equally likely."""
 
 
 def permutation(key: jax.Array, n: int, places: jax.Array | None = None) -> jax.Array:

@@ -22,7 +22,7 @@ class TrainState(NamedTuple):
         that a run resumed from a saved state continues exactly as it would have.
       model_state: what the loss carries from step to step besides the parameters; without leaves if that is nothing.
       epoch_position: the number of examples of the current epoch that were used, an int32 scalar; 0 between epochs. A
-        step of `make_train_step`, which belongs to no epoch, abandons the current one: the next begins anew.
+        step of `make_train_step`, which belongs to no epoch, abandons the current epoch.
       epoch_start: the step at which the current epoch began, an int32 scalar; it determines the epoch's order.
     """
 
