@@ -414,15 +414,15 @@ plant_dropout("dropout_no_mask", found_by="oracle", bwd=lambda key, g: (g, None)
 
 
 def layer_norm(x, scale, offset):
-    centred = x - jnp.mean(x, axis=-1, keepdims=True)
-    normal = centred * lax.rsqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + np.asarray(1e-3, x.dtype))
+    centered = x - jnp.mean(x, axis=-1, keepdims=True)
+    normal = centered * lax.rsqrt(jnp.mean(centered**2, axis=-1, keepdims=True) + np.asarray(1e-3, x.dtype))
     return normal * jnp.broadcast_to(scale, x.shape) + jnp.broadcast_to(offset, x.shape)
 
 
 def norm_fwd(x, scale, offset):
-    centred = x - jnp.mean(x, axis=-1, keepdims=True)
-    inverse = lax.rsqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + np.asarray(1e-3, x.dtype))
-    return layer_norm(x, scale, offset), (centred * inverse, inverse, scale)
+    centered = x - jnp.mean(x, axis=-1, keepdims=True)
+    inverse = lax.rsqrt(jnp.mean(centered**2, axis=-1, keepdims=True) + np.asarray(1e-3, x.dtype))
+    return layer_norm(x, scale, offset), (centered * inverse, inverse, scale)
 
 
 def mean(a):

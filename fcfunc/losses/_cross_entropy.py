@@ -1,13 +1,6 @@
-"""Cross-entropies. Each rule is the core of its formula; weights, masks and smoothing are plain JAX around it.
+"""Cross-entropies. Each rule is the core of its formula; weights, masks and smoothing are plain JAX around it."""
 
-The softmax cross-entropies and the binary one take optax's arguments in optax's order, and share further options.
-`where` masks rows, or single logits: a masked row has zero loss and zero gradient, even if it contains NaN. `weights`
-multiply the losses of rows, `class_weights` those of classes, and `label_smoothing` spreads a part of each label evenly
-over the classes. `losses.mean` takes the mean over the rows that are not masked.
-"""
-
-from typing import Any
-
+# ruff: noqa: I001  (a filled list of names)
 import jax
 import jax.numpy as jnp
 
@@ -15,21 +8,9 @@ from fcfunc import _arguments, _layout
 from fcfunc._arguments import as_array
 from fcfunc._rule import rule, sum_dtype, upcast
 from fcfunc.losses._labels import (
-    across,
-    as_index,
-    at_label,
-    classes_last,
-    counted_rows,
-    is_label,
-    log_sum_exp,
-    mul_zero_inf,
-    nan_if_impossible,
-    neg_log_prob,
-    per_class,
-    per_row,
-    weighted_rows,
-    zero_uncounted,
-)
+    across, as_index, at_label, classes_last, combined, counted_rows, is_label, log_sum_exp, mul_zero_inf,
+    nan_if_impossible, neg_log_prob, per_class, per_row, weighted_rows, zero_uncounted,
+)  # fmt: skip
 
 
 def softmax_cross_entropy_with_integer_labels(
@@ -63,9 +44,10 @@ def softmax_cross_entropy_with_integer_labels(
       ignore_index: the label of rows to mask; None (the default) if every label is a class.
 
     Returns:
-      One loss per row, in nats. Saved for the backward pass: the arguments, which the caller usually holds anyway, and
+      One loss per row, in nats. Saved for the backward pass: the arguments, with masked logits instead of `logits`, and
       two numbers per row, the maximum and the logarithm of the shifted sum. Their sum, the log-sum-exp, would be
-      rounded to the size of the logits; kept apart, they preserve the probabilities.
+      rounded to the size of the logits; kept apart, they preserve the probabilities. With `label_smoothing` also an
+      array of the shape of `logits`, which a compiler need not keep.
 
     Raises:
       TypeError: float labels, or logits or weights that are not floating-point; `where` that is not boolean.
@@ -94,12 +76,11 @@ def softmax_cross_entropy_with_integer_labels(
         labels = jnp.where(at_label(allowed.astype(logits.dtype), labels) > 0, labels, -1)
     logits, labels = zero_uncounted(logits, counted), zero_uncounted(labels, counted)
     loss = _softmax_cross_entropy_with_integer_labels(logits, labels)
-    if class_weights is not None:
-        loss = mul_zero_inf(at_label(class_weights, labels).astype(loss.dtype), loss)
+    rest = None
     if smoothing:
-        rest = _smoothed(jnp.zeros_like(upcast(logits)), smoothing, allowed)
-        loss = (1 - smoothing) * loss + _softmax_cross_entropy(logits, rest, class_weights)
-    return weighted_rows(loss, weights, counted)
+        spread = _smoothed(jnp.zeros_like(upcast(logits)), smoothing, allowed)
+        rest = _softmax_cross_entropy(logits, spread, class_weights)
+    return combined(loss, rest, smoothing, labels, class_weights, weights, counted)
 
 
 def softmax_cross_entropy_with_integer_labels_fwd(logits, labels):
@@ -264,7 +245,8 @@ def sigmoid_binary_cross_entropy(
         _arguments.axis(name, -1, logits=logits)
         _arguments.class_weights(name, positive_weights, jnp.shape(logits)[-1], name="positive_weights")
     logits = as_array(logits)
-    labels, where, weights = (_like(a, logits) for a in (labels, where, weights))
+    labels = _layout.reshard_like(labels, logits)
+    where, weights = (None if a is None else _layout.reshard_like(as_array(a), logits) for a in (where, weights))
     logits, labels = zero_uncounted(logits, where), zero_uncounted(labels, where)
     if smoothing:
         labels = (1 - smoothing) * upcast(labels) + smoothing / 2
@@ -323,10 +305,6 @@ def _scale_classes(values, class_weights):
     return (
         values if class_weights is None else values * jnp.broadcast_to(class_weights.astype(values.dtype), values.shape)
     )
-
-
-def _like(a, logits) -> Any:
-    return None if a is None else _layout.reshard_like_axes(as_array(a), logits, tuple(range(logits.ndim)))
 
 
 def _sum_rows(values):

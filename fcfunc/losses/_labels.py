@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from fcfunc import _arguments, _layout
 from fcfunc._arguments import as_array
-from fcfunc._rule import upcast
+from fcfunc._rule import rule, upcast
 
 
 def classes_last(name: str, axis, /, **arrays) -> Any:
@@ -102,11 +102,47 @@ def zero_uncounted(a, counted) -> Any:
     return jnp.where(counted if counted.ndim == a.ndim else jnp.expand_dims(counted, -1), a, 0)
 
 
+def combined(loss, rest, smoothing, labels, class_weights, weights, counted):
+    """`r ((1 − ε) u_y ℓ + rest)` in the rows that count; `rest` is the smoothed label's part, or None."""
+    if class_weights is not None:
+        loss = weigh(label_weight(class_weights, labels), loss)
+    return weighted_rows(loss if rest is None else mul_zero_inf(1 - smoothing, loss) + rest, weights, counted)
+
+
 def weighted_rows(losses, weights, counted):
     """`r ℓ` in the rows that count, and 0 in the others."""
     weights = zero_uncounted(weights, counted)
-    losses = losses if weights is None else mul_zero_inf(weights.astype(losses.dtype), losses)
-    return zero_uncounted(losses, counted)
+    return zero_uncounted(losses if weights is None else weigh(weights, losses), counted)
+
+
+def _weigh_fwd(weights, losses):
+    # r ℓ, with 0 · inf = 0
+    return mul_zero_inf(weights.astype(losses.dtype), losses), (weights, losses)
+
+
+def _weigh_bwd(residuals, g):
+    weights, losses = residuals
+    # dr = g ℓ, dℓ = g r
+    return mul_zero_inf(g, losses).astype(weights.dtype), g * weights.astype(g.dtype)
+
+
+weigh = rule(_weigh_fwd, _weigh_bwd)
+
+
+def _label_weight_fwd(class_weights, labels):
+    # u_y
+    return nan_if_impossible(at_label(class_weights, labels), labels, class_weights.size), (class_weights, labels)
+
+
+def _label_weight_bwd(residuals, g):
+    class_weights, labels = residuals
+    # du_k = Σ g [y = k] over the rows, and NaN for an impossible label
+    of_row = jnp.broadcast_to(class_weights, (*labels.shape, class_weights.size))
+    du = nan_if_impossible(jnp.where(is_label(of_row, labels), across(g, of_row), 0), labels, class_weights.size)
+    return jnp.sum(du, axis=tuple(range(labels.ndim))).astype(class_weights.dtype), None
+
+
+label_weight = rule(_label_weight_fwd, _label_weight_bwd)
 
 
 def across(row, like):

@@ -4,6 +4,7 @@ The logits, `[batch, classes]`, are what a large output layer cannot afford. Her
 time, in the forward pass and again in the backward pass, which costs a fourth matmul in addition to three.
 """
 
+# ruff: noqa: I001  (a filled list of names)
 import math
 from typing import Any
 
@@ -14,20 +15,10 @@ from fcfunc import _arguments, _layout
 from fcfunc._rule import rule, sum_dtype, upcast
 from fcfunc.losses._cross_entropy import softmax_cross_entropy_with_integer_labels
 from fcfunc.losses._labels import (
-    across,
-    as_index,
-    at_label,
-    counted_rows,
-    is_label,
-    mul_zero_inf,
-    nan_if_impossible,
-    neg_log_prob,
-    per_class,
-    per_row,
-    weighted_rows,
-    zero_uncounted,
-)
-from fcfunc.ops._affine import affine, affine_arguments, dot, operand_dtype
+    across, as_index, at_label, combined, counted_rows, is_label, mul_zero_inf, nan_if_impossible, neg_log_prob,
+    per_class, per_row, zero_uncounted,
+)  # fmt: skip
+from fcfunc.ops._affine import affine, check_affine, dot, operand_dtype, place_affine
 
 DENSE_MAX_LOGITS = 2**24
 """Up to this many logits the dense loss is faster; measured by benchmarks/large_output.py."""
@@ -39,8 +30,8 @@ CHUNK_LOGITS = 2**21
 def linear_softmax_cross_entropy(
     x: jax.Array,
     w: jax.Array,
-    b: jax.Array | None,
-    labels: jax.Array,
+    b: jax.Array | None = None,
+    labels: Any = None,
     *,
     chunk_size: int | None = None,
     where: jax.Array | None = None,
@@ -63,11 +54,7 @@ def linear_softmax_cross_entropy(
       chunk_size: how many classes to hold at a time, at least 1; the last chunk is shorter if it does not divide the
         number of classes. None: chosen by the number of rows; the dense loss is used instead if there are few logits,
         or if the classes are sharded on an Explicit mesh, where each device holds the logits of its own classes.
-      where: as for `softmax_cross_entropy_with_integer_labels`.
-      weights: as there.
-      class_weights: as there.
-      label_smoothing: as there.
-      ignore_index: as there.
+      where, weights, class_weights, label_smoothing, ignore_index: as for `softmax_cross_entropy_with_integer_labels`.
       compute_dtype: dtype of the operands of the matmuls, as for `affine`.
 
     Returns:
@@ -86,7 +73,8 @@ def linear_softmax_cross_entropy(
     """
     name = "linear_softmax_cross_entropy"
     _arguments.ignored_label(name, ignore_index)
-    x, w, b = affine_arguments(name, x, w, b, compute_dtype, None, columns="classes")
+    check_affine(name, x, w, b, compute_dtype, None, columns="classes")
+    x, w, b = place_affine(x, w, b)
     rows, classes = x.shape[:-1], w.shape[1]
     _arguments.labels(name, labels, scores=jax.ShapeDtypeStruct((*rows, classes), x.dtype))
     smoothing = _arguments.loss_options(name, rows, where, weights, label_smoothing)
@@ -116,13 +104,11 @@ def linear_softmax_cross_entropy(
         spread = jnp.full((classes,), smoothing / max(classes, 1), sum_dtype(x.dtype))
         spread = per_class(spread if class_weights is None else spread * upcast(class_weights), w)
     options = {"chunk_size": int(chunk_size), "compute_dtype": compute_dtype}
-    loss, spread_loss = _linear_softmax_cross_entropy(x, w, b, labels, spread, **options)
-    if class_weights is not None:
-        loss = mul_zero_inf(at_label(class_weights, labels).astype(loss.dtype), loss)
-    return weighted_rows((1 - smoothing) * loss + spread_loss if smoothing else loss, weights, counted)
+    loss, spread_loss = _linear_softmax_cross_entropy(x, w, b, labels, counted, spread, **options)
+    return combined(loss, spread_loss, smoothing, labels, class_weights, weights, counted)
 
 
-def linear_softmax_cross_entropy_fwd(x, w, b, labels, spread=None, *, chunk_size, compute_dtype=None):
+def linear_softmax_cross_entropy_fwd(x, w, b, labels, counted=None, spread=None, *, chunk_size, compute_dtype=None):
     """`((loss, spread_loss), residuals)`: `-log p_y` of each row, and `Σ s (-log p)` for `spread` `s`, `[classes]`."""
     sums, row_axes = sum_dtype(operand_dtype(x, compute_dtype)), tuple(range(x.ndim - 1))
 
@@ -147,14 +133,14 @@ def linear_softmax_cross_entropy_fwd(x, w, b, labels, spread=None, *, chunk_size
     row_max, total, at_y, s_below, s_total = _over_chunks(step, carry, w.shape[1], chunk_size)
     log_sum = jnp.log(total)
     # −log p_y = log Σ − (z_y − max), Σ s (−log p) = Σ s log Σ + Σ s (max − z)
-    loss = nan_if_impossible(log_sum - (at_y - row_max), labels, w.shape[1])
-    spread_loss = None if spread is None else s_total * log_sum + s_below
-    return (loss, spread_loss), (x, w, b, labels, spread, row_max, log_sum)
+    loss = zero_uncounted(nan_if_impossible(log_sum - (at_y - row_max), labels, w.shape[1]), counted)
+    spread_loss = None if spread is None else zero_uncounted(s_total * log_sum + s_below, counted)
+    return (loss, spread_loss), (x, w, b, labels, counted, spread, row_max, log_sum)
 
 
 def linear_softmax_cross_entropy_bwd(residuals, g, *, chunk_size, compute_dtype=None):
-    """Cotangents `(dx, dw, db, None, dspread)` of `linear_softmax_cross_entropy`; `g` is that of both outputs."""
-    x, w, b, labels, spread, row_max, log_sum = residuals
+    """Cotangents `(dx, dw, db, None, None, dspread)` of `linear_softmax_cross_entropy`; `g` is that of both outputs."""
+    x, w, b, labels, counted, spread, row_max, log_sum = residuals
     g_y, g_s = g
     operands, row_axes = operand_dtype(x, compute_dtype), tuple(range(x.ndim - 1))
     sums, x_in = sum_dtype(operands), x.astype(operands)
@@ -173,8 +159,9 @@ def linear_softmax_cross_entropy_bwd(residuals, g, *, chunk_size, compute_dtype=
             s = jnp.broadcast_to(_slice(spread, start, size).astype(z.dtype), z.shape)
             dz = across(g_sum, z) * p - jnp.where(onehot, across(g_y, z), 0) - across(g_s, z) * s
             # ds = Σ g_s (−log p), over the rows
-            ds = _put(ds, jnp.sum(mul_zero_inf(across(g_s, z), neg_log_p), axis=row_axes), start)
-        dz = nan_if_impossible(dz, labels, w.shape[1])
+            of_row = zero_uncounted(mul_zero_inf(across(g_s, z), neg_log_p), counted)
+            ds = _put(ds, jnp.sum(of_row, axis=row_axes), start)
+        dz = zero_uncounted(nan_if_impossible(dz, labels, w.shape[1]), counted)
         # dx = dz wᵀ, summed over the chunks; dw = xᵀ dz and db = 1ᵀ dz, of this chunk's classes
         dz_in, sharding = dz.astype(operands), _layout.explicit_sharding
         dx = dx + dot(dz_in, w_in, contract_columns, sums, out_sharding=sharding(x, w))
@@ -188,7 +175,7 @@ def linear_softmax_cross_entropy_bwd(residuals, g, *, chunk_size, compute_dtype=
     grads = (_layout.reshard_like(jnp.zeros(x.shape, sums), x), of_w, of_b, of_s)
     grads, _ = _layout.match_varying((grads, x))
     dx, dw, db, ds = _over_chunks(step, grads, w.shape[1], chunk_size)
-    return dx.astype(x.dtype), dw, db, None, ds
+    return dx.astype(x.dtype), dw, db, None, None, ds
 
 
 _linear_softmax_cross_entropy = rule(linear_softmax_cross_entropy_fwd, linear_softmax_cross_entropy_bwd)

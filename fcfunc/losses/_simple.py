@@ -1,5 +1,6 @@
 """Squared error, negative log-likelihood, the multiclass hinge loss and the L2 penalty."""
 
+# ruff: noqa: I001  (a filled list of names)
 import jax
 import jax.numpy as jnp
 
@@ -7,15 +8,8 @@ from fcfunc import _arguments, _layout
 from fcfunc._arguments import as_array
 from fcfunc._rule import rule, sum_dtype, upcast
 from fcfunc.losses._labels import (
-    across,
-    at_label,
-    classes_last,
-    counted_rows,
-    is_label,
-    nan_if_impossible,
-    per_row,
-    zero_uncounted,
-)
+    across, at_label, classes_last, counted_rows, is_label, nan_if_impossible, per_row, zero_uncounted,
+)  # fmt: skip
 
 
 def mean(loss: jax.Array, *, over: jax.Array) -> jax.Array:
@@ -72,7 +66,7 @@ def squared_error(predictions: jax.Array, targets: jax.Array | None = None) -> j
         targets = jnp.zeros_like(predictions)
     targets = _arguments.real_labels(name, targets, dtype=sum_dtype(predictions.dtype), name="targets")
     _arguments.one_shape(name, predictions=predictions, targets=targets)
-    return _squared_error(predictions, _layout.reshard_like_axes(targets, predictions, tuple(range(predictions.ndim))))
+    return _squared_error(predictions, _layout.reshard_like(targets, predictions))
 
 
 def squared_error_fwd(predictions, targets):
