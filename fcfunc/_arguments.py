@@ -183,8 +183,10 @@ def number(where: str, **numbers) -> float:
     """
     ((name, value),) = numbers.items()
     try:
+        if isinstance(value, str | bytes):
+            raise TypeError
         return float(value)
-    except (TypeError, ValueError, jax.errors.ConcretizationTypeError):
+    except (TypeError, ValueError, OverflowError, jax.errors.ConcretizationTypeError):
         raise TypeError(f"{where}: {name} must be a number that is known while tracing, got {value!r:.80}") from None
 
 
@@ -214,6 +216,13 @@ def integer(where: str, /, **numbers) -> None:
     for name, n in numbers.items():
         if not isinstance(n, int | np.integer) or isinstance(n, bool):
             raise TypeError(f"{where}: {name} must be an integer, got {n!r:.80}")
+
+
+def boolean(where: str, /, **flags) -> None:
+    """TypeError if a flag is not True or False."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool | np.bool_):
+            raise TypeError(f"{where}: {name} must be True or False, got {flag!r:.80}")
 
 
 def function(where: str, /, **functions) -> None:

@@ -4,6 +4,8 @@ A layer is `h ← f(norm(h W + b))`, followed by dropout and `+ h`; only the aff
 layers can be stacked and are then run by `lax.scan`: `stack`.
 """
 
+from __future__ import annotations  # short signatures in help()
+
 import dataclasses
 import itertools
 import math
@@ -14,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fcfunc import _arguments, _layout, ops, reference
 from fcfunc._arguments import as_array
@@ -26,25 +29,15 @@ Activation = str | tuple[str, float] | Callable[[jax.Array], jax.Array] | None
 NORMS = {"batch_norm": ("scale", "offset"), "layer_norm": ("scale", "offset"), "rms_norm": ("scale",)}
 """The leaves that the params of a hidden layer have for each norm."""
 
-ACTIVATIONS = {
-    "elu": ("elu", {}),
-    "gelu": ("gelu", {}),
-    "gelu_exact": ("gelu", {"approximate": False}),
-    "leaky_relu": ("leaky_relu", {}),
-    "log_softmax": ("log_softmax", {}),
-    "relu": ("relu", {}),
-    "sigmoid": ("sigmoid", {}),
-    "silu": ("silu", {}),
-    "softmax": ("softmax", {}),
-    "softplus": ("softplus", {}),
-    "tanh": ("tanh", {}),
-}
+NAMES = ("elu", "gelu", "leaky_relu", "log_softmax", "relu", "sigmoid", "silu", "softmax", "softplus", "tanh")
+ACTIVATIONS = {name: (name, {}) for name in NAMES} | {"gelu_exact": ("gelu", {"approximate": False})}
 """The operation and its options for each name of an activation."""
 
 NUMBERS = {"elu": "alpha", "leaky_relu": "negative_slope"}
 """The option that the number in `("elu", 0.5)` stands for."""
 
 NAMESPACES = {"ops": ops, "reference": reference}
+HE_NORMAL, ZEROS = jax.nn.initializers.he_normal(), jax.nn.initializers.zeros
 
 
 class _Missing:
@@ -79,39 +72,43 @@ class Network:
 
     def __post_init__(self):
         try:
+            if isinstance(self.dims, str | bytes | dict) or any(isinstance(d, bool) for d in self.dims):
+                raise TypeError
             dims = tuple(operator.index(d) for d in self.dims)
         except TypeError:
-            raise TypeError(f"mlp: dims must be a sequence of integers, got {self.dims!r:.80}") from None
+            given = _arguments.describe(self.dims) if hasattr(self.dims, "dtype") else f"{self.dims!r:.80}"
+            raise TypeError(f"mlp: dims must be a sequence of integers, got {given}") from None
         if len(dims) < 2 or min(dims) < 1:
             raise ValueError(f"mlp: dims must be at least two widths, each at least 1, got {list(dims)!s:.80}")
         names = [name for name, module in NAMESPACES.items() if self.ops is module or self.ops == name]
         if not names:
             error = ValueError if isinstance(self.ops, str) else TypeError
             raise error(f"mlp: ops must be fcfunc.ops or fcfunc.reference, got {self.ops!r:.80}")
+        eps, dtype = self.norm_eps, self.compute_dtype
         valid = {
             "dims": dims,
             "activation": _checked_activations(self.activation, len(dims) - 2),
             "final_activation": _checked_activation("final_activation", self.final_activation),
-            "norm_eps": None if self.norm_eps is None else _arguments.number("mlp", norm_eps=self.norm_eps),
+            "norm_eps": None if eps is None else _arguments.number("mlp", norm_eps=eps),
             "dropout_rate": _arguments.number("mlp", dropout_rate=self.dropout_rate),
-            "compute_dtype": self.compute_dtype and _arguments.compute_dtype_of("mlp", self.compute_dtype).name,
+            "compute_dtype": None if dtype is None else _arguments.compute_dtype_of("mlp", dtype).name,
             "ops": names[0],
         }
         for name, value in valid.items():
             object.__setattr__(self, name, value)
         if self.norm is not None and (not isinstance(self.norm, str) or self.norm not in NORMS):
             raise ValueError(f"mlp: unknown norm {self.norm!r:.80}; known are {', '.join(NORMS)}")
-        if self.norm_eps is not None and (self.norm is None or not self.norm_eps > 0):
-            raise ValueError(f"mlp: norm_eps must be above 0 and needs a norm, got {self.norm_eps} and {self.norm}")
+        if self.norm_eps is not None and self.norm is None:
+            raise ValueError(f"mlp: norm_eps needs a norm, got {self.norm_eps} without one")
+        if self.norm_eps is not None and not 0 < self.norm_eps < math.inf:
+            raise ValueError(f"mlp: norm_eps must be above 0 and finite, got {self.norm_eps}")
         if not 0 <= self.dropout_rate <= 1:
             raise ValueError(f"mlp: dropout_rate must be in [0, 1], got {self.dropout_rate}")
-        for name in ("residual", "use_bias"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"mlp: {name} must be True or False, got {getattr(self, name)!r:.80}")
+        _arguments.boolean("mlp", residual=self.residual, use_bias=self.use_bias)
 
     def __str__(self) -> str:
         values = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)[1:]]
-        options = [f", {field.name}={value!r}" for field, value in values if value != field.default]
+        options = [f", {field.name}={_shown(value)}" for field, value in values if value != field.default]
         rows, total = [("layer", "params", "count", "bytes")], 0
         for i in range(len(self.dims) - 1):
             shapes = self._shapes(i)
@@ -120,7 +117,7 @@ class Network:
             rows.append((str(i), leaves, f"{count:,}", f"{4 * count:,}"))
             total += count
         rows.append(("total", "", f"{total:,}", f"{4 * total:,} in float32"))
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d}" for a, b, c, d in rows]
         return "\n".join([f"mlp({list(self.dims)}{''.join(options)})", *lines])
 
@@ -128,7 +125,7 @@ class Network:
         """The network as plain data: `fcfunc.mlp(**net.to_dict())` equals `net`, also after JSON.
 
         Raises:
-          TypeError: an activation is a function of your own, which cannot be saved.
+          TypeError: an activation is a function, which cannot be saved.
 
         Example:
           >>> mlp(**mlp([3, 4, 2], activation=("elu", 0.5)).to_dict()).activation
@@ -137,8 +134,9 @@ class Network:
 
         def plain(value):
             if callable(value):
-                name = getattr(value, "__name__", type(value).__name__)
-                raise TypeError(f"to_dict: the activation {name} is a function of your own, which cannot be saved")
+                name = _shown(value)
+                advice = f"use its name, {name!r}" if name in ACTIVATIONS else "give it to mlp again after loading"
+                raise TypeError(f"to_dict: the activation {name} is a function, which cannot be saved; {advice}")
             return [plain(v) for v in value] if isinstance(value, tuple) else value
 
         return {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
@@ -147,8 +145,8 @@ class Network:
         self,
         key: jax.Array,
         *,
-        w_init: Callable = jax.nn.initializers.he_normal(),
-        b_init: Callable = jax.nn.initializers.zeros,
+        w_init: Callable | None = None,
+        b_init: Callable | None = None,
         param_dtype: Any = "float32",
     ) -> Params:
         """Initial parameters.
@@ -156,9 +154,9 @@ class Network:
         Args:
           key: a random key, `jax.random.key(seed)`. Layer l uses `fold_in(key, l)`, so that a deeper network begins
             with the layers of a shallower one.
-          w_init: an initializer `(key, shape, dtype) -> array` for the weights, as in `jax.nn.initializers`. Others in
-            use: `jax.nn.initializers.normal(1e-3)` (a scale times normal), `jax.nn.initializers.lecun_normal()`.
-          b_init: the same for the biases, e.g. `jax.nn.initializers.constant(0.1)`.
+          w_init: an initializer `(key, shape, dtype) -> array` for the weights, such as
+            `jax.nn.initializers.lecun_normal()`; None: `he_normal()`.
+          b_init: the same for the biases, such as `jax.nn.initializers.constant(0.1)`; None: zeros.
           param_dtype: dtype of the parameters. Leave it at float32 and use `compute_dtype` for mixed precision: updates
             of bfloat16 parameters round to nothing.
 
@@ -179,6 +177,7 @@ class Network:
         if param_dtype is None:
             raise TypeError("init: param_dtype must be a dtype, got None")
         _arguments.dtype("init", param_dtype=param_dtype)
+        w_init, b_init = HE_NORMAL if w_init is None else w_init, ZEROS if b_init is None else b_init
         _arguments.function("init", w_init=w_init, b_init=b_init)
         shapes = tuple(tuple(self._shapes(i).items()) for i in range(len(self.dims) - 1))
         # One compiled program starts in a third of the time of one operation at a time; a caller's program contains it.
@@ -215,9 +214,7 @@ class Network:
         """The input of the last layer, for a loss that includes that layer, such as `linear_softmax_cross_entropy`.
 
         Args:
-          params: as for `apply`.
-          x: as for `apply`.
-          key: as for `apply`.
+          params, x, key: as for `apply`.
 
         Returns:
           `[..., dims[-2]]`, in the dtype of `x` or, with hidden layers, in `compute_dtype`.
@@ -243,13 +240,10 @@ class Network:
         """The outputs of a network with `norm="batch_norm"`, and its new running statistics.
 
         Args:
-          params: as for `apply`.
+          params, x, key: as for `apply`.
           state: from `init_batch_norm_state(params)`, or as the last step returned it.
-          x: as for `apply`.
           training: whether the batch is normalized by its own statistics and updates the running ones.
-          decay: as for `fcfunc.ops.batch_norm`.
-          unbiased_variance: as for `fcfunc.ops.batch_norm`.
-          key: as for `apply`.
+          decay, unbiased_variance: as for `fcfunc.ops.batch_norm`.
 
         Returns:
           `(outputs, state)`. A loss function that is differentiated returns the state beside the loss, as
@@ -311,10 +305,12 @@ class Network:
         several = isinstance(self.activation, tuple) and not _has_number(self.activation)
         return self.activation[i] if several else self.activation  # type: ignore[index,return-value]
 
-    def _hidden_layers(self, where, params, x, key, *, state=None, **batch_norm):
+    def _hidden_layers(self, where, params, x, key, *, state=None, **batch_norm_options):
         """`(h, state)` after all layers but the last."""
         if self.norm == "batch_norm" and state is None:
-            raise ValueError(f"{where}: batch_norm has a state; use apply_batch_norm(params, state, x, training=...)")
+            advice = "use apply_batch_norm(params, state, x, training=...)"
+            advice = "its features are not offered" if where == "features" else advice
+            raise ValueError(f"{where}: batch_norm has a state; {advice}")
         depths = self._check_params(where, params)
         self._check_inputs(where, params, x, key)
         if state is not None and len(state) != len(depths):
@@ -329,7 +325,8 @@ class Network:
             activation = self._activation_of(layer)
             if any(self._activation_of(layer + i) != activation for i in range(depth)):
                 raise ValueError(f"{where}: the {depth} layers of one stack must have one activation")
-            options = {"activation": activation, "key": None if key is _MISSING else key, "batch_norm": batch_norm}
+            options = {"where": where, "activation": activation, "key": None if key is _MISSING else key}
+            options["batch_norm_options"] = batch_norm_options
             run = _scanned_layers if p["w"].ndim == 3 else _hidden_layer
             h, s = run(self, p, s, h, layer, **options)
             new_state.append(s)
@@ -338,7 +335,10 @@ class Network:
 
     def _last_layer(self, params, h):
         out_dtype = None if self.compute_dtype is None else sum_dtype(self.compute_dtype)
-        return _affine_activation(self, self.final_activation, jax.tree.map(as_array, params[-1]), h, out_dtype)
+        y = _affine_activation(self, self.final_activation, jax.tree.map(as_array, params[-1]), h, out_dtype)
+        if callable(self.final_activation):
+            _check_activated("apply: final_activation", y, (*h.shape[:-1], self.dims[-1]))
+        return y
 
     def _check_params(self, where: str, params) -> list[int]:
         """The number of layers that each hidden entry stands for, after the check that the params fit the network."""
@@ -375,7 +375,7 @@ class Network:
                 f"{where}: layer 0 expects {self.dims[0]} features (w is {w}), but x is {list(jnp.shape(x))}"
             )
         for i, p in enumerate(params):
-            _arguments.operands(f"{where}, entry {i}", self.compute_dtype, x=x, w=p["w"])
+            _arguments.operands(f"{where}, layer {i}", self.compute_dtype, x=x, w=p["w"])
         if key is not _MISSING and key is not None:
             _arguments.key(where, key)
         if self.dropout_rate and key is _MISSING:
@@ -424,9 +424,8 @@ def mlp(
       A `Network`.
 
     Raises:
-      ValueError: fewer than two dims, or one below 1; an unknown activation or norm; a number of activations other than
-        that of the hidden layers; a rate outside [0, 1]; a `norm_eps` that is not above 0, or without a norm.
-      TypeError: an argument of another kind, e.g. dims that are not integers, or an activation that has no hash.
+      ValueError: an option out of range: an unknown name, a wrong number of activations, a rate outside [0, 1].
+      TypeError: an option of another kind, such as dims that are not integers or an activation that has no hash.
 
     Example:
       >>> print(mlp([784, 128, 10], norm="layer_norm"))
@@ -562,7 +561,7 @@ def _init(key, shapes, w_init, b_init, param_dtype):
 _compiled_init = jax.jit(_init, static_argnums=(1, 2, 3, 4), compiler_options={"xla_backend_optimization_level": 1})
 
 
-def _hidden_layer(net: Network, p, state, x, index, *, activation, key: Any, batch_norm, scanned=False):
+def _hidden_layer(net, p, state, x, index, *, where, activation, key: Any, batch_norm_options, scanned=False):
     """The output of a hidden layer, and its running statistics."""
     namespace, drops = NAMESPACES[net.ops], key is not None and net.dropout_rate > 0
     if net.norm is None:
@@ -573,14 +572,13 @@ def _hidden_layer(net: Network, p, state, x, index, *, activation, key: Any, bat
         z = namespace.affine(x, p["w"], p.get("b"), compute_dtype=net.compute_dtype)
         eps = {} if net.norm_eps is None else {"eps": net.norm_eps}
         if net.norm == "batch_norm":
-            z, state = namespace.batch_norm(z, *leaves, state, **eps, **batch_norm)
+            z, state = namespace.batch_norm(z, *leaves, state, **eps, **batch_norm_options)
         else:
             z = getattr(namespace, net.norm)(z, *leaves, **eps)
         y = _function(net, activation)(z)
-    expected = (*x.shape[:-1], p["w"].shape[-1])
-    if y.shape != expected:
-        raise ValueError(f"apply: a hidden activation must keep the shape {list(expected)}, got {list(y.shape)}")
-    y = y.astype(x.dtype if net.compute_dtype is None else net.compute_dtype)  # a function may return any dtype
+    if callable(activation):
+        _check_activated(f"{where}: the activation of a hidden layer", y, (*x.shape[:-1], p["w"].shape[-1]))
+    y = y.astype(x.dtype if net.compute_dtype is None else net.compute_dtype)  # a function may return any of them
     if drops:
         y = namespace.dropout(y, rate=net.dropout_rate, key=jax.random.fold_in(key, index))  # type: ignore
     return (x.astype(y.dtype) + y if net.residual and x.shape == y.shape else y), state
@@ -627,7 +625,7 @@ def _operation(activation: Any) -> tuple[str, dict]:
 
 def _has_number(activation: Any) -> bool:
     second = activation[1] if isinstance(activation, list | tuple) and len(activation) == 2 else None
-    return isinstance(second, int | float) and not isinstance(second, bool)
+    return isinstance(second, int | float | np.number) and not isinstance(second, bool)
 
 
 def _checked_activations(activation: Any, count: int) -> Any:
@@ -642,11 +640,11 @@ def _checked_activation(argument: str, activation: Any) -> Any:
     if activation is None or (isinstance(activation, str) and activation == "linear"):
         return None
     if _has_number(activation):
-        name, number = activation[0], float(activation[1])
+        name, number = activation[0], _arguments.number("mlp", activation=activation[1])
         if not isinstance(name, str) or name not in NUMBERS:
             raise ValueError(f"mlp: {argument}: a number goes with {' or '.join(NUMBERS)}, got {activation!r:.80}")
-        if name == "elu" and not number >= 0:
-            raise ValueError(f"mlp: {argument}: alpha of elu must be at least 0, got {number}")
+        if not math.isfinite(number) or (name == "elu" and number < 0):
+            raise ValueError(f"mlp: {argument}: a finite number, for elu at least 0, must go with {name}, got {number}")
         return name, number
     if callable(activation):
         if not isinstance(activation, Hashable):
@@ -657,6 +655,21 @@ def _checked_activation(argument: str, activation: Any) -> Any:
         known = ", ".join(ACTIVATIONS)
         raise ValueError(f"mlp: {argument}: unknown activation {activation!r:.80}; known are {known} and linear")
     return activation
+
+
+def _check_activated(what: str, y, shape: tuple[int, ...]) -> None:
+    """Raises if a function of the caller's does not return real numbers of the shape that it was given."""
+    if not isinstance(y, jax.Array) or not jnp.issubdtype(y.dtype, jnp.floating):
+        raise TypeError(f"{what} must return floating-point numbers, got {_arguments.describe(y)}")
+    if y.shape != shape:
+        raise ValueError(f"{what} must keep the shape {list(shape)}, got {list(y.shape)}")
+
+
+def _shown(value: Any) -> str:
+    """A value for a person: functions by their names."""
+    if isinstance(value, tuple) and any(map(callable, value)):
+        return f"({', '.join(map(_shown, value))})"
+    return getattr(value, "__name__", type(value).__name__) if callable(value) else repr(value)
 
 
 def _check_list(where: str, params) -> None:

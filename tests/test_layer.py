@@ -79,11 +79,6 @@ def test_options_of_the_activation_reach_it(arguments):
     np.testing.assert_allclose(out, ops.leaky_relu(ops.affine(*arguments), negative_slope=0.5), rtol=1e-6)
 
 
-def test_an_unknown_activation_is_refused(arguments):
-    with pytest.raises(ValueError, match="layer: unknown activation 'swish'; known are elu, gelu"):
-        ops.layer(*arguments, activation="swish")
-
-
 @pytest.mark.parametrize(
     ("activation", "plain", "scanned", "at_most"),
     [
@@ -218,3 +213,16 @@ def test_gradients_on_a_mesh_are_those_of_one_device_and_lie_as_their_primals(ki
 
 def pull_alone(activation):
     return lambda x, w, b, g: jax.vjp(functools.partial(ops.layer, activation=activation), x, w, b)[1](g)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"activation": "elu", "alpha": -1.0}, ValueError, "alpha must be at least 0, got -1"),
+        ({"activation": "leaky_relu", "negative_slope": "0.1"}, TypeError, "negative_slope must be a number"),
+        ({"activation": "gelu", "approximate": 3}, TypeError, "approximate must be True or False, got 3"),
+    ],
+)
+def test_options_of_a_layer_are_those_of_its_activation(options, error, message, arguments):
+    with pytest.raises(error, match=message):
+        ops.layer(*arguments, **options)

@@ -111,6 +111,10 @@ NUMBER = [word]
 KEYED = [text, nothing, seven]
 
 
+def true(_):
+    return True, TypeError
+
+
 def twice(_):
     return (0, 0), ValueError
 
@@ -177,7 +181,7 @@ CALLS = {
             "weights": WEIGHED,
             "class_weights": WEIGHED,
             "label_smoothing": [above, below, word],
-            "ignore_index": [word, lambda _: (1.5, TypeError)],
+            "ignore_index": [word, true, lambda _: (2**40, ValueError)],
         },
     ),
     "losses.softmax_cross_entropy": (
@@ -202,7 +206,8 @@ CALLS = {
         },
     ),
     "losses.linear_softmax_cross_entropy": (
-        {"x": X, "w": W, "b": B, "labels": LABELS, "chunk_size": 2, "where": MASK, "weights": ROWS},
+        {"x": X, "w": W, "b": B, "labels": LABELS, "chunk_size": 2, "where": MASK, "weights": ROWS}
+        | {"class_weights": B, "label_smoothing": 0.1, "ignore_index": -1},
         {
             "x": TOGETHER,
             "w": TOGETHER,
@@ -211,6 +216,9 @@ CALLS = {
             "chunk_size": COUNT,
             "where": MASKED,
             "weights": WEIGHED,
+            "class_weights": WEIGHED,
+            "label_smoothing": [above, below, word],
+            "ignore_index": [word, true, lambda _: (2**40, ValueError)],
         },
     ),
     "losses.squared_error": (
@@ -259,7 +267,7 @@ CALLS = {
             "b_init": jax.nn.initializers.zeros,
             "param_dtype": "float32",
         },
-        {"key": KEYED, "w_init": [text, nothing], "b_init": [text, nothing], "param_dtype": [word, seven]},
+        {"key": KEYED, "w_init": [text], "b_init": [text], "param_dtype": [word, seven]},
     ),
     "net.apply": ({"params": PARAMS, "x": X}, {"params": [text, nothing, seven], "x": TOGETHER}),
     "net.features": ({"params": PARAMS, "x": X}, {"params": [text, nothing, seven], "x": TOGETHER}),

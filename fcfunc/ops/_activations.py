@@ -36,6 +36,7 @@ def relu(x: jax.Array) -> jax.Array:
 
 def relu_fwd(x):
     """`(out, residuals)` of `relu`."""
+    # y = max(x, 0)
     out = jnp.where(x <= 0, 0, x)
     # The mask is computed from the output, so that the input need not be kept. It is False for a NaN.
     return out, out <= 0
@@ -74,6 +75,7 @@ def sigmoid(x: jax.Array) -> jax.Array:
 
 def sigmoid_fwd(x):
     """`(out, residuals)` of `sigmoid`."""
+    # y = 1 / (1 + e^{−x})
     out = jax.lax.logistic(upcast(x)).astype(x.dtype)
     return out, out
 
@@ -112,6 +114,7 @@ def tanh(x: jax.Array) -> jax.Array:
 
 def tanh_fwd(x):
     """`(out, residuals)` of `tanh`."""
+    # y = tanh x
     out = jnp.tanh(upcast(x)).astype(x.dtype)
     return out, out
 
@@ -150,6 +153,7 @@ def softplus(x: jax.Array) -> jax.Array:
 
 def softplus_fwd(x):
     """`(out, residuals)` of `softplus`."""
+    # y = log(1 + e^x)
     out = jax.nn.softplus(upcast(x)).astype(x.dtype)
     return out, out
 
@@ -185,11 +189,12 @@ def leaky_relu(x: jax.Array, *, negative_slope: float = 0.01) -> jax.Array:
       Array([-0.01,  0.  ,  2.  ], dtype=float32)
     """
     _arguments.floating("leaky_relu", x=x)
-    return _leaky_relu(x, negative_slope=_arguments.number("leaky_relu", negative_slope=negative_slope))
+    return _leaky_relu(x, **checked_options("leaky_relu", {"negative_slope": negative_slope}))
 
 
 def leaky_relu_fwd(x, *, negative_slope=0.01):
     """`(out, residuals)` of `leaky_relu`."""
+    # y = x for x > 0, s x elsewhere
     dead, z = x <= 0, upcast(x)
     below = negative_slope * z if negative_slope else 0  # 0 · -inf would be NaN
     return jnp.where(dead, below, z).astype(x.dtype), dead
@@ -227,13 +232,12 @@ def elu(x: jax.Array, *, alpha: float = 1.0) -> jax.Array:
       Array([-1.,  0.,  2.], dtype=float32)
     """
     _arguments.floating("elu", x=x)
-    if not _arguments.number("elu", alpha=alpha) >= 0:
-        raise ValueError(f"elu: alpha must be at least 0, got {alpha}")
-    return _elu(x, alpha=float(alpha))
+    return _elu(x, **checked_options("elu", {"alpha": alpha}))
 
 
 def elu_fwd(x, *, alpha=1.0):
     """`(out, residuals)` of `elu`."""
+    # y = x for x > 0, α (e^x − 1) elsewhere
     z = upcast(x)
     positive = z > 0
     out = jnp.where(positive, z, alpha * jnp.expm1(jnp.where(positive, 0, z))).astype(x.dtype)
@@ -274,6 +278,7 @@ def silu(x: jax.Array) -> jax.Array:
 
 def silu_fwd(x):
     """`(out, residuals)` of `silu`."""
+    # y = x σ(x)
     z = _at_least_lowest(upcast(x))
     return (z * jax.lax.logistic(z)).astype(x.dtype), x
 
@@ -311,13 +316,12 @@ def gelu(x: jax.Array, *, approximate: bool = True) -> jax.Array:
       Array([ -0.,   0., 100.], dtype=float32)
     """
     _arguments.floating("gelu", x=x)
-    if not isinstance(approximate, bool):
-        raise TypeError(f"gelu: approximate must be True or False, got {approximate!r}")
-    return _gelu(x, approximate=approximate)
+    return _gelu(x, **checked_options("gelu", {"approximate": approximate}))
 
 
 def gelu_fwd(x, *, approximate=True):
     """`(out, residuals)` of `gelu`."""
+    # y = x Φ(x), or x σ(2u)
     z = _at_least_lowest(upcast(x))
     cdf = jax.lax.logistic(2 * _gelu_u(z)[0]) if approximate else _normal_cdf(z)
     return (z * cdf).astype(x.dtype), x
@@ -359,3 +363,15 @@ def _at_least_lowest(z):
 def _clip_finite(z):
     """`z` with ±inf as the largest numbers, for a slope that multiplies them by 0."""
     return jnp.clip(z, jnp.finfo(z.dtype).min, jnp.finfo(z.dtype).max)
+
+
+def checked_options(where: str, options: dict) -> dict:
+    """Options of an activation, as static values."""
+    checked = dict(options)
+    if "approximate" in options:
+        _arguments.boolean(where, approximate=options["approximate"])
+    for name in options.keys() & {"alpha", "negative_slope"}:
+        checked[name] = _arguments.number(where, **{name: options[name]})
+    if not checked.get("alpha", 0) >= 0:
+        raise ValueError(f"{where}: alpha must be at least 0, got {checked['alpha']}")
+    return checked

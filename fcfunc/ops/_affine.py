@@ -44,7 +44,8 @@ def affine(
       >>> affine(jnp.array([[1., 2.]]), jnp.array([[1., 0.], [0., 3.]]), jnp.array([0.5, 0.5]))
       Array([[1.5, 6.5]], dtype=float32)
     """
-    x, w, b = affine_arguments("affine", x, w, b, compute_dtype, out_dtype, flatten=flatten)
+    check_affine("affine", x, w, b, compute_dtype, out_dtype, flatten=flatten)
+    x, w, b = place_affine(x, w, b, row_axes=1 if flatten else None)
     return _affine(x, w, b, flatten=flatten, compute_dtype=compute_dtype, out_dtype=out_dtype)
 
 
@@ -82,8 +83,8 @@ def affine_bwd(residuals, g, *, compute_dtype=None):
 _affine = rule(affine_fwd, affine_bwd)
 
 
-def affine_arguments(where, x, w, b, compute_dtype, out_dtype, *, flatten=False, columns="fan_out"):
-    """`(x, w, b)` as arrays, checked, with `b` sharded like the columns of the output."""
+def check_affine(where, x, w, b, compute_dtype, out_dtype, *, flatten=False, columns="fan_out") -> None:
+    """Raises if these are not the arguments of an affine layer."""
     _arguments.operands(where, compute_dtype, x=x, w=w, **({} if b is None else {"b": b}))
     _arguments.dtype(where, out_dtype=out_dtype)
     shape, kernel = jnp.shape(x), jnp.shape(w)
@@ -94,11 +95,15 @@ def affine_arguments(where, x, w, b, compute_dtype, out_dtype, *, flatten=False,
             f"{where}: expected x [..., fan_in], w [fan_in, {columns}] and b [{columns}], "
             f"got {given}{' with flatten=True' if flatten else ''}"
         )
+
+
+def place_affine(x, w, b, row_axes: int | None = None):
+    """`(x, w, b)` as arrays, with `b` sharded like the columns of the output."""
     x, w = jnp.asarray(x), jnp.asarray(w)
-    if b is not None:
-        sharding = _layout.dot_sharding(x, w, 1 if flatten else x.ndim - 1)
-        b = jnp.asarray(b) if sharding is None else _layout.reshard_axes(jnp.asarray(b), sharding, (-1,))
-    return x, w, b
+    if b is None:
+        return x, w, None
+    sharding = _layout.dot_sharding(x, w, x.ndim - 1 if row_axes is None else row_axes)
+    return x, w, jnp.asarray(b) if sharding is None else _layout.reshard_axes(jnp.asarray(b), sharding, (-1,))
 
 
 def operand_dtype(x, compute_dtype):

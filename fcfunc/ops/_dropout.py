@@ -40,6 +40,7 @@ def dropout(x: jax.Array, *, rate: float, key: jax.Array) -> jax.Array:
 
 def dropout_fwd(x, key, *, rate):
     """`(out, residuals)` of `dropout`."""
+    # y = x ∘ k / (1 − r)
     return _drop(x, key, rate), key
 
 

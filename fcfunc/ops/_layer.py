@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from fcfunc import _layout
 from fcfunc._rule import rule, sum_dtype, upcast
 from fcfunc.ops import _activations, _softmax
-from fcfunc.ops._affine import affine_arguments, affine_bwd, affine_fwd, operand_dtype
+from fcfunc.ops._affine import affine_bwd, affine_fwd, check_affine, operand_dtype, place_affine
 
 
 def layer(
@@ -48,23 +48,25 @@ def layer(
         raise ValueError(f"layer: unknown activation {activation!r}; known are {', '.join(_LAYERS)}")
     for name in options.keys() - inspect.signature(_LAYERS[activation][0]).parameters.keys():
         raise ValueError(f"layer: {activation} has no option {name!r}")
+    options = _activations.checked_options("layer", options)
+    check_affine("layer", x, w, b, compute_dtype, out_dtype)
     return packed_layer(
         x, w, b, activation=activation, compute_dtype=compute_dtype, out_dtype=out_dtype, pack=True, **options
     )
 
 
-def packed_layer(x, w, b, *, pack, compute_dtype=None, out_dtype=None, **options):
-    """`layer` for a network, which knows whether to save bits or booleans: see `layer_fwd`."""
-    x, w, b = affine_arguments("layer", x, w, b, compute_dtype, out_dtype)
-    return _layer(x, w, b, compute_dtype=compute_dtype, out_dtype=out_dtype, pack=pack, **options)
+def packed_layer(x, w, b, **options):
+    """`layer` after its checks. `pack=False` saves booleans: faster if the output itself is kept in the program."""
+    return _layer(*place_affine(x, w, b), **options)
 
 
-def layer_fwd(x, w, b, *, activation, compute_dtype=None, out_dtype=None, pack=True, **options):
-    """`(out, residuals)` of `layer`.
+def layer_fwd(x, w, b, *, activation, compute_dtype=None, out_dtype=None, **options):
+    """`(out, residuals)` of `layer`."""
+    options |= {"activation": activation, "compute_dtype": compute_dtype, "out_dtype": out_dtype}
+    return _packed_fwd(x, w, b, pack=True, **options)
 
-    `pack=False` saves booleans instead of bits, which is faster where the compiler can read them off an output that is
-    kept anyway, as the next layer's input is within one compiled program.
-    """
+
+def _packed_fwd(x, w, b, *, activation, pack, compute_dtype=None, out_dtype=None, **options):
     # y = f(z), z = x w + 1 b
     operands = operand_dtype(x, compute_dtype)
     z, affine_residuals = affine_fwd(x, w, b, compute_dtype=compute_dtype, out_dtype=sum_dtype(operands))
@@ -77,9 +79,8 @@ def layer_fwd(x, w, b, *, activation, compute_dtype=None, out_dtype=None, pack=T
     return out, (*affine_residuals, saved)
 
 
-def layer_bwd(residuals, g, *, activation, compute_dtype=None, out_dtype=None, pack=True, **options):
+def layer_bwd(residuals, g, *, activation, compute_dtype=None, **options):
     """Cotangents `(dx, dw, db)` of `layer`."""
-    del out_dtype, pack  # they describe the output and the residuals
     x, w, has_bias, saved = residuals
     _, activation_bwd, saves = _LAYERS[activation]
     if saves == "mask":
@@ -92,7 +93,13 @@ def layer_bwd(residuals, g, *, activation, compute_dtype=None, out_dtype=None, p
     return affine_bwd((x, w, has_bias), dz, compute_dtype=compute_dtype)
 
 
-_layer = rule(layer_fwd, layer_bwd)
+def _packed_bwd(residuals, g, *, pack, out_dtype=None, **options):
+    del pack, out_dtype  # the residuals and the cotangent show them
+    return layer_bwd(residuals, g, **options)
+
+
+_packed_fwd.__name__ = "layer_fwd"  # the rule is named after it in a jaxpr and in a profile
+_layer = rule(_packed_fwd, _packed_bwd)
 
 
 def _pack(mask, pack):

@@ -44,6 +44,7 @@ def layer_norm(x: jax.Array, scale: jax.Array, offset: jax.Array, *, eps: float 
 
 def layer_norm_fwd(x, scale, offset, *, eps=1e-5):
     """`(out, residuals)` of `layer_norm`."""
+    # y = s ∘ (x − μ) / √(σ² + ε) + o
     z = upcast(x)
     mean, mean_error = _mean(z, -1)
     centered = (z - mean) - mean_error
@@ -96,6 +97,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float = 1e-5) -> jax.Array:
 
 def rms_norm_fwd(x, scale, *, eps=1e-5):
     """`(out, residuals)` of `rms_norm`."""
+    # y = s ∘ x / √(mean x² + ε)
     z = upcast(x)
     inv_std = _inverse_root(jnp.mean(z**2, axis=-1, keepdims=True), eps)
     return _times(z * inv_std, scale).astype(x.dtype), (x, scale, inv_std)
@@ -163,6 +165,7 @@ def batch_norm(
       >>> state
       {'mean': Array([0.2], dtype=float32), 'var': Array([1.1], dtype=float32)}
     """
+    _arguments.boolean("batch_norm", training=training, unbiased_variance=unbiased_variance)
     decay = _arguments.number("batch_norm", decay=decay)
     if not 0 <= decay <= 1:
         raise ValueError(f"batch_norm: decay must be in [0, 1], got {decay}")
@@ -189,6 +192,7 @@ def batch_norm(
 
 def batch_norm_fwd(x, scale, offset, *, eps=1e-5):
     """`((out, mean, var), residuals)` of `batch_norm` in training: the batch's own statistics, biased variance."""
+    # y = s ∘ (x − μ) / √(σ² + ε) + o, by feature
     row_axes = tuple(range(x.ndim - 1))
     z = upcast(x)
     mean, mean_error = (m.reshape(z.shape[-1:]) for m in _mean(z, row_axes))

@@ -42,6 +42,7 @@ def softmax(x: jax.Array, axis: int | tuple[int, ...] | None = -1, where: jax.Ar
 
 def softmax_fwd(x, *, axis=-1):
     """`(out, residuals)` of `softmax`."""
+    # p = exp(x − max x) / Σ exp(x − max x)
     e = jnp.exp(_shifted(x, axis))
     out = (e / jnp.sum(e, axis=axis, keepdims=True)).astype(x.dtype)
     return out, out
@@ -89,6 +90,7 @@ def log_softmax(x: jax.Array, axis: int | tuple[int, ...] | None = -1, where: ja
 
 def log_softmax_fwd(x, *, axis=-1):
     """`(out, residuals)` of `log_softmax`."""
+    # log p = (x − max x) − log Σ exp(x − max x)
     shifted = _shifted(x, axis)
     out = (shifted - jnp.log(jnp.sum(jnp.exp(shifted), axis=axis, keepdims=True))).astype(x.dtype)
     return out, out
