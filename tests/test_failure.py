@@ -61,7 +61,7 @@ def test_fit_stops_where_parameters_overflow_after_a_finite_loss():
 
 
 @pytest.mark.slow
-def test_a_guard_skips_steps_up_to_its_number_and_fit_stops_at_the_one_it_lets_through():
+def test_fit_stops_at_the_step_that_a_guard_lets_through():
     data = make_data(50)
     data.x[17, 0] = 0.0
     guarded = optax.apply_if_finite(optax.sgd(0.01), 2)
@@ -75,7 +75,7 @@ def test_a_guard_skips_steps_up_to_its_number_and_fit_stops_at_the_one_it_lets_t
     chex.assert_trees_all_equal(caught.value.state.params, make_state(guarded).params)
 
 
-def test_the_record_leaves_out_the_steps_that_a_guard_skips_and_the_sizes_may_be_numpys():
+def test_the_history_leaves_out_the_steps_that_a_guard_skips():
     @jax.custom_jvp
     def no_gradient(x):
         return x
@@ -95,7 +95,7 @@ def test_the_record_leaves_out_the_steps_that_a_guard_skips_and_the_sizes_may_be
 
 @pytest.mark.slow
 @pytest.mark.parametrize("every", [slow(None), 1])
-def test_a_bad_step_is_found_whatever_others_a_guard_skips_and_wherever_its_trace_stays(every):
+def test_a_bad_step_is_found_among_steps_that_a_guard_skips(every):
     """One step has a finite loss and no gradient, and is skipped; another a loss that is not finite and a gradient."""
 
     @jax.custom_jvp

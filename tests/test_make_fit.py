@@ -11,7 +11,7 @@ import pytest
 
 import fcfunc
 from fcfunc import train
-from tests.helpers import loss_fn, make_data, make_state
+from tests.helpers import DIMS, loss_fn, make_data, make_state
 from tests.rules import slow
 
 
@@ -43,33 +43,48 @@ def test_a_whole_fit_as_one_program_is_the_fit_of_the_host(patience):
         np.testing.assert_allclose(history[name][:done], by_host[name], rtol=1e-5)
 
 
-@pytest.mark.slow
-def test_a_sweep_is_one_program_in_which_each_member_stops_for_itself_and_keeps_its_best():
+def make_sweep():
+    """A member of a sweep, and the states and histories of two seeds and three learning rates."""
     optimizer = lambda rate: optax.inject_hyperparams(optax.sgd)(learning_rate=rate)
     data, validation_data = make_data(50), make_data(30, 1)
-    options = {"epochs": 10, "batch_size": 8, "patience": 2}
-    run, traces = train.make_fit(loss_fn, optimizer(0.1), **options), []
+    run = train.make_fit(loss_fn, optimizer(0.1), epochs=10, batch_size=8, patience=2)
 
     def member(key, rate):
-        traces.append(None)
-        state = train.init_state(fcfunc.init(key, [4, 8, 3]), optimizer(rate), key)
+        state = train.init_state(fcfunc.init(key, DIMS), optimizer(rate), key)
         return run(state, data, validation_data)
 
     keys, rates = jax.random.split(jax.random.key(0), 2), jnp.array([1e-3, 0.3, 1e6])
-    sweep = jax.jit(jax.vmap(jax.vmap(member, in_axes=(None, 0)), in_axes=(0, None)))
+    traced_once = chex.assert_max_traces(member, n=1)
+    sweep = jax.jit(jax.vmap(jax.vmap(traced_once, in_axes=(None, 0)), in_axes=(0, None)))
     states, histories = sweep(keys, rates)
     sweep(keys, 2 * rates)
-    assert len(traces) == 1
+    return lambda i, j: member(keys[i], rates[j]), states, histories
+
+
+@pytest.mark.slow
+def test_each_member_of_a_sweep_is_the_run_by_itself():
+    chex.clear_trace_counter()
+    member, states, histories = make_sweep()
     for at in [(0, 0), (1, 1), (0, 2)]:
-        alone, history = member(keys[at[0]], rates[at[1]])
-        params = jax.tree.map(operator.itemgetter(at), states.params)
-        chex.assert_trees_all_close(params, alone.params, rtol=1e-4, atol=1e-6)
+        alone, history = member(*at)
+        chex.assert_trees_all_close(
+            jax.tree.map(operator.itemgetter(at), states.params), alone.params, rtol=1e-4, atol=1e-6
+        )
         assert int(histories["epochs"][at]) == int(history["epochs"])
-        if at[1] < 2:
-            best = float(np.nanmin(histories["validation_loss"][at]))
-            np.testing.assert_allclose(train.evaluate(loss_fn, params, validation_data)["loss"], best, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_each_member_of_a_sweep_stops_for_itself_and_keeps_its_best_epoch():
+    chex.clear_trace_counter()
+    _, states, histories = make_sweep()
     assert histories["epochs"][0, 0] == 10
     assert histories["epochs"][0, 2] < 10
+    for at in [(0, 0), (1, 1)]:
+        params = jax.tree.map(operator.itemgetter(at), states.params)
+        scores = train.evaluate(loss_fn, params, make_data(30, 1))
+        kept = int(histories["kept_epoch"][at])
+        np.testing.assert_allclose(scores["loss"], histories["validation_loss"][at][kept - 1], rtol=1e-5)
+        np.testing.assert_allclose(scores["loss"], np.nanmin(histories["validation_loss"][at]), rtol=1e-5)
 
 
 def test_a_whole_fit_stops_at_a_loss_that_is_not_finite():
@@ -88,3 +103,20 @@ def test_a_whole_fit_refuses_what_it_cannot_judge():
         train.make_fit(loss_fn, optimizer, epochs=1, batch_size=4, monitor="f1")(make_state(optimizer), data, data)
     with pytest.raises(ValueError, match=r'make_fit: mode must be "min" or "max"'):
         train.make_fit(loss_fn, optimizer, epochs=1, batch_size=4, mode="less")
+
+
+@pytest.mark.parametrize("score", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("on_host", [True, False])
+def test_a_score_that_is_never_finite_does_not_bring_the_initial_parameters_back(score, on_host):
+    optimizer, data = optax.sgd(0.1), jnp.ones((8, 2))
+    loss = lambda params, batch, key: jnp.mean((batch @ params["w"] - 1) ** 2)
+    never = lambda params, batch, key: jnp.sum(params["w"]) * 0 + score
+    state = train.init_state({"w": jnp.zeros(2)}, optimizer, jax.random.key(0))
+    options = {"epochs": 3, "batch_size": 4, "patience": 2, "eval_fn": never}
+    if on_host:
+        end, history = train.fit(loss, optimizer, state, data, validation_data=data, **options)
+    else:
+        end, history = train.make_fit(loss, optimizer, **options)(state, data, data)
+    kept = 1 if score == jnp.inf else 2  # the first of equals; the last, if none can be judged
+    assert (int(history["epochs"]), int(history["kept_epoch"])) == (kept + (score == jnp.inf) * 2, kept)
+    assert float(end.params["w"][0]) > 0

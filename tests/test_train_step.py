@@ -47,7 +47,7 @@ def test_steps_donate_the_state_and_never_the_callers_params():
     ],
     ids=["sgd", "nesterov", "adamw", "clip", "inject", "multi_steps", "plateau", "lbfgs"],
 )
-def test_any_optax_optimiser_lowers_the_loss(optimizer):
+def test_any_optax_optimizer_lowers_the_loss(optimizer):
     data, state = make_data(64), make_state(optimizer)
     before = train.evaluate(loss_fn, state.params, data)["loss"]
     epoch = train.make_train_epoch(loss_fn, optimizer, 16)
@@ -60,11 +60,6 @@ def test_a_loss_per_example_is_refused_with_advice():
     step = train.make_train_step(lambda p, b, k: losses.squared_error(p * b, b), optax.sgd(0.1))
     with pytest.raises(ValueError, match=r"must return one number.*got float32\[4\]; take jnp.mean"):
         step(train.init_state(jnp.float32(1), optax.sgd(0.1), jax.random.key(0)), jnp.ones(4))
-
-
-def test_a_missing_key_is_refused():
-    with pytest.raises(TypeError, match="init_state: key must be one random key"):
-        train.init_state(jnp.zeros(3), optax.sgd(0.1), None)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("entry", ["fit", "evaluate", "make_train_step", "make_train_epoch", "make_fit"])
@@ -136,3 +131,28 @@ def test_an_epoch_without_donation_leaves_the_old_state_valid():
     state = make_state(optimizer)
     train.make_train_epoch(loss_fn, optimizer, 4, donate=False)(state, data)
     assert not state.params[0]["w"].is_deleted()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda params, data: train.make_train_step(loss_fn, optax.sgd(0.1))(params, data),
+        lambda params, data: train.make_train_epoch(loss_fn, optax.sgd(0.1), 4)(params, data),
+        lambda params, data: train.make_fit(loss_fn, optax.sgd(0.1), epochs=1, batch_size=4)(params, data),
+        lambda params, data: train.fit(loss_fn, optax.sgd(0.1), params, data, epochs=1, batch_size=4),
+    ],
+)
+def test_params_in_the_place_of_a_state_are_refused(call):
+    with pytest.raises(TypeError, match="state must be a TrainState, as from init_state, got list"):
+        call(make_state(optax.sgd(0.1)).params, make_data(8))
+
+
+def test_a_state_in_the_place_of_params_is_refused():
+    with pytest.raises(TypeError, match="got a TrainState; pass state.params"):
+        train.evaluate(loss_fn, make_state(optax.sgd(0.1)), make_data(8))
+
+
+def test_a_loss_with_other_arguments_is_told_which_it_is_given():
+    step = train.make_train_step(lambda params, batch: jnp.float32(0), optax.sgd(0.1))
+    with pytest.raises(TypeError, match=r"loss_fn must take \(params, batch, key\)"):
+        step(make_state(optax.sgd(0.1)), make_data(8))

@@ -1,4 +1,4 @@
-"""Keys for functions: two calls share a compiled program only if the function still computes the same.
+"""Identities of functions: two calls share a compiled program only if the function still computes the same.
 
 A compiled program holds the values that a function captures as constants, so a program found by the function alone
 would silently use the values of its first call.
@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 
-class FunctionKey:
-    """Equal to another key of the same object if its traces are equal; it keeps the object alive.
+class FunctionId:
+    """Equal to another id of the same object if its traces are equal; it keeps the object alive.
 
     Objects are compared by identity: a callable object may be equal to one that computes another loss, or have no hash.
     """
@@ -26,20 +26,20 @@ class FunctionKey:
         return id(self.function)
 
     def __eq__(self, other):
-        return isinstance(other, FunctionKey) and self.function is other.function and self.traced == other.traced
+        return isinstance(other, FunctionId) and self.function is other.function and self.traced == other.traced
 
 
-def cached_by_key(make: Callable) -> Callable:
+def cached_by_id(make: Callable) -> Callable:
     """`make`, which returns the same program for the same functions and numbers; the last 32 are kept.
 
     JAX's own cache lives as long as a compiled function, so a new function would be compiled again.
-    Functions are given as `FunctionKey`.
+    Functions are given as `FunctionId`.
     """
 
     @functools.lru_cache(maxsize=32)
     @functools.wraps(make)
     def cached(*args):
-        return make(*(a.function if isinstance(a, FunctionKey) else a for a in args))
+        return make(*(a.function if isinstance(a, FunctionId) else a for a in args))
 
     return cached
 
@@ -71,6 +71,6 @@ def _constants(jaxpr) -> Iterator[Any]:
 
 def _comparable(constant: Any) -> Any:
     if isinstance(constant, jax.Array):
-        return FunctionKey(constant)
+        return FunctionId(constant)
     array = np.ascontiguousarray(constant)
     return array.shape, array.dtype, hashlib.blake2b(array.reshape(-1).view(np.uint8).data).digest()

@@ -19,7 +19,7 @@ class EarlyStopping(NamedTuple):
 
     def start(self, state: TrainState) -> "Best":
         """Before the first epoch: no score, and the initial model."""
-        score = jnp.asarray(jnp.inf, jnp.result_type(float))
+        score = jnp.asarray(jnp.nan, jnp.result_type(float))
         model = () if self.patience is None else jax.tree.map(jnp.copy, (state.params, state.model_state))
         return Best(score, jnp.int32(0), jnp.int32(0), model)
 
@@ -55,11 +55,15 @@ class Best(NamedTuple):
 
 @jax.jit
 def _better_of(best: Best, new: Best) -> Best:
-    better = new.score < best.score  # never true of a NaN
-    return optax.tree.where(better, new, best._replace(waited=best.waited + 1))
+    none_yet = jnp.isnan(best.score)
+    better = (new.score < best.score) | (none_yet & ~jnp.isnan(new.score))
+    waited = jnp.where(better, 0, best.waited + 1)
+    return optax.tree.where(better | none_yet, new, best)._replace(waited=waited)
 
 
-def early_stopping(where: str, monitor: str, mode: str, patience: int | None, validation: bool) -> EarlyStopping:
+def checked_early_stopping(
+    where: str, monitor: str, mode: str, patience: int | None, validation: bool
+) -> EarlyStopping:
     """The options as one value, checked; `validation` says whether there is anything to judge an epoch by."""
     if patience is not None:
         _arguments.positive(where, patience=patience)
@@ -67,4 +71,4 @@ def early_stopping(where: str, monitor: str, mode: str, patience: int | None, va
             raise ValueError(f"{where}: patience needs validation_data to judge an epoch by, got None")
     if mode not in ("min", "max"):
         raise ValueError(f'{where}: mode must be "min" or "max", got {mode!r}')
-    return EarlyStopping(monitor, mode, patience)
+    return EarlyStopping(monitor.removeprefix("validation_"), mode, patience)

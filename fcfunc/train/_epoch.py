@@ -12,7 +12,7 @@ import optax
 from fcfunc import _arguments
 from fcfunc._arguments import count, examples
 from fcfunc.train._accumulate import mean_dtype
-from fcfunc.train._captured import FunctionKey, cached_by_key, traced
+from fcfunc.train._captured import FunctionId, cached_by_id, traced
 from fcfunc.train._mesh import Layouts, jit_on_mesh, shardings
 from fcfunc.train._permutation import permutation
 from fcfunc.train._state import TrainState, order_key
@@ -30,7 +30,7 @@ def make_train_epoch(
     """An epoch of training as one compiled program: shuffling, batching and steps, all on the device.
 
     Args:
-      loss_fn: `(params, batch, key) -> loss` or `-> (loss, metrics)`.
+      loss_fn: as for `make_train_step`.
       optimizer: any optax optimizer.
       batch_size: examples per step, at least 1. If it does not divide the number of examples, the last step uses the
         remainder as a shorter batch, inside the same program; on a mesh whose devices do not divide that batch, each
@@ -59,7 +59,7 @@ def make_train_epoch(
     _arguments.function("make_train_epoch", loss_fn=loss_fn)
     _arguments.optimizer("make_train_epoch", optimizer)
     _arguments.positive("make_train_epoch", batch_size=batch_size, accumulate=accumulate)
-    epoch = epoch_of("make_train_epoch", loss_fn, optimizer, batch_size, accumulate)
+    epoch = epoch_of("make_train_epoch", step_of(loss_fn, optimizer), batch_size, accumulate)
 
     def train_epoch(state, data, layouts):
         return epoch(state._replace(epoch_position=jnp.zeros((), jnp.int32)), data, layouts)
@@ -69,8 +69,7 @@ def make_train_epoch(
 
 def epoch_of(
     where: str,
-    loss_fn: Callable,
-    optimizer: optax.GradientTransformation,
+    step: Callable,
     batch_size: int,
     accumulate: int,
     *,
@@ -82,7 +81,6 @@ def epoch_of(
     It uses all examples or, given a `limit`, this many, in full batches or to the end of the epoch.
     `record(before, after, metrics)` gives what is returned of each step besides its metrics.
     """
-    step, step_whole = step_of(loss_fn, optimizer, accumulate), step_of(loss_fn, optimizer)
 
     def epoch(state: TrainState, data: Any, layouts: Layouts):
         n = count(where, data, batch_size)
@@ -91,8 +89,8 @@ def epoch_of(
         order = order_from(state, n, n if limit is None else limit)
 
         def on_batch(before, indices):
-            take_step = step if len(indices) == batch_size else step_whole
-            after, metrics = take_step(before, layouts.gather_rows(data, indices), layouts)
+            microbatches = accumulate if len(indices) == batch_size else 1
+            after, metrics = step(before, layouts.gather_rows(data, indices), layouts, microbatches)
             return after, metrics if record is None else (metrics, record(before, after, metrics))
 
         position = (state.epoch_position + len(order)) % n
@@ -138,16 +136,24 @@ def evaluate(
     _arguments.positive("evaluate", batch_size=batch_size)
     data = examples("evaluate", data)
     count("evaluate", data, 1)
-    key = FunctionKey(loss_fn, traced(uniform(loss_fn), params, data, None, model_state)[0])
-    return evaluate_compiled(key, params, data, model_state, int(batch_size))
+    if isinstance(params, TrainState):
+        raise TypeError("evaluate: params must be parameters, got a TrainState; pass state.params")
+    computed, _ = traced(uniform(loss_fn), params, data, None, model_state)
+    return evaluate_compiled(FunctionId(loss_fn, computed), params, data, model_state, int(batch_size))
 
 
-def evaluate_compiled(loss_key: FunctionKey, params: Any, data: Any, model_state: Any, batch_size: int = 1024):
-    """`evaluate` with a loss whose key is known, after the checks."""
-    return _evaluation(loss_key, batch_size)(params, model_state, data, layouts=Layouts((), shardings(data)))
+def function_id(loss_fn: Callable, state: TrainState, data: Any, key: Any) -> tuple[FunctionId, dict]:
+    """What a loss function computes, as the key of its compiled programs, and the shapes of its metrics."""
+    computed, (_, (metrics, _)) = traced(uniform(loss_fn), state.params, data, key, state.model_state)
+    return FunctionId(loss_fn, computed), metrics
 
 
-@cached_by_key
+def evaluate_compiled(loss_id: FunctionId, params: Any, data: Any, model_state: Any, batch_size: int = 1024):
+    """`evaluate` with a loss whose id is known, after the checks."""
+    return _evaluation(loss_id, batch_size)(params, model_state, data, layouts=Layouts((), shardings(data)))
+
+
+@cached_by_id
 def _evaluation(loss_fn, batch_size):
     loss = uniform(loss_fn)
 

@@ -13,15 +13,15 @@ import optax
 
 from fcfunc import _arguments
 from fcfunc._arguments import as_array, check_values, count, examples
-from fcfunc.train._captured import FunctionKey, cached_by_key, traced
-from fcfunc.train._early_stopping import Best, early_stopping
-from fcfunc.train._epoch import batch_sizes, epoch_means, epoch_of, evaluate, evaluate_compiled
+from fcfunc.train._captured import FunctionId, cached_by_id, traced
+from fcfunc.train._early_stopping import Best, checked_early_stopping
+from fcfunc.train._epoch import batch_sizes, epoch_means, epoch_of, evaluate, evaluate_compiled, function_id
 from fcfunc.train._failure import non_finite_error, step_flags, steps_ok, still_finite
 from fcfunc.train._memory import check_memory
 from fcfunc.train._mesh import Layouts, jit_on_mesh, on_mesh_of, shardings
 from fcfunc.train._progress import ProgressBar, report
 from fcfunc.train._state import TrainState, copy_state
-from fcfunc.train._step import uniform
+from fcfunc.train._step import step_of, uniform
 
 RESERVED = ("epoch", "epochs", "kept_epoch", "step", "seconds")
 """Entries of a history that no metric may be called."""
@@ -47,15 +47,7 @@ def make_fit(
     checks the values of the data, reports progress and raises errors.
 
     Args:
-      loss_fn: `(params, batch, key) -> loss` or `-> (loss, metrics)`.
-      optimizer: any optax optimizer.
-      epochs: passes over the data, at most.
-      batch_size: examples per step.
-      accumulate: as for `make_train_step`.
-      eval_fn: the loss function of the evaluation; None: `loss_fn` with key None.
-      monitor: the validation metric that decides which epoch is best.
-      mode: "min" if less of it is better, "max" if more is.
-      patience: as for `fit`.
+      loss_fn, optimizer, epochs, batch_size, accumulate, eval_fn, monitor, mode, patience: as for `fit`.
 
     Returns:
       `fit(state, data, validation_data=None) -> (state, history)`. The history has the format of `fit`, with arrays of
@@ -83,18 +75,23 @@ def make_fit(
     _arguments.function("make_fit", loss_fn=loss_fn, **({} if eval_fn is None else {"eval_fn": eval_fn}))
     _arguments.optimizer("make_fit", optimizer)
     _arguments.positive("make_fit", epochs=epochs, batch_size=batch_size, accumulate=accumulate)
-    early_stopping("make_fit", monitor, mode, patience, validation=True)
-    epoch_program = epoch_of("make_fit", loss_fn, optimizer, batch_size, accumulate)
+    checked_early_stopping("make_fit", monitor, mode, patience, validation=True)
+    epoch_program = epoch_of("make_fit", step_of(loss_fn, optimizer), batch_size, accumulate)
+
+    def metrics_of(function, state, data, key, monitor):
+        _, (metrics, _) = jax.eval_shape(uniform(function), state.params, data, key, state.model_state)
+        _check_metrics("make_fit", metrics, monitor)
 
     def whole_fit(state, data, validation_data=None):
-        stopping = early_stopping("make_fit", monitor, mode, patience, validation=validation_data is not None)
+        _check_state("make_fit", state)
+        stopping = checked_early_stopping("make_fit", monitor, mode, patience, validation=validation_data is not None)
         data = examples("make_fit", data)
         n = count("make_fit", data, batch_size)
         layouts = Layouts(shardings(state), shardings(data))
         if validation_data is not None:
             validation_data = examples("make_fit", validation_data, "validation_data")
-            _key_of_loss("make_fit", eval_fn or loss_fn, state, validation_data, None, monitor)
-        _key_of_loss("make_fit", loss_fn, state, data, state.key, None)
+            metrics_of(eval_fn or loss_fn, state, validation_data, None, stopping.monitor)
+        metrics_of(loss_fn, state, data, state.key, None)
 
         def one_epoch(state):
             state, metrics = epoch_program(state._replace(epoch_position=jnp.zeros((), jnp.int32)), data, layouts)
@@ -169,7 +166,8 @@ def fit(
     with `jax.jit`, keeps the values of its first call.
 
     Args:
-      loss_fn: `(params, batch, key) -> loss` or `-> (loss, metrics)`.
+      loss_fn: `(params, batch, key) -> loss` or `-> (loss, metrics)`; if the state has a `model_state`,
+        `(params, batch, key, model_state) -> (loss, metrics, model_state)`.
       optimizer: the optax optimizer that `state` was made with.
       state: from `init_state`, or of an earlier run; a state in the middle of an epoch resumes there, and the first of
         `epochs` is the rest of that epoch. It is copied, not donated.
@@ -179,7 +177,7 @@ def fit(
       accumulate: as for `make_train_step`.
       validation_data: examples that are evaluated after each epoch, never trained on.
       eval_fn: the loss function of the evaluation; None: `loss_fn` with key None.
-      monitor: the validation metric that decides which epoch is best.
+      monitor: the validation metric that decides which epoch is best, with or without `validation_`.
       mode: "min" if less of it is better, "max" if more is.
       patience: stop after this many epochs in a row without a better one, and return the best epoch's parameters and
         model state (the rest of the state is the last epoch's). None: run to the end and return the last epoch's. It
@@ -198,7 +196,7 @@ def fit(
       `(state, history)`. The history is a dict of arrays with one entry per epoch: `epoch` (1, 2, ...), `step`,
       `seconds`, the means of the training metrics over the epoch's examples (`loss`, ...) and the validation metrics
       (`validation_loss`, ...); `epochs`, the number of epochs that were run; and `kept_epoch`, the one whose parameters
-      were returned (0 for the initial ones, if no epoch had a validation metric that was not NaN).
+      were returned, so that `history["loss"][kept_epoch - 1]` is its loss (the last, if the metric was always NaN).
 
     Raises:
       ValueError: an option out of range; data that is empty, smaller than a batch, not finite or wrongly labeled;
@@ -220,10 +218,9 @@ def fit(
     given = {"eval_fn": eval_fn, "on_epoch": on_epoch, "on_steps": on_steps}
     _arguments.function("fit", loss_fn=loss_fn, **{name: f for name, f in given.items() if f is not None})
     _arguments.optimizer("fit", optimizer)
-    if not isinstance(state, TrainState):
-        raise TypeError(f"fit: state must be a TrainState, as from init_state, got {type(state).__name__}")
+    _check_state("fit", state)
     _arguments.positive("fit", epochs=epochs, batch_size=batch_size, accumulate=accumulate)
-    stopping = early_stopping("fit", monitor, mode, patience, validation=validation_data is not None)
+    stopping = checked_early_stopping("fit", monitor, mode, patience, validation=validation_data is not None)
     if (every is None) != (on_steps is None):
         raise ValueError("fit: give every and on_steps together: after how many steps to call, and what")
     if every is not None:
@@ -239,17 +236,19 @@ def fit(
     check_memory("fit", data=data, validation_data=validation_data)
     check_values(data, num_classes=num_classes, name="data")
     given_data, data = data, jax.tree.map(as_array, data)
-    eval_key = None
+    eval_id = None
     if validation_data is not None:
         check_values(validation_data, num_classes=num_classes, name="validation_data")
         validation_data = jax.tree.map(as_array, validation_data)
-        eval_key = _key_of_loss("fit", eval_fn or loss_fn, state, validation_data, None, monitor)
-    loss_key = _key_of_loss("fit", loss_fn, state, data, state.key, None)
-    optimizer_key = FunctionKey(optimizer, _traced_update(optimizer, state))
+        eval_id, metrics = function_id(eval_fn or loss_fn, state, validation_data, None)
+        _check_metrics("fit", metrics, stopping.monitor)
+    loss_id, metrics = function_id(loss_fn, state, data, state.key)
+    _check_metrics("fit", metrics, None)
+    optimizer_id = FunctionId(optimizer, _traced_update(optimizer, state))
 
     def run_chunk(probe, limit, state, **handle):
-        update = FunctionKey(probe) if probe else optimizer_key
-        program = _chunk_program(loss_key, update, int(batch_size), int(accumulate), int(limit))
+        update = FunctionId(probe) if probe else optimizer_id
+        program = _chunk_program(loss_id, update, int(batch_size), int(accumulate), int(limit))
         return program(state, data, **handle)
 
     steps, first_step = len(batch_sizes(n, batch_size)), int(state.epoch_start if position else state.step)
@@ -272,8 +271,8 @@ def fit(
             position = 0
             record: dict[str, Any] = {"epoch": epoch, "step": int(state.step), **_means_of_chunks(chunks)}
             scores = {}
-            if eval_key is not None:
-                scores = evaluate_compiled(eval_key, state.params, validation_data, state.model_state)
+            if eval_id is not None:
+                scores = evaluate_compiled(eval_id, state.params, validation_data, state.model_state)
                 scores = {f"validation_{name}": m for name, m in scores.items()}
                 record |= {name: float(m) for name, m in scores.items()}
             record["seconds"] = time.perf_counter() - start
@@ -288,7 +287,7 @@ def fit(
     return stopping.restore(best, state), _history(records, int(best.epoch))
 
 
-@cached_by_key
+@cached_by_id
 def _chunk_program(loss_fn, optimizer, batch_size, accumulate, limit):
     """The next `limit` examples of an epoch, as `fit` processes them."""
 
@@ -298,7 +297,8 @@ def _chunk_program(loss_fn, optimizer, batch_size, accumulate, limit):
                 report(handle, after.step)
             return step_flags(before, after, metrics)
 
-        epoch = epoch_of("fit", loss_fn, optimizer, batch_size, accumulate, limit=limit, record=record)
+        step = step_of(loss_fn, optimizer)
+        epoch = epoch_of("fit", step, batch_size, accumulate, limit=limit, record=record)
         return epoch(state, data, layouts)
 
     return jit_on_mesh("fit", train_chunk)
@@ -327,6 +327,11 @@ def _history(records: list[dict], kept_epoch: int) -> dict[str, Any]:
     return columns | {"epochs": len(records), "kept_epoch": kept_epoch}
 
 
+def _check_state(where: str, state) -> None:
+    if not isinstance(state, TrainState):
+        raise TypeError(f"{where}: state must be a TrainState, as from init_state, got {type(state).__name__}")
+
+
 def _traced_update(optimizer, state):
     """What the update computes; None if it needs more than the gradient: then the optimizer is known by identity."""
     try:
@@ -336,12 +341,8 @@ def _traced_update(optimizer, state):
         return None
 
 
-def _key_of_loss(where, loss_fn, state, data, key, monitor) -> FunctionKey:
-    """The key of a loss function, after the check that a history can hold its metrics.
-
-    Those of `make_train_epoch` may have any shape.
-    """
-    computed, (_, (metrics, _)) = traced(uniform(loss_fn), state.params, data, key, state.model_state)
+def _check_metrics(where: str, metrics: dict, monitor: str | None) -> None:
+    """Raises if a history cannot hold these metrics; those of `make_train_epoch` may have any shape."""
     for name, metric in metrics.items():
         if name in RESERVED:
             raise ValueError(f"{where}: a metric must not be called {name!r}, which the history uses itself")
@@ -351,4 +352,3 @@ def _key_of_loss(where, loss_fn, state, data, key, monitor) -> FunctionKey:
             )
     if monitor is not None and monitor not in {"loss", *metrics}:
         raise ValueError(f"{where}: monitor {monitor!r} is not among the metrics: {', '.join(['loss', *metrics])}")
-    return FunctionKey(loss_fn, computed)

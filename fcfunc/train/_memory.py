@@ -14,10 +14,7 @@ def check_memory(where: str, **trees: Any) -> None:
 
     Arrays that are on a device already are not copied. If the system does not report free memory, nothing is checked.
     """
-    sizes = {
-        name: sum(np.size(a) * jax.dtypes.canonicalize_dtype(np.asarray(a).dtype).itemsize for a in _of_host(tree))
-        for name, tree in trees.items()
-    }
+    sizes = {name: sum(map(_size, jax.tree.leaves(tree))) for name, tree in trees.items()}
     if not any(sizes.values()):
         return
     (device,) = jax.device_put(0.0).devices()  # where new arrays go
@@ -27,8 +24,9 @@ def check_memory(where: str, **trees: Any) -> None:
         raise MemoryError(f"{where}: {parts} to copy, and {free / 1e9:.2f} GB are free on {device}")
 
 
-def _of_host(tree) -> list:
-    return [a for a in jax.tree.leaves(tree) if not isinstance(a, jax.Array)]
+def _size(a) -> int:
+    on_device = isinstance(a, jax.Array)
+    return 0 if on_device else np.size(a) * jax.dtypes.canonicalize_dtype(np.asarray(a).dtype).itemsize
 
 
 def _free(device: Any) -> int | None:

@@ -51,9 +51,8 @@ class Layouts(NamedTuple):
         """ValueError if n examples cannot be divided evenly over the devices that hold them, and into parts."""
         devices = self.examples.devices if self.examples else 1
         if n % (parts * devices):
-            shares = [f"{devices} devices, over which the examples are sharded"] if self.examples else []
-            shares += [f"{parts} microbatches"] if parts > 1 else []
-            raise ValueError(f"{what} of {n} examples cannot be divided evenly by {' times '.join(shares)}")
+            shares = f"{devices} devices that hold the examples, times {parts} microbatches"
+            raise ValueError(f"{what} of {n} examples cannot be divided evenly by {shares}")
 
 
 def shardings(tree: Any) -> tuple[NamedSharding | None, ...]:
@@ -77,6 +76,8 @@ def jit_on_mesh(where: str, fun: Callable, *, donate: bool = True) -> Callable:
 
     def with_layouts(run):
         def call(state, data, **more):
+            if not hasattr(state, "epoch_start"):
+                raise TypeError(f"{where}: state must be a TrainState, as from init_state, got {type(state).__name__}")
             data = examples(where, data)
             of_data = shardings(data)
             # On one device a step may take less time than looking at all its arrays.

@@ -37,10 +37,7 @@ class ProgressBar:
         self.bar.close()
 
     def handle(self) -> dict[str, jax.Array]:
-        """What a compiled epoch needs in order to report: which bar, and every how many steps.
-
-        That is five times a second, at the speed of the last epochs.
-        """
+        """What a compiled epoch needs in order to report five times a second: which bar, and every how many steps."""
         rate = self.epochs * self.steps / (time.perf_counter() - self.started)
         return {"bar": jnp.int32(self.number), "every": jnp.int32(max(1, min(rate / 5, self.steps)))}
 

@@ -1,5 +1,6 @@
 """One step of training: the gradient of the loss and the update of the optimizer."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -19,16 +20,15 @@ def make_train_step(
     """A compiled step of training.
 
     Args:
-      loss_fn: `(params, batch, key) -> loss` or `-> (loss, metrics)`.
+      loss_fn: `(params, batch, key) -> loss` or `-> (loss, metrics)`; if the state has a `model_state`,
+        `(params, batch, key, model_state) -> (loss, metrics, model_state)`.
       optimizer: any optax optimizer; those that need the loss or the gradient (`optax.lbfgs`,
         `optax.contrib.reduce_on_plateau`) receive them.
       accumulate: gradient accumulation: split the batch into this many microbatches, process them one after the other
         and step by the mean of their gradients, with the memory of one microbatch. On a mesh each device sums its own
-        gradients over the microbatches, followed by a single sum over the devices; params that are sharded over the
-        devices that hold the examples are gathered once, before. Loss and metrics must be plain means over the
-        examples (a mean over the rows that count, `losses.mean`, differs from one microbatch to the next). Each
-        microbatch, and each device's share of it, has its own random key and its own batch statistics; a `model_state`
-        is averaged over the devices.
+        gradients, and a single sum over the devices follows. Loss and metrics must be plain means over the examples,
+        not over the rows that count (`losses.mean`). Each microbatch, and each device's share of it, has its own random
+        key and its own batch statistics; a `model_state` is averaged over the devices.
       donate: let the step reuse the memory of the state that it is given, which must not be used afterwards ("Array
         has been deleted"). False keeps the old state valid, at the cost of a second copy.
 
@@ -50,24 +50,24 @@ def make_train_step(
     _arguments.function("make_train_step", loss_fn=loss_fn)
     _arguments.optimizer("make_train_step", optimizer)
     _arguments.positive("make_train_step", accumulate=accumulate)
-    step = step_of(loss_fn, optimizer, accumulate)
+    step = step_of(loss_fn, optimizer)
 
     def train_step(state, batch, layouts):
         n = _arguments.count("make_train_step", batch, 1)
         layouts.check_divides("make_train_step: a batch", n, accumulate)
-        state, metrics = step(state, batch, layouts)
+        state, metrics = step(state, batch, layouts, accumulate)
         return state._replace(epoch_position=jnp.zeros((), jnp.int32)), metrics
 
     return jit_on_mesh("make_train_step", train_step, donate=bool(donate))
 
 
-def step_of(loss_fn: Callable, optimizer: optax.GradientTransformation, accumulate: int = 1) -> Callable:
-    """`step(state, batch, layouts) -> (state, metrics)`, the metrics being those before the update."""
+def step_of(loss_fn: Callable, optimizer: optax.GradientTransformation) -> Callable:
+    """`step(state, batch, layouts, accumulate) -> (state, metrics)`, the metrics being those before the update."""
     loss = uniform(loss_fn)
     update = optax.with_extra_args_support(optimizer).update
     gradient = jax.value_and_grad(loss, has_aux=True)
 
-    def step(state: TrainState, batch: Any, layouts: Layouts) -> tuple[TrainState, dict]:
+    def step(state: TrainState, batch: Any, layouts: Layouts, accumulate: int) -> tuple[TrainState, dict]:
         key = step_key(state)
 
         def value_fn(params):
@@ -93,6 +93,7 @@ def uniform(loss_fn: Callable) -> Callable:
     """`(params, batch, key, model_state) -> (loss, (metrics, model_state))`, in whichever form the loss is written."""
 
     def loss_and_metrics(params, batch, key, model_state):
+        _check_signature(loss_fn, bool(jax.tree.leaves(model_state)))
         if jax.tree.leaves(model_state):
             result = loss_fn(params, batch, key, model_state)
             if not isinstance(result, tuple) or len(result) != 3:
@@ -128,6 +129,18 @@ def finite_guards(opt_state) -> list[optax.ApplyIfFiniteState]:
 def skipped_steps(opt_state) -> Any:
     """The number of steps that the guards have skipped so far."""
     return sum(guard.total_notfinite for guard in finite_guards(opt_state))
+
+
+def _check_signature(loss_fn: Callable, with_state: bool) -> None:
+    """TypeError if a loss function does not take the arguments that it is given."""
+    names = ("params", "batch", "key", *(("model_state",) if with_state else ()))
+    try:
+        inspect.signature(loss_fn).bind(*names)
+    except TypeError as e:
+        why = "the state has a model_state" if with_state else "without init_state(..., model_state=...)"
+        raise TypeError(f"loss_fn must take ({', '.join(names)}): {why} ({e})") from None
+    except ValueError:
+        pass  # a function in C, without a signature
 
 
 def _check_same_kind(before, after) -> None:
