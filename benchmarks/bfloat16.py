@@ -51,13 +51,13 @@ def gradient_errors(batch) -> dict[str, float]:
             grads = jax.grad(lambda p: loss_fn(p, (x, batch[1]), None, **options)[0])(params)
             return np.asarray(ravel_pytree(grads)[0], np.float64)
 
-        twins = {"ops": reference, "losses": reference}
+        reference_options = {"ops": reference, "losses": reference}
         x = jnp.asarray(batch[0])
-        truth = flat(wide, x, **twins)
+        truth = flat(wide, x, **reference_options)
         runs = {
             "float32, rules": {},
             "bfloat16, rules": {"compute_dtype": "bfloat16"},
-            "bfloat16, autodiff": {"compute_dtype": "bfloat16", **twins},
+            "bfloat16, autodiff": {"compute_dtype": "bfloat16", **reference_options},
         }
         norm = np.linalg.norm(truth)
         return {name: float(np.linalg.norm(flat(params, x, **o) - truth) / norm) for name, o in runs.items()}

@@ -26,7 +26,7 @@ LABELS = jnp.zeros(N, jnp.int32)
 STATE = {"mean": jnp.zeros(D), "var": jnp.ones(D)}
 KEY = jax.random.key(0)
 
-# What a user would write without this library, where JAX has it, else the plain twin.
+# What a user would write without this library, where JAX has it, else the reference implementation.
 SAVED = {
     "relu": (ops.relu, jax.nn.relu),
     "leaky_relu": (ops.leaky_relu, jax.nn.leaky_relu),
@@ -172,8 +172,8 @@ units of one activation of [{N}, {D}] float32, {UNIT / 1e6:.1f} MB.
 ## What is saved for the backward pass
 
 Between the forward and the backward pass; weights are not counted, and what is the function's own argument or output
-is, although it is often held by a neighbour anyway. Autodiff is that of JAX's own function, or of the plain twin where
-JAX has none.
+is, although it is often held by a neighbor anyway. Autodiff is that of JAX's own function, or of the reference
+implementation where JAX has none.
 
 {table_of_residuals()}
 
@@ -185,8 +185,8 @@ keeps what it likes, and merges a pre-activation that is computed again with the
 
 {table_of_networks()}
 
-What options of `apply` add. XLA's CPU backend widens the operands of some bfloat16 products into arrays of their own;
-what is kept between the passes is half as large, which shows where the hardware multiplies bfloat16.
+What options of `fcfunc.mlp` add. XLA's CPU backend widens the operands of some bfloat16 products into arrays of their
+own; what is kept between the passes is half as large, which shows where the hardware multiplies bfloat16.
 
 {table_of_options()}
 

@@ -1,6 +1,6 @@
 """The same training written for each peer: `name -> make(task) -> (epochs(k), accuracy())`.
 
-Every peer gets the same data, batches, optimiser and learning rate, shuffles by itself, and is written as its users
+Every peer gets the same data, batches, optimizer and learning rate, shuffles by itself, and is written as its users
 write their fastest loop: data in memory, no loader, one compiled step where there is a compiler.
 """
 
@@ -36,7 +36,7 @@ class Task(NamedTuple):
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
-        """The optax optimiser."""
+        """The optax optimizer."""
         return (optax.adam if self.adam else optax.sgd)(self.rate)
 
 
@@ -190,7 +190,7 @@ def with_equinox(task: Task):
 
 
 def with_torch(task: Task):
-    """PyTorch: eager, with its own optimisers."""
+    """PyTorch: eager, with its own optimizers."""
     import torch
 
     torch.manual_seed(0)

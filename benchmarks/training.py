@@ -35,7 +35,7 @@ INTRODUCTION = """# Benchmarks
 Written by `make bench` on {cores} CPU cores ({machine}), Python {python}: {versions}.
 
 Times are ratios: how many times as long as fcfunc a peer takes, the median of ratios of turns side by side, with the
-lowest and the highest. Same data, same batches, same optimiser and learning rate, same initial parameters (but for
+lowest and the highest. Same data, same batches, same optimizer and learning rate, same initial parameters (but for
 scikit-learn, which draws its own); the accuracy is that after all turns, over as many epochs each. The peers are in
 `benchmarks/peers.py`, each with the fastest loop that its users write. "bare scan" is plain JAX without a shuffle, and
 "products" are the matrix products of the step alone, at the same shapes in the same run: bounds, not peers.
@@ -57,7 +57,7 @@ NOTES = """
   what XLA's CPU runtime spends between the kernels of a step; between "bare scan" and fcfunc are the shuffle and the
   gathering of each batch. These two rows bound what can be gained here over a loop that dispatches one compiled step at
   a time: it runs the same kernels, and its dispatch overlaps with them.
-- The order of an epoch is computed element by element by a keyed bijection (`fcfunc/_permutation.py`). As a sort it
+- The order of an epoch is computed element by element by a keyed bijection (`train/_permutation.py`). As a sort it
   cost 18.4 ms for 54,000 examples and 478 ms for a million, and now 0.4 and 1.5 ms, measured side by side.
 - The mask of a ReLU layer is packed into bits only where its output is not kept anyway, under a scan over layers:
   packing took 7 to 9 % of the step of the digits' network.

@@ -5,6 +5,7 @@ needs only `fcfunc.init(key, dims)` and `fcfunc.apply(params, x)`.
 
 `fcfunc.ops` holds the operations and `fcfunc.losses` the losses, `fcfunc.train` the training loops and `fcfunc.testing`
 the checker of backward rules, `check_vjp`. `fcfunc.reference` has a plain JAX implementation of each rule.
+`fcfunc.sharding` places arrays on several devices; `fcfunc.data`, `params_file` and `checkpoint` read and write files.
 """
 
 import importlib
@@ -33,4 +34,4 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

@@ -77,11 +77,6 @@ def put(a: Any, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def varying_axes(x: jax.Array) -> frozenset[str]:
-    """The axes of an enclosing `shard_map` over which `x` differs from device to device."""
-    return jax.typeof(x).manual_axis_type.varying
-
-
 def match_varying(args):
     """Lifts every array of a pytree to vary over the axes that any of them varies over.
 
@@ -89,11 +84,8 @@ def match_varying(args):
     its gradient a sum over the batch's axes; the transpose of the lift is that sum.
     """
     leaves, treedef = jax.tree.flatten(args)
-    axes = frozenset().union(*(varying_axes(leaf) for leaf in leaves))
-    if not axes:
-        return args
-    lifted = []
-    for leaf in leaves:
-        missing = tuple(sorted(axes - varying_axes(leaf)))
-        lifted.append(jax.lax.pcast(leaf, missing, to="varying") if missing else leaf)
+    varying = [jax.typeof(leaf).manual_axis_type.varying for leaf in leaves]
+    axes = frozenset().union(*varying)
+    missing = [tuple(sorted(axes - of_leaf)) for of_leaf in varying]
+    lifted = [jax.lax.pcast(a, m, to="varying") if m else a for a, m in zip(leaves, missing, strict=True)]
     return jax.tree.unflatten(treedef, lifted)

@@ -95,7 +95,7 @@ def fashion_mnist(folder: str | os.PathLike = FASHION_MNIST_FOLDER) -> tuple[Dat
       FileNotFoundError: the folder or a file is missing.
       ValueError: a file is damaged, or images and labels differ in number.
 
-    Source: H. Xiao, K. Rasul and R. Vollgraf 2017, Fashion-MNIST. MIT licence.
+    Source: H. Xiao, K. Rasul and R. Vollgraf 2017, Fashion-MNIST. MIT license.
     """
     _arguments.path("fashion_mnist", folder=folder)
     folder = Path(folder)

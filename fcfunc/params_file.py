@@ -148,6 +148,7 @@ def _digest(tensors: dict[str, np.ndarray], config: str) -> str:
 
 def _named(tree: Any, prefix: str) -> dict[str, Any]:
     """The arrays of lists and dicts by the way to each."""
+    where = repr(prefix) if prefix else "the top"
     if prefix.count(".") >= LEVELS:
         raise TypeError(f"params_file.save: params of at most {LEVELS} levels expected")
     if isinstance(tree, tuple) and hasattr(tree, "_asdict"):
@@ -166,10 +167,10 @@ def _named(tree: Any, prefix: str) -> dict[str, Any]:
         return {prefix: tree}
     else:
         raise TypeError(
-            f"params_file.save: params of lists, dicts and arrays expected, got {type(tree).__name__} at {prefix!r}"
+            f"params_file.save: params of lists, dicts and arrays expected, got {type(tree).__name__} at {where}"
         )
     if not nodes:
-        raise TypeError(f"params_file.save: an empty {type(tree).__name__} at {prefix!r} would be lost")
+        raise TypeError(f"params_file.save: an empty {type(tree).__name__} at {where} would be lost")
     return {k: a for name, node in nodes.items() for k, a in _named(node, f"{prefix}.{name}".lstrip(".")).items()}
 
 

@@ -2,8 +2,7 @@
 
 It is the oracle that the rules are compared with, and it has what a `custom_vjp` function lacks: forward mode
 (`jax.jvp`, `jax.jacfwd`, `jax.linearize`, `jax.experimental.jet`). `fcfunc.mlp(..., ops=fcfunc.reference)` builds a
-network on it. It is written for comparison, not for memory or speed. Like the rules it accepts arrays and Python
-floats, and broadcasts nothing.
+network on it. It is written for comparison, not for memory or speed. Like the rules it broadcasts nothing.
 """
 
 import math
@@ -139,7 +138,7 @@ def softmax_cross_entropy_with_integer_labels(
     _arguments.loss_options(name, jnp.shape(labels), where, weights, label_smoothing, logits=logits.shape)
     classes = where if where is not None and jnp.ndim(where) == logits.ndim else None
     rows = where if classes is None else jnp.any(classes, axis=-1)
-    logits, is_label, ignored, poison = _labelled(logits, as_array(labels), ignore_index, rows)
+    logits, is_label, ignored, poison = _labeled(logits, as_array(labels), ignore_index, rows)
     if classes is not None:
         poison = jnp.where(ignored | jnp.any(is_label & classes, axis=-1), poison, jnp.nan)
     targets = is_label.astype(logits.dtype)
@@ -209,7 +208,7 @@ def negative_log_likelihood(probs, labels, axis=-1, *, ignore_index=None):
     """Reference implementation of `fcfunc.losses.negative_log_likelihood`."""
     probs, _ = _classes_last(_floating("negative_log_likelihood", probs), axis, None)
     _arguments.labels("negative_log_likelihood", labels, scores=probs)
-    probs, is_label, ignored, poison = _labelled(probs, as_array(labels), ignore_index)
+    probs, is_label, ignored, poison = _labeled(probs, as_array(labels), ignore_index)
     # The sum before the logarithm: the logarithm of a probability of 0 that is not the label's stays out.
     picked = jnp.sum(jnp.where(is_label, probs, 0), axis=-1)
     poison = jnp.where(picked < 0, jnp.nan, poison)
@@ -220,7 +219,7 @@ def multiclass_svm(scores, labels, axis=-1, *, margin=1.0):
     """Reference implementation of `fcfunc.losses.multiclass_svm`."""
     scores, _ = _classes_last(_floating("multiclass_svm", scores), axis, None)
     _arguments.labels("multiclass_svm", labels, scores=scores)
-    scores, is_label, _, poison = _labelled(scores, as_array(labels), None)
+    scores, is_label, _, poison = _labeled(scores, as_array(labels), None)
 
     def excess(scores):
         own = jnp.sum(jnp.where(is_label, scores, 0), axis=-1, keepdims=True)
@@ -316,7 +315,7 @@ def _cross_entropy(logits, labels, weights, class_weights, smoothing, classes=No
     return loss if weights is None else loss * weights.astype(loss.dtype)
 
 
-def _labelled(scores, labels, ignore_index, where=None):
+def _labeled(scores, labels, ignore_index, where=None):
     """Scores with ignored rows set to 0, the label's mask, the ignored rows, and 1 or NaN (impossible labels).
 
     Impossible labels make their scores NaN as well: setting the scores, and not only the loss, is what keeps a NaN out

@@ -129,14 +129,11 @@ def param_specs(params: Any, mesh: Mesh, mode: str | Rules, *, replicate: str | 
     rules = [rule for rule in rules if rule[0] not in replicate]
     specs, here, other = [], "features", "mlp"
     for layer, p in enumerate(params):
-        stacked = len(p["w"].shape) == 3
+        stack = (None,) * (len(p["w"].shape) - 2)
         there = "classes" if layer == len(params) - 1 else other
-        axes = (None,) * stacked + (here, there)
-        advice = "choose a width that can, or replicate it: replicate={name!r}"
-        w = _assigned(f"param_specs: layer {layer}", axes, p["w"].shape, mesh, rules, advice)
-        columns = PartitionSpec(*w[:stacked], w[-1])
-        specs.append({name: w if name == "w" else columns for name in p})
-        if not stacked:
+        w = _assigned(f"param_specs: layer {layer}", (*stack, here, there), p["w"].shape, mesh, rules)
+        specs.append({name: w if name == "w" else PartitionSpec(*w[: len(stack)], w[-1]) for name in p})
+        if not stack:
             here, other = there, "embed" if there == "mlp" else "mlp"
     return specs
 
@@ -172,8 +169,7 @@ def logical_specs(axes: Any, tree: Any, mesh: Mesh, rules: Rules) -> Any:
         where = f"logical_specs: {jax.tree_util.keystr(path) or 'array'}"
         for name in set(names) - {None, *(name for name, _ in rules)}:
             raise ValueError(f"{where}: no rule for the logical axis {name!r}; ({name!r}, None) replicates it")
-        advice = "choose a width that can, or replicate it: ({name!r}, None)"
-        return _assigned(where, names, np.shape(leaf), mesh, rules, advice)
+        return _assigned(where, names, np.shape(leaf), mesh, rules)
 
     is_axes = lambda a: isinstance(a, PartitionSpec)  # noqa: E731
     if jax.tree.structure(axes, is_leaf=is_axes) != jax.tree.structure(tree):
@@ -272,7 +268,7 @@ def _check_equal_counts(count: int) -> None:
             raise ValueError(f"global_batch: as many examples on every process expected, got {counts}")
 
 
-def _assigned(where: str, names, shape, mesh: Mesh, rules: Rules, advice: str) -> PartitionSpec:
+def _assigned(where: str, names, shape, mesh: Mesh, rules: Rules) -> PartitionSpec:
     """The mesh axis of each logical axis; `where` names the array in an error."""
     rules = [(name, tuple(axis) if isinstance(axis, list) else axis) for name, axis in rules]
     if len(names) != len(shape):
@@ -296,7 +292,7 @@ def _assigned(where: str, names, shape, mesh: Mesh, rules: Rules, advice: str) -
         if axis not in entries:
             raise ValueError(
                 f"{where}, {list(shape)}: the width {width} ({name}) cannot be divided over the mesh axis {axis!r} "
-                f"of {size} devices; {advice.format(name=name)}"
+                f"of {size} devices; choose another width, or replicate it by replicate={name!r} or ({name!r}, None)"
             )
     return PartitionSpec(*entries)
 

@@ -12,8 +12,6 @@ if __name__ == "__main__":
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 import itertools
-import math
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import fcfunc
 from fcfunc import losses, sharding, train
+from tests.helpers import compiled_collectives
 
 PAGE = Path(__file__).parent.parent / "docs" / "planning.md"
 FLOAT = 4
@@ -61,17 +60,6 @@ def predicted(dims, batch: int, mode: str, data: int, model: int) -> list[Collec
                 found.append(Collective("all-gather", "biases", b, "data"))  # which lie as the columns of w
         if data > 1:
             found.append(Collective("all-reduce", "gradients", w + b, "data"))
-    return found
-
-
-def compiled_collectives(compiled) -> list[tuple[str, list[int]]]:
-    """What the devices exchange in a compiled program: the kind, and the elements of each array on a device."""
-    found = []
-    for line in compiled.as_text().splitlines():
-        kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-        if match := re.search(rf"= (.*?) ({kinds})(-start)?\(", line):
-            shapes = re.findall(r"[a-z]+\d*\[([\d,]*)\]", match[1])
-            found.append((match[2], [math.prod(int(n) for n in shape.split(",") if n) for shape in shapes]))
     return found
 
 

@@ -1,6 +1,8 @@
 """What several test files share: a small classification problem, and counts of memory and compilations."""
 
 import contextlib
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +39,17 @@ def temporaries(fun, *args):
     analysis = jax.jit(fun).lower(*args).compile().memory_analysis()
     assert analysis is not None
     return analysis.temp_size_in_bytes
+
+
+def compiled_collectives(compiled) -> list[tuple[str, list[int]]]:
+    """What the devices exchange in a compiled program: the kind, and the elements of each array on a device."""
+    found = []
+    for line in compiled.as_text().splitlines():
+        kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+        if match := re.search(rf"= (.*?) ({kinds})(-start)?\(", line):
+            shapes = re.findall(r"[a-z]+\d*\[([\d,]*)\]", match[1])
+            found.append((match[2], [math.prod(int(n) for n in shape.split(",") if n) for shape in shapes]))
+    return found
 
 
 @contextlib.contextmanager

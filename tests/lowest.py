@@ -4,7 +4,7 @@ import re
 import tomllib
 from pathlib import Path
 
-TOOLS = ("build", "pyright", "ruff")
+TOOLS = ("build", "import-linter", "pyright", "ruff")
 """No part of what is tested."""
 
 project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]

@@ -13,7 +13,7 @@ from fcfunc import losses, ops, reference
 
 
 class Row(NamedTuple):
-    """A rule, its plain twin, and how to draw `(seed, n rows, d columns, dtype)` arguments of order 1.
+    """A rule, its reference implementation, and how to draw `(seed, n rows, d columns, dtype)` arguments of order 1.
 
     A variant is a rule that stands in the table with other options too: the slowest checks are left to that row.
     """
@@ -47,14 +47,14 @@ def _images(seed, n, d, dtype):
     return _normal(seed, (n, 2, d), (2 * d, d + 2), (d + 2,), dtype=dtype)
 
 
-def _labelled(seed, n, d, dtype):
+def _labeled(seed, n, d, dtype):
     labels = np.random.default_rng(seed + 1).integers(0, max(d, 1), n, dtype=np.int32)
     return *_x(seed, n, d, dtype), jnp.asarray(labels)
 
 
 def _probs(seed, n, d, dtype):
     e = np.exp(np.random.default_rng(seed).standard_normal((n, d)))
-    return jnp.asarray((e / e.sum(axis=1, keepdims=True)).astype(dtype)), _labelled(seed, n, d, dtype)[1]
+    return jnp.asarray((e / e.sum(axis=1, keepdims=True)).astype(dtype)), _labeled(seed, n, d, dtype)[1]
 
 
 def _pair(seed, n, d, dtype):
@@ -91,8 +91,8 @@ def _rows_that_count(seed, n, dtype):
     return jnp.asarray(rng.uniform(size=n) < 0.7), jnp.asarray(rng.uniform(0.1, 2, n).astype(dtype))
 
 
-def _labelled_and_weighted(seed, n, d, dtype):
-    return *_labelled(seed, n, d, dtype), *_rows_that_count(seed, n, dtype), *_classes(seed, n, d, dtype)
+def _labeled_and_weighted(seed, n, d, dtype):
+    return *_labeled(seed, n, d, dtype), *_rows_that_count(seed, n, dtype), *_classes(seed, n, d, dtype)
 
 
 def _pair_and_weighted(seed, n, d, dtype):
@@ -110,7 +110,7 @@ def _masked(seed, n, d, dtype):
     return *_x(seed, n, d, dtype), jnp.asarray(_classes_that_count(seed, n, d))
 
 
-def _labelled_and_masked(seed, n, d, dtype):
+def _labeled_and_masked(seed, n, d, dtype):
     mask = _classes_that_count(seed, n, d)
     labels = mask.argmax(axis=1) if d else np.zeros(n)
     return *_x(seed, n, d, dtype), jnp.asarray(labels.astype(np.int32)), jnp.asarray(mask)
@@ -140,9 +140,9 @@ WEIGHTED = ("where", "weights", "class_weights")
 
 def _row(module, name, draw, *, keywords=(), variant=False, **options):
     """A row by name; the last arguments drawn are given by `keywords`."""
-    fun, twin = getattr(module, name), getattr(reference, name)
+    fun, plain = getattr(module, name), getattr(reference, name)
     if not options and not keywords:
-        return Row(name, fun, twin, draw, variant)
+        return Row(name, fun, plain, draw, variant)
     label = "-".join([name, *(k for k in keywords if k != "key"), *(f"{k}={v}" for k, v in options.items())])
 
     def of(function):
@@ -152,7 +152,7 @@ def _row(module, name, draw, *, keywords=(), variant=False, **options):
 
         return call
 
-    return Row(label, of(fun), of(twin), draw, variant)
+    return Row(label, of(fun), of(plain), draw, variant)
 
 
 def _statistics(batch_norm):
@@ -192,19 +192,19 @@ RULES = [
     _row(ops, "softmax", _masked, keywords=("where",), variant=True),
     _row(ops, "log_softmax", _x),
     _row(ops, "log_softmax", _x, variant=True, axis=0),
-    _row(losses, "softmax_cross_entropy_with_integer_labels", _labelled, variant=True),
-    _row(losses, "softmax_cross_entropy_with_integer_labels", _labelled, variant=True, ignore_index=1),
+    _row(losses, "softmax_cross_entropy_with_integer_labels", _labeled, variant=True),
+    _row(losses, "softmax_cross_entropy_with_integer_labels", _labeled, variant=True, ignore_index=1),
     _row(
         losses,
         "softmax_cross_entropy_with_integer_labels",
-        _labelled_and_weighted,
+        _labeled_and_weighted,
         keywords=WEIGHTED,
         label_smoothing=0.2,
     ),
     _row(
         losses,
         "softmax_cross_entropy_with_integer_labels",
-        _labelled_and_masked,
+        _labeled_and_masked,
         keywords=("where",),
         variant=True,
         label_smoothing=0.1,
@@ -234,8 +234,8 @@ RULES = [
     _row(losses, "squared_error", _pair),
     _row(losses, "negative_log_likelihood", _probs),
     _row(losses, "negative_log_likelihood", _probs, variant=True, ignore_index=1),
-    _row(losses, "multiclass_svm", _labelled),
-    _row(losses, "multiclass_svm", _labelled, variant=True, margin=0.25),
+    _row(losses, "multiclass_svm", _labeled),
+    _row(losses, "multiclass_svm", _labeled, variant=True, margin=0.25),
     _row(losses, "l2_penalty", _params),
 ]
 

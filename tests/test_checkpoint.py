@@ -95,7 +95,7 @@ def test_what_is_not_the_same_run_is_an_error_that_names_the_array(tmp_path):
     assert checkpoint.steps(tmp_path) == [1]
 
 
-def test_a_step_that_is_there_is_not_written_over_and_the_same_state_again_is_no_error(tmp_path):
+def test_an_existing_step_is_not_overwritten_by_another_state(tmp_path):
     state = moved(make_state(), 5)
     checkpoint.save(tmp_path, state)
     assert checkpoint.save(tmp_path, state) == tmp_path / "5"
@@ -119,7 +119,7 @@ def files_of(folder):
     return sorted(f for f in folder.rglob("*") if f.is_file())
 
 
-def test_one_bit_of_any_file_turned_over_is_an_error_that_names_the_file_and_the_checkpoint_before(tmp_path):
+def test_a_flipped_bit_is_an_error_that_names_the_file_and_the_checkpoint_before(tmp_path):
     for step in (1, 2):
         checkpoint.save(tmp_path, moved(make_state(), step))
     rng, like, files = np.random.default_rng(0), make_state(), files_of(tmp_path / "2")
@@ -250,7 +250,7 @@ def test_a_newer_format_is_an_error_that_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["full", "forbidden"])
-def test_a_save_that_cannot_be_written_is_an_error_that_names_it_and_leaves_the_one_before(tmp_path, how):
+def test_a_failed_save_is_an_error_that_names_it_and_leaves_the_one_before(tmp_path, how):
     """In a process of its own, which may write small files only, or none in this folder."""
     folder = tmp_path / "run"
     state = moved(make_state(), 1)

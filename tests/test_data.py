@@ -1,4 +1,4 @@
-"""The readers on good files and on bad ones; the split; the standardiser."""
+"""The readers on good files and on bad ones; the split; the standardizer."""
 
 import gzip
 import os
@@ -217,7 +217,7 @@ def test_split_refuses_impossible_fractions(fractions):
         data.split(np.arange(5), fractions, seed=0)
 
 
-def test_the_standardiser_uses_the_statistics_it_was_made_with():
+def test_the_standardizer_uses_the_statistics_it_was_made_with():
     rng = np.random.default_rng(0)
     training, test = rng.normal(5, 3, (100, 2)), rng.normal(-5, 1, (10, 2))
     training[:, 1] = test[:, 1] = 7

@@ -54,7 +54,7 @@ def processes_of(launcher):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes in /proc")
-def test_when_a_process_is_killed_the_rest_ends_with_one_line_and_the_run_resumes_on_other_devices(tmp_path):
+def test_a_run_of_which_a_process_was_killed_resumes_on_other_devices(tmp_path):
     run = [*EXAMPLE, "--epochs", "30", "--out", str(tmp_path)]
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
@@ -105,6 +105,6 @@ def test_sigterm_saves_within_the_epoch_and_ends_with_a_status_of_its_own(tmp_pa
 
 
 @pytest.mark.slow
-def test_runs_that_are_killed_at_random_moments_resume_to_the_bits_of_one_that_is_not(capfd):
+def test_runs_killed_at_random_moments_resume_to_the_same_bits(capfd):
     assert kill_and_resume.main(["--kills", "2", "--at-once", "2"]) == 0
     assert "2 of 2 runs end with the bits of the uninterrupted one" in capfd.readouterr().out

@@ -1,4 +1,4 @@
-"""Forward mode: not for hand-written rules, for their twins in full, and second derivatives for both."""
+"""Forward mode: none for hand-written rules, all for the reference; second derivatives for both."""
 
 import chex
 import jax
@@ -56,7 +56,7 @@ SOME = ("gelu",)
 
 
 @pytest.mark.parametrize("fun", [PLAIN[name] if name in SOME else slow(PLAIN[name]) for name in PLAIN], ids=PLAIN)
-def test_the_twins_have_jvp_jacfwd_linearize_and_jet(fun):
+def test_the_reference_has_jvp_jacfwd_linearize_and_jet(fun):
     v = jax.random.normal(jax.random.key(3), X.shape)
     out, tangent = jax.jvp(fun, (X,), (v,))
     linear_out, linear = jax.linearize(fun, X)

@@ -12,7 +12,7 @@ import pytest
 from proofs import fuzz
 
 
-def test_no_reader_lets_a_malformed_file_through_hangs_or_takes_more_memory_than_its_limit():
+def test_malformed_files_are_refused_within_the_limits_of_memory_and_time():
     """In a process of its own, whose memory it limits."""
     command = [sys.executable, "-m", "proofs.fuzz", "--files", "1500", "--seed", "7"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])

@@ -70,3 +70,10 @@ def test_the_error_of_a_missing_package_names_it(module, package, call, monkeypa
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=rf"{package}.* is not installed; pip install {package}$"):
         call(tmp_path)
+
+
+def test_tests_and_benchmarks_do_not_import_each_other():
+    for folder, other in (("tests", "benchmarks"), ("benchmarks", "tests")):
+        for path in (ROOT / folder).glob("*.py"):
+            imports = [line for line in path.read_text().splitlines() if line.startswith(("import ", "from "))]
+            assert not [line for line in imports if line.split()[1].split(".")[0] == other], path

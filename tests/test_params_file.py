@@ -81,9 +81,9 @@ def test_what_cannot_be_saved_as_it_is_is_refused_and_leaves_the_file_of_before(
     for wrong, message in (
         ([{"a.b": jnp.ones(1)}], "names without dots"),
         ([{"3": jnp.ones(1)}], "names without dots"),
-        ([], "an empty list at ''"),
+        ([], "an empty list at the top"),
         ([{"w": 1.0}], "got float at '0.w'"),
-        (({"w": jnp.ones(1)},), "got tuple at ''"),
+        (({"w": jnp.ones(1)},), "got tuple at the top"),
         (jnp.ones(1), "got an array without a name"),
         ([{"__metadata__": jnp.ones(1)}], "names without dots"),
         ([{"\udc80": jnp.ones(1)}], "names without dots"),

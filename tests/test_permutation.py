@@ -55,7 +55,7 @@ def test_both_parities_of_an_order_come_as_often():
     assert abs(odds - 1000) < 4.5 * math.sqrt(500)
 
 
-def test_another_key_gives_another_order_and_neighbouring_batches_share_no_more_than_chance():
+def test_orders_of_different_keys_overlap_no_more_than_chance():
     one, two = draws(4096, 2)
     assert abs(np.sum(one == two) - 1) < 6
     shared = [len(np.intersect1d(one[i : i + 64], two[i : i + 64])) for i in range(0, 4096, 64)]

@@ -1,4 +1,4 @@
-"""Every rule of the table against its twin, against finite differences, and at extremes.
+"""Every rule of the table against its reference, against finite differences, and at extremes.
 
 What transformations do to it is left to `check_vjp`, in test_check_vjp.py.
 """
@@ -26,42 +26,42 @@ def scalar(fun, args):
     return lambda *reals: jnp.sum(fun(*fill(reals)) * g), reals
 
 
-def assert_like_twin(row, args, dtype):
+def assert_like_reference(row, args, dtype):
     g = cotangent(row.fun, args)
     out, grads = gradients(row.fun, args, g)
-    twin_out, twin_grads = gradients(row.reference, args, g)
-    chex.assert_trees_all_equal_shapes_and_dtypes(out, twin_out)
-    chex.assert_trees_all_equal_shapes_and_dtypes(grads, twin_grads)
+    reference_out, reference_grads = gradients(row.reference, args, g)
+    chex.assert_trees_all_equal_shapes_and_dtypes(out, reference_out)
+    chex.assert_trees_all_equal_shapes_and_dtypes(grads, reference_grads)
     chex.assert_trees_all_equal_shapes_and_dtypes(grads, split_real(args)[0])
     tolerance = TOLERANCE[jnp.dtype(dtype).name]
     wide = lambda tree: jax.tree.map(lambda a: np.asarray(a, np.float64), tree)
-    chex.assert_trees_all_close(wide(out), wide(twin_out), rtol=tolerance, atol=tolerance)
-    chex.assert_trees_all_close(wide(grads), wide(twin_grads), rtol=tolerance, atol=tolerance)
+    chex.assert_trees_all_close(wide(out), wide(reference_out), rtol=tolerance, atol=tolerance)
+    chex.assert_trees_all_close(wide(grads), wide(reference_grads), rtol=tolerance, atol=tolerance)
 
 
 @rows(variants_are_slow=False)
 @pytest.mark.parametrize(("n", "d"), SIZES)
-def test_rule_equals_autodiff_of_its_twin(row, n, d):
-    assert_like_twin(row, row.draw(0, n, d, jnp.float32), "float32")
+def test_rule_equals_autodiff_of_its_reference(row, n, d):
+    assert_like_reference(row, row.draw(0, n, d, jnp.float32), "float32")
 
 
 @rows()
 @pytest.mark.parametrize("dtype", [slow("float16"), "bfloat16"])
 @pytest.mark.parametrize(("n", "d"), [(4, 3), slow(1, 5), slow(33, 17)])
-def test_rule_equals_autodiff_of_its_twin_in_half_precision(row, dtype, n, d):
-    assert_like_twin(row, row.draw(0, n, d, jnp.dtype(dtype)), dtype)
+def test_rule_equals_autodiff_of_its_reference_in_half_precision(row, dtype, n, d):
+    assert_like_reference(row, row.draw(0, n, d, jnp.dtype(dtype)), dtype)
 
 
 @rows()
 @pytest.mark.parametrize(("n", "d"), SIZES)
-def test_rule_equals_autodiff_of_its_twin_in_float64(row, n, d, x64):
-    assert_like_twin(row, row.draw(0, n, d, jnp.float64), "float64")
+def test_rule_equals_autodiff_of_its_reference_in_float64(row, n, d, x64):
+    assert_like_reference(row, row.draw(0, n, d, jnp.float64), "float64")
 
 
 @rows()
 @pytest.mark.parametrize(("n", "d"), [(0, 4), slow(0, 1), slow(3, 0)])
 def test_rule_takes_empty_arrays(row, n, d):
-    assert_like_twin(row, row.draw(0, n, d, jnp.float32), "float32")
+    assert_like_reference(row, row.draw(0, n, d, jnp.float32), "float32")
 
 
 @pytest.mark.slow
@@ -78,15 +78,15 @@ def test_rule_equals_finite_differences_in_float64(row, x64):
 @pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(row=st.sampled_from(RULES), n=st.integers(1, 40), d=st.integers(1, 40), seed=st.integers(0, 2**31 - 1))
-def test_rule_equals_autodiff_of_its_twin_for_any_shape(row, n, d, seed):
-    assert_like_twin(row, row.draw(seed, n, d, jnp.float32), "float32")
+def test_rule_equals_autodiff_of_its_reference_for_any_shape(row, n, d, seed):
+    assert_like_reference(row, row.draw(seed, n, d, jnp.float32), "float32")
 
 
 @pytest.mark.slow
 @rows()
-def test_second_derivatives_equal_those_of_the_twin(row, x64):
+def test_second_derivatives_equal_those_of_the_reference(row, x64):
     args = row.draw(0, 3, 2, jnp.float64)
-    (fun, reals), (twin, _) = scalar(row.fun, args), scalar(row.reference, args)
+    (fun, reals), (reference, _) = scalar(row.fun, args), scalar(row.reference, args)
     argnums = tuple(range(len(reals)))
     for second in (
         lambda f: jax.hessian(f, argnums)(*reals),
@@ -95,7 +95,7 @@ def test_second_derivatives_equal_those_of_the_twin(row, x64):
         lambda f: jax.jacrev(jax.grad(f, argnums), argnums)(*reals),
     ):
         chex.assert_trees_all_close(
-            jax.jit(second, static_argnums=0)(fun), jax.jit(second, static_argnums=0)(twin), rtol=1e-10, atol=1e-11
+            jax.jit(second, static_argnums=0)(fun), jax.jit(second, static_argnums=0)(reference), rtol=1e-10, atol=1e-11
         )
 
 
@@ -105,7 +105,7 @@ def squares(tree):
 
 @rows()
 @pytest.mark.parametrize("value", [0.0, slow(-0.0), slow(1e30), slow(-1e30), np.inf, slow(-np.inf), np.nan])
-def test_extreme_inputs_give_what_the_twin_gives_and_stay_in_their_row(row, value):
+def test_extreme_inputs_give_what_the_reference_gives_and_stay_in_their_row(row, value):
     """Where the loss is NaN so is a gradient; a NaN or infinity in one row leaves the other rows alone."""
     if row.name in ("l2_penalty", "softmax-axis=0", "log_softmax-axis=0", "batch_norm"):
         pytest.skip("its rows are not independent")
@@ -117,9 +117,9 @@ def test_extreme_inputs_give_what_the_twin_gives_and_stay_in_their_row(row, valu
     others = np.array([0, 2, 3])
     np.testing.assert_array_equal(out[others], hostile_out[others])
     np.testing.assert_array_equal(grads[0][others], hostile_grads[0][others])
-    twin_out, twin_grads = gradients(row.reference, hostile, g)
-    np.testing.assert_allclose(hostile_out, twin_out, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(hostile_grads[0], twin_grads[0], rtol=1e-4, atol=1e-6)
+    reference_out, reference_grads = gradients(row.reference, hostile, g)
+    np.testing.assert_allclose(hostile_out, reference_out, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(hostile_grads[0], reference_grads[0], rtol=1e-4, atol=1e-6)
     if np.isnan(value) and "ignore_index" not in row.name and "negative_log" not in row.name:
         masked = ~np.asarray(args[1][1]) if row.name == "softmax-where" else False
         assert (np.isnan(hostile_out[1]) | masked).all()

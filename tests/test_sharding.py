@@ -13,8 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import fcfunc
 from fcfunc import losses, sharding, train
-from proofs import plan
-from proofs.plan import compiled_collectives
+from tests.helpers import compiled_collectives
 from tests.rules import slow
 
 P = PartitionSpec
@@ -138,7 +137,7 @@ def test_params_that_lie_nowhere_in_particular_train_beside_data_on_a_mesh():
         (AxisType.Auto, optax.chain(optax.adaptive_grad_clip(0.1), optax.sgd(0.1))),
     ],
 )
-def test_optimisers_of_every_kind_run_where_weights_are_divided(kind, optimizer):
+def test_optimizers_of_every_kind_run_where_weights_are_divided(kind, optimizer):
     data = make_data(32)
 
     def run(params, data):
@@ -350,9 +349,9 @@ def test_what_cannot_be_divided_is_an_error_that_names_layer_width_and_axis():
 def test_a_batch_that_the_devices_or_the_parts_do_not_divide_is_an_error():
     params, data = placed("data", AxisType.Explicit, make_data(40))
     state = train.init_state(params, optax.sgd(0.1), jax.random.key(0))
-    with pytest.raises(ValueError, match=r"batches of 20 examples cannot be divided evenly by 8 devices, over which"):
+    with pytest.raises(ValueError, match=r"batches of 20 examples cannot be divided evenly by 8 devices that hold"):
         train.make_train_epoch(loss_fn, optax.sgd(0.1), 20)(state, data)
-    with pytest.raises(ValueError, match=r"a batch of 40 examples .* by 8 devices, .* times 2 microbatches"):
+    with pytest.raises(ValueError, match=r"a batch of 40 examples .* by 8 devices .* times 2 microbatches"):
         train.make_train_step(loss_fn, optax.sgd(0.1), accumulate=2)(state, data)
 
 
@@ -390,7 +389,7 @@ def test_each_part_and_device_draws_its_own_dropout():
 
 @pytest.mark.parametrize("mode", [slow("data"), "fsdp+tensor"])
 @pytest.mark.parametrize("kind", [slow(None), *SOME_KINDS])
-def test_accumulation_carries_a_model_state_through_the_parts_on_each_device_and_takes_the_mean(kind, mode):
+def test_accumulation_averages_the_model_states_of_the_devices(kind, mode):
     net = fcfunc.mlp(DIMS, norm="batch_norm")
     params = net.init(jax.random.key(0))
     data, optimizer, start = make_data(64), optax.sgd(0.1), net.init_batch_norm_state(params)
@@ -427,15 +426,3 @@ def test_metrics_that_are_no_means_are_refused_where_parts_are_averaged():
     per_example = lambda params, batch, key: (loss_fn(params, batch, key)[0], {"hits": batch[1] == 0})
     with pytest.raises(ValueError, match=r"each metric must be one number, a mean, got 'hits' \[16\]"):
         train.make_train_step(per_example, optax.sgd(0.1), accumulate=2)(state, make_data(32))
-
-
-@pytest.mark.parametrize("mode", sharding.MODES)
-def test_the_planned_collectives_are_those_of_the_compiled_step(mode):
-    mesh = sharding.make_mesh(model=2 if "tensor" in mode else 1)
-    (dims, batch) = plan.CHECKED[1]
-    numbers = plan.compared(dims, batch, mode, mesh)
-    planned, compiled = numbers["all-reduce"]
-    assert planned == compiled
-    planned, compiled = numbers["all-gather"]
-    assert planned <= compiled <= 2 * planned
-    assert bool(planned) == ("fsdp" in mode)

@@ -45,7 +45,7 @@ def _evaluate(jaxpr, consts, args):
                 eqn.params["jaxpr"],
                 {k: eqn.params[k] for k in ("mesh", "in_specs", "out_specs", "check_vma")},
             )
-            local = functools.partial(_evaluate_open, inner)
+            local = lambda *args, inner=inner: tuple(_evaluate(inner, (), list(args)))  # noqa: E731
             outs = jax.shard_map(local, axis_names=eqn.params["manual_axes"], **options)(*values)
         else:
             params = eqn.primitive.get_bind_params({k: _undone(p) for k, p in eqn.params.items()})
@@ -53,10 +53,6 @@ def _evaluate(jaxpr, consts, args):
             outs = outs if eqn.primitive.multiple_results else [outs]
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
-
-
-def _evaluate_open(jaxpr, *args):
-    return tuple(_evaluate(jaxpr, (), list(args)))
 
 
 def _undone(param: Any) -> Any:
