@@ -76,11 +76,11 @@ def test_a_run_of_which_a_process_was_killed_resumes_on_other_devices(tmp_path):
     env.pop("XLA_FLAGS")
     resumed = subprocess.run([*run, "--resume"], capture_output=True, text=True, env=env, timeout=240)
     assert resumed.returncode == 0, resumed.stderr
-    assert re.search(r"resumed at step \d+, saved on 4 devices, goes on on 1", resumed.stdout)
+    assert re.search(r"resumed at step \d+, saved on 4 devices, resumes on 1", resumed.stdout)
     assert float(resumed.stdout.rpartition("test accuracy ")[2]) > 0.95
     again = subprocess.run(run, capture_output=True, text=True, env=env, timeout=240)
     assert again.returncode == 2
-    assert re.fullmatch(r"error: --out .*: holds checkpoints; go on with --resume, or choose .*\n", again.stderr)
+    assert re.fullmatch(r"error: --out .*: holds checkpoints; use --resume, or choose .*\n", again.stderr)
 
 
 @pytest.mark.slow
@@ -99,7 +99,7 @@ def test_sigterm_saves_within_the_epoch_and_ends_with_a_status_of_its_own(tmp_pa
     finally:
         process.kill()
     assert process.returncode == 4, errors
-    said = re.search(r"^terminated; saved at step (\d+), go on with --resume$", errors, re.MULTILINE)
+    said = re.search(r"^terminated; saved at step (\d+), resume with --resume$", errors, re.MULTILINE)
     assert said, errors
     assert int(said[1]) == checkpoint.steps(tmp_path)[-1]
 
