@@ -35,15 +35,15 @@ def test_rectifiers_save_one_bit_per_output(activation, arguments):
     assert saved_bytes(*arguments, activation=activation) == 16 * 40 // 8
 
 
-@pytest.mark.parametrize("activation", ["gelu", "silu"])
-def test_gelu_and_silu_save_nothing_but_the_biases_they_were_given(activation, arguments):
+@pytest.mark.parametrize("activation", ["elu", "gelu", "silu"])
+def test_elu_gelu_and_silu_save_nothing_but_the_biases_they_were_given(activation, arguments):
     x, w, b = arguments
     _, (*saved, has_bias, saved_b) = ops.layer_fwd(x, w, b, activation=activation)
     assert has_bias == ()
     assert all(saved is given for saved, given in zip((*saved, saved_b), arguments, strict=True))
 
 
-@pytest.mark.parametrize("activation", ["tanh", "sigmoid", "elu", "softplus"])
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid", "softplus"])
 def test_the_others_save_their_output(activation, arguments):
     out, (*_, saved) = ops.layer_fwd(*arguments, activation=activation)
     assert saved is out

@@ -219,7 +219,7 @@ def elu(x: jax.Array, *, alpha: float = 1.0) -> jax.Array:
       alpha: the negative of the limit at -inf, at least 0.
 
     Returns:
-      The shape and dtype of `x`. Saved for the backward pass: the output.
+      The shape and dtype of `x`. Saved for the backward pass: the input.
 
     Raises:
       TypeError: `x` is not of a floating-point dtype.
@@ -240,15 +240,14 @@ def elu_fwd(x, *, alpha=1.0):
     # y = x for x > 0, α (e^x − 1) elsewhere
     z = upcast(x)
     positive = z > 0
-    out = jnp.where(positive, z, alpha * jnp.expm1(jnp.where(positive, 0, z))).astype(x.dtype)
-    return out, out
+    return jnp.where(positive, z, alpha * jnp.expm1(jnp.where(positive, 0, z))).astype(x.dtype), x
 
 
-def elu_bwd(out, g, *, alpha=1.0):
+def elu_bwd(x, g, *, alpha=1.0):
     """Cotangent `(dx,)` of `elu`."""
-    y = upcast(out)
-    # dx = g where x > 0, g α e^x = g (y + α) elsewhere; y has the sign of x
-    return (jnp.where(y > 0, g, (upcast(g) * (y + alpha)).astype(g.dtype)),)
+    z = upcast(x)
+    # dx = g where x > 0, g α e^x elsewhere; y + α is the same number without its digits, where x is far below 0
+    return (jnp.where(z > 0, g, (upcast(g) * (alpha * jnp.exp(z))).astype(g.dtype)),)
 
 
 _elu = rule(elu_fwd, elu_bwd)

@@ -31,8 +31,8 @@ def layer(
 
     Returns:
       As `affine`. Saved for the backward pass: `x` and `w`, and in addition, for "relu" and "leaky_relu" one BIT per
-      output; for "gelu" and "silu" only `b`: the pre-activation is recomputed, at the cost of one more matmul; for
-      the others the output.
+      output; for "elu", "gelu" and "silu" only `b`: the pre-activation is recomputed, at the cost of one more matmul;
+      for the others the output.
 
     Raises:
       ValueError: the shapes do not fit together; an unknown activation or option.
@@ -73,8 +73,6 @@ def _packed_fwd(x, w, b, *, activation, pack, compute_dtype=None, out_dtype=None
     activation_fwd, _, saves = _LAYERS[activation]
     y, residuals = activation_fwd(z, **options)
     out = y.astype(operands if out_dtype is None else out_dtype)
-    if activation == "elu" and out.dtype == jnp.float16:  # its rule reads the sign of the input from the output
-        out = jnp.where((y > 0) & (out == 0), jnp.finfo(out.dtype).smallest_subnormal, out)
     saved = _pack(residuals, pack) if saves == "mask" else out if saves == "output" else b
     return out, (*affine_residuals, saved)
 
@@ -116,7 +114,7 @@ def _unpack(bits, count):
 # The two halves of each activation, and what the rule of a layer saves for the second half besides x and w: one bit per
 # output, the output, or nothing, in which case the input is recomputed.
 _LAYERS = {
-    "elu": (_activations.elu_fwd, _activations.elu_bwd, "output"),
+    "elu": (_activations.elu_fwd, _activations.elu_bwd, "input"),
     "gelu": (_activations.gelu_fwd, _activations.gelu_bwd, "input"),
     "leaky_relu": (_activations.leaky_relu_fwd, _activations.leaky_relu_bwd, "mask"),
     "log_softmax": (_softmax.log_softmax_fwd, _softmax.log_softmax_bwd, "output"),
