@@ -20,7 +20,8 @@ import numpy as np
 from jax.test_util import check_grads
 
 from fcfunc.testing import check_vjp
-from fcfunc.testing._case import Shapes, base_sizes, is_real
+from fcfunc.testing._case import is_inexact
+from fcfunc.testing._draw import Shapes, base_sizes
 from tests.planted import PLANTED, RIGHT, Planted
 
 
@@ -28,18 +29,18 @@ def draw(bug: Planted, seed: int, dtype) -> tuple:
     """Arguments of small, unequal sizes."""
     shapes = Shapes(bug.args)
     args = shapes.draw(np.random.default_rng(seed), base_sizes(shapes.letters))
-    return tuple(jnp.asarray(a, dtype) if is_real(a) else jnp.asarray(a) for a in args)
+    return tuple(jnp.asarray(a, dtype) if is_inexact(a) else jnp.asarray(a) for a in args)
 
 
 def by_check_vjp(bug: Planted, seed: int) -> bool:
     """Whether the checker reports anything."""
-    return not check_vjp(bug.fun, bug.args, seed=seed, **bug.options).ok
+    return bool(check_vjp(bug.fun, bug.args, seed=seed, require="all", skip=("ranks",), **bug.options).findings)
 
 
 def by_check_grads(bug: Planted, seed: int) -> bool:
     """Whether `check_grads` raises."""
     args = draw(bug, seed, jnp.float32)
-    reals = [i for i, a in enumerate(args) if is_real(a)]
+    reals = [i for i, a in enumerate(args) if is_inexact(a)]
 
     def of_reals(*given):
         filled = list(args)
@@ -63,7 +64,7 @@ def by_gradcheck(bug: Planted, seed: int) -> bool | None:
         return None
     with jax.enable_x64(True):
         args = draw(bug, seed, jnp.float64)
-        reals = [i for i, a in enumerate(args) if is_real(a)]
+        reals = [i for i, a in enumerate(args) if is_inexact(a)]
 
         class Ported(torch.autograd.Function):
             @staticmethod

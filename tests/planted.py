@@ -87,32 +87,32 @@ plant_affine(
 )
 plant_affine(
     "affine_output_for_input",
-    found_by=("oracle", "shape_sweep"),
+    found_by=("oracle", "shape_sweep", "every_size"),
     bwd=with_affine(lambda x, w, g, dx, dw, db: (dx, dw if x.shape[1] != w.shape[1] else (x @ w).T @ g, db)),
 )
 plant_affine(
     "affine_forgets_to_transpose_square_weights",
-    found_by="shape_sweep",
+    found_by=("shape_sweep", "every_size"),
     bwd=with_affine(lambda x, w, g, dx, dw, db: (g @ w if w.shape[0] == w.shape[1] else dx, dw, db)),
 )
 plant_affine(
     "affine_wrong_at_batch_one",
-    found_by="shape_sweep",
+    found_by=("shape_sweep", "every_size"),
     bwd=with_affine(lambda x, w, g, dx, dw, db: (dx, dw, db * 0 if len(x) == 1 else db)),
 )
 plant_affine(
     "affine_wrong_above_32_rows",
-    found_by="shape_sweep",
+    found_by=("shape_sweep", "every_size"),
     bwd=with_affine(lambda x, w, g, dx, dw, db: (dx, x[:32].T @ g[:32], db)),
 )
 plant_affine(
     "affine_drops_the_tail_of_a_tile_of_128",
-    found_by="shape_sweep",
+    found_by=("shape_sweep", "every_size"),
     bwd=with_affine(lambda x, w, g, dx, dw, db: (dx.at[:, 128:].set(0) if x.shape[1] > 128 else dx, dw, db)),
 )
 plant_affine(
     "affine_batch_of_none_gives_ones",
-    found_by="shape_sweep",
+    found_by=("shape_sweep", "every_size"),
     bwd=with_affine(lambda x, w, g, dx, dw, db: (dx, dw, db if len(x) else jnp.ones_like(db))),
 )
 plant_affine(
@@ -210,7 +210,7 @@ def wrong_when_traced(res, g):
 
 plant_affine(
     "affine_wrong_when_traced",
-    found_by=("compiled_equals_eager", "vmap_equals_loop", "shape_sweep"),
+    found_by=("compiled_equals_eager", "vmap_equals_loop", "shape_sweep", "every_size"),
     bwd=wrong_when_traced,
 )
 
@@ -290,7 +290,7 @@ plant_x("relu_passes_everything", found_by="oracle", **one(relu, lambda x, y, g:
 plant_x("relu_leaks_a_hundredth", found_by="oracle", **one(relu, lambda x, y, g: jnp.where(x > 0, g, g / 100)))
 plant_x(
     "relu_wrong_beyond_six",
-    found_by=("extremes", "shape_sweep"),
+    found_by=("extremes", "shape_sweep", "every_size"),
     **one(relu, lambda x, y, g: jnp.where((x > 0) & (x < 6), g, 0)),
 )
 plant_x("sigmoid_derivative_of_the_input", found_by="oracle", **one(jax.nn.sigmoid, lambda x, y, g: g * x * (1 - x)))
@@ -367,7 +367,7 @@ plant_xent(
 )  # fmt: skip
 plant_xent("cross_entropy_without_labels", found_by="oracle", bwd=lambda res, g: (g[:, None] * softmax(res[0]), None))
 plant_xent(
-    "cross_entropy_first_cotangent_for_all", found_by=("oracle", "shape_sweep"),
+    "cross_entropy_first_cotangent_for_all", found_by=("oracle", "shape_sweep", "every_size"),
     bwd=lambda res, g: (jnp.full_like(res[0], 1) * g[:1, None] * (softmax(res[0]) - hits(*res)), None),
 )  # fmt: skip
 plant_xent(
@@ -495,12 +495,16 @@ plant_linear = functools.partial(
     fun=linear_xent,
     fwd=lambda x, w, labels: (linear_xent(x, w, labels), (x, w, labels)),
 )
-plant_linear("linear_cross_entropy_padding_not_masked", found_by=("oracle", "shape_sweep"), bwd=chunked(0.0))
 plant_linear(
-    "linear_cross_entropy_last_chunk_dropped", found_by=("oracle", "shape_sweep"), bwd=chunked(-1e30, keep_tail=False)
+    "linear_cross_entropy_padding_not_masked", found_by=("oracle", "shape_sweep", "every_size"), bwd=chunked(0.0)
 )
 plant_linear(
-    "linear_cross_entropy_label_of_the_last_chunk", found_by=("oracle", "shape_sweep"),
+    "linear_cross_entropy_last_chunk_dropped",
+    found_by=("oracle", "shape_sweep", "every_size"),
+    bwd=chunked(-1e30, keep_tail=False),
+)
+plant_linear(
+    "linear_cross_entropy_label_of_the_last_chunk", found_by=("oracle", "shape_sweep", "every_size"),
     bwd=lambda res, g: chunked(-1e30)((*res[:2], jnp.where(res[2] >= res[1].shape[1] // CHUNK * CHUNK, -1, res[2])), g),
 )  # fmt: skip
 

@@ -1,5 +1,6 @@
 """check_vjp passes every rule of this library, says what it did, and refuses bad use."""
 
+import dataclasses
 import functools
 
 import jax
@@ -19,30 +20,30 @@ def drawing(row):
 
 
 @rows()
-def test_every_rule_of_the_table_passes_the_fast_mode(row):
-    assert_vjp(row.fun, drawing(row), fast=True)
+def test_every_rule_of_the_table_passes_what_every_rule_must(row):
+    assert_vjp(row.fun, drawing(row), skip=["second_order", "extremes", "meshes"])
 
 
 @pytest.mark.slow
 @rows()
-def test_every_rule_of_the_table_passes_the_full_mode(row):
+def test_every_rule_of_the_table_passes_every_group(row):
     if row.variant:
-        pytest.skip("the full mode is left to the row with more options")
-    assert_vjp(row.fun, drawing(row))
+        pytest.skip("the groups are left to the row with more options")
+    # Without the reference the checks of points outside of a function's domain would ask what autodiff makes of them.
+    assert_vjp(row.fun, drawing(row), require="all", skip=["extremes"])
 
 
 @pytest.mark.slow
 @rows()
-def test_every_rule_of_the_table_agrees_with_its_independent_twin(row):
-    assert_vjp(
-        row.fun, drawing(row), reference=row.reference, fast=True, dtype="float64", only=["oracle", "forward_output"]
-    )
+def test_every_rule_of_the_table_agrees_with_its_reference_at_extremes(row):
+    checks = ["oracle", "forward_output", "extremes"]
+    assert_vjp(row.fun, drawing(row), reference=row.reference, only=checks)
 
 
 @pytest.mark.parametrize("dtype", [slow("float64"), "float32", slow("bfloat16"), slow("float16")])
 @pytest.mark.parametrize("seed", [0, slow(1), slow(2)])
 def test_a_relu_of_64_by_256_raises_no_alarm(dtype, seed):
-    assert_vjp(ops.relu, "64 256", at_kink={0.0: 0.0}, fast=True, dtype=dtype, seed=seed, skip=["shape_sweep"])
+    assert_vjp(ops.relu, "64 256", at_kink={0.0: 0.0}, dtype=dtype, seed=seed, skip=["shape_sweep"])
 
 
 def test_a_whole_network_passes_through_the_plain_functions_that_call_its_rules():
@@ -54,7 +55,7 @@ def test_a_whole_network_passes_through_the_plain_functions_that_call_its_rules(
         return jnp.mean(losses.softmax_cross_entropy_with_integer_labels(logits, labels)) + losses.l2_penalty(params)
 
     x = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
-    report = check_vjp(loss, (params, x, np.array([0, 1, 1, 0, 1, 0])), fast=True)
+    report = check_vjp(loss, (params, x, np.array([0, 1, 1, 0, 1, 0])))
     assert report.ok, report
     assert report.rules == ("layer", "affine", "softmax_cross_entropy_with_integer_labels", "l2_penalty")
     assert list(report.arguments)[:2] == ["args[0][0]['b']", "args[0][0]['w']"]
@@ -85,27 +86,29 @@ def test_a_finding_tells_argument_index_values_error_and_how_to_see_it_again():
     assert finding.sizes == {"n": 3, "d": 4}
     assert "oracle" in report.arguments["args[1]"]
     assert "oracle" not in report.arguments["args[0]"]
-    again = eval(finding.reproduce, {"check_vjp": check_vjp, "wrong_at_one_place": wrong_at_one_place})
-    assert again.findings[0] == finding
+    *imports, call = finding.reproduce.splitlines()
+    names = {}
+    exec("\n".join(imports), names)
+    assert eval(call, names).findings[0] == dataclasses.replace(finding, also=())
 
 
 def test_every_check_passes_fails_or_says_why_it_does_not_apply():
-    report = check_vjp(ops.relu, "n d", fast=True)
-    assert all(r.status in ("passed", "failed", "not applicable") for r in report.results)
-    assert all(bool(r.reason) == (r.status == "not applicable") for r in report.results)
+    report = check_vjp(ops.relu, "n d")
+    assert {r.status for r in report.results} == {"passed", "not applicable", "not run"}
+    assert all(r.reason for r in report.results if r.status != "passed")
     printed = str(report)
     assert all(r.check in printed for r in report.results)
 
 
 def test_the_same_seed_gives_the_same_report_and_another_another_draw():
-    one, two, three = (check_vjp(wrong_at_one_place, "3 4, 3 4", fast=True, seed=s) for s in (0, 0, 1))
+    one, two, three = (check_vjp(wrong_at_one_place, "3 4, 3 4", seed=s) for s in (0, 0, 1))
     assert one == two
     assert one.findings[0].got != three.findings[0].got
 
 
 def test_assert_vjp_raises_with_the_report():
     with pytest.raises(AssertionError, match=r"FAILED[\s\S]*oracle args\[1\]\[1, 2\]"):
-        assert_vjp(wrong_at_one_place, "3 4, 3 4", fast=True)
+        assert_vjp(wrong_at_one_place, "3 4, 3 4")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -120,23 +123,23 @@ scaled.defvjp(lambda x, power, name: (x**power, x), lambda power, name, x, g: (g
 @pytest.mark.slow
 def test_static_arguments_keywords_closures_and_partials_are_held_fixed():
     x = np.linspace(0.5, 1.5, 6, dtype=np.float32).reshape(2, 3)
-    report = check_vjp(scaled, (x, 3, "a name"), fast=True)
+    report = check_vjp(scaled, (x, 3, "a name"))
     assert report.ok, report
-    assert report.statics == (1, 2)
-    closure = check_vjp(lambda x: scaled(x, 2, "a name"), (x,), fast=True)
+    assert report.statics == ("args[1]", "args[2]")
+    closure = check_vjp(lambda x: scaled(x, 2, "a name"), (x,))
     assert closure.ok, closure
-    assert_vjp(ops.softmax, "n d", kwargs={"axis": 0}, fast=True)
-    assert_vjp(functools.partial(ops.softmax, axis=0), "n d", fast=True)
+    assert_vjp(ops.softmax, "n d", kwargs={"axis": 0})
+    assert_vjp(functools.partial(ops.softmax, axis=0), "n d")
 
 
 def test_a_reference_replaces_an_oracle_in_doubt():
     """A straight-through estimator: wrong by its own function, right by the one that it stands for."""
     rounded = jax.custom_vjp(lambda x: jnp.round(x))
     rounded.defvjp(lambda x: (jnp.round(x), None), lambda _, g: (g,))
-    assert not check_vjp(rounded, "n d", fast=True).ok
+    assert not check_vjp(rounded, "n d").ok
     checks = ("oracle", "zero_cotangent", "linear_in_cotangent", "vmap_equals_loop", "shape_sweep")
-    assert_vjp(rounded, "n d", reference=lambda x: x, only=checks, fast=True)
-    found = check_vjp(rounded, "n d", reference=lambda x: x * 2, only=checks, fast=True).findings
+    assert_vjp(rounded, "n d", reference=lambda x: x, only=checks)
+    found = check_vjp(rounded, "n d", reference=lambda x: x * 2, only=checks).findings
     assert found[0].check == "oracle"
 
 
@@ -144,20 +147,20 @@ def test_given_the_twin_as_reference_a_wrong_function_is_found_too():
     primal = lambda x: jnp.tanh(x) + jnp.asarray(0.1, x.dtype)
     shifted = jax.custom_vjp(primal)
     shifted.defvjp(lambda x: (primal(x), jnp.tanh(x)), lambda y, g: (g * (1 - y**2),))
-    assert check_vjp(shifted, "n d", fast=True).ok
-    report = check_vjp(shifted, "n d", reference=jnp.tanh, fast=True)
+    assert check_vjp(shifted, "n d").ok
+    report = check_vjp(shifted, "n d", reference=jnp.tanh)
     assert {f.check for f in report.findings} == {"forward_output"}
 
 
 def test_a_function_without_a_rule_is_said_to_have_none():
-    with pytest.raises(ValueError, match="relu has no rule of its own and calls no custom_vjp function"):
+    with pytest.raises(ValueError, match="relu has no rule of its own and calls no custom_vjp"):
         check_vjp(reference.relu, "n d")
 
 
 def test_rules_of_a_function_compiled_before_are_still_seen():
     compiled = jax.jit(lambda x: ops.tanh(x))
     compiled(jnp.ones((5, 3)))
-    assert check_vjp(compiled, "n d", fast=True).rules == ("tanh",)
+    assert check_vjp(compiled, "n d").rules == ("tanh",)
 
 
 @pytest.mark.parametrize(
@@ -181,13 +184,15 @@ def test_a_shape_that_cannot_be_read_is_shown(args, message):
             TypeError,
             "args must be a tuple, a string of shapes or a function, got ndarray",
         ),
-        (lambda: check_vjp(ops.relu, "n d", only=["magic"]), ValueError, "no check 'magic'; there are repeatable, "),
+        (lambda: check_vjp(ops.relu, "n d", only=["magic"]), ValueError, "only has no 'magic'; there are repeatable, "),
+        (lambda: check_vjp(ops.relu, "n d", require="speed"), ValueError, "require has no 'speed'; .* second_order, "),
+        (lambda: check_vjp(ops.relu, "n d", argnums=1), ValueError, "argnums must be positions of the 1 arguments"),
+        (lambda: check_vjp(ops.relu, "n d", rtol=-1.0), ValueError, "rtol must be a number of at least 0, got -1.0"),
         (
-            lambda: check_vjp(ops.relu, (np.ones(3, np.complex64),)),
-            TypeError,
-            "complex arguments are not supported, got complex64",
+            lambda: check_vjp(ops.relu, (np.ones(3, np.int32),)),
+            ValueError,
+            "no argument is an array of real or complex",
         ),
-        (lambda: check_vjp(ops.relu, (np.ones(3, np.int32),)), ValueError, "no argument is an array of real"),
     ],
 )
 def test_bad_use_gets_a_clear_error(call, error, message):
@@ -220,4 +225,4 @@ def test_a_rule_that_lays_dw_as_its_operands_and_not_as_w_is_found():
 def test_the_oracle_of_a_compiled_function_keeps_the_arrays_that_it_captures(wrap):
     weights = np.array([2.0, -1.0, 0.5], np.float32)
     fun = wrap(lambda x: ops.tanh(x * jnp.broadcast_to(weights, x.shape)))
-    assert_vjp(fun, "n 3", only=["oracle", "forward_output"], fast=True)
+    assert_vjp(fun, "n 3", only=["oracle", "forward_output"])

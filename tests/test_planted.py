@@ -16,11 +16,8 @@ def test_the_corpus_is_large_enough_and_has_no_name_twice():
     "bug", [slow(bug) if i % 3 else bug for i, bug in enumerate(PLANTED)], ids=[bug.name for bug in PLANTED]
 )
 def test_a_planted_bug_is_found_by_a_check_that_names_it(bug):
-    for fast in (True, False):  # most are found in the fast mode, which the full one includes
-        report = check_vjp(bug.fun, bug.args, fast=fast, only=bug.found_by, **bug.options)
-        if report.findings:
-            return
-    pytest.fail(str(report))
+    report = check_vjp(bug.fun, bug.args, only=bug.found_by, **bug.options)
+    assert report.findings, report
 
 
 @pytest.mark.parametrize(
@@ -29,6 +26,7 @@ def test_a_planted_bug_is_found_by_a_check_that_names_it(bug):
     ids=[rule.name for rule in RIGHT],
 )
 def test_the_same_rules_without_a_bug_pass(rule):
-    skip = ("sharded_equals_unsharded", "shard_map_equals_unsharded")  # textbook rules do fail there
-    report = check_vjp(rule.fun, rule.args, fast=True, skip=skip, **rule.options)
+    # The textbook rules are written for arrays of rank 2, one device and labels that are classes.
+    require = ("second_order", "sizes") if rule.name == "cross_entropy" else ("second_order", "extremes", "sizes")
+    report = check_vjp(rule.fun, rule.args, require=require, skip=("ranks", "meshes"), **rule.options)
     assert report.ok, report

@@ -1,7 +1,8 @@
 """Tests for hand-written backward rules, those of this library and your own.
 
-`check_vjp(fun, args)` runs every check on a function that has a `custom_vjp` rule, or that calls some, and reports what
-it found; `assert_vjp` raises where it found something. docs/checking-rules.md is the guide.
+`check_vjp(fun, args)` runs its checks on a function that has a `custom_vjp` or `custom_jvp` rule, or that calls some,
+and reports what it found; `assert_vjp` raises where it found something. `python -m fcfunc.testing module:function
+shapes` does it from a shell. docs/checking-rules.md is the guide.
 """
 
 from fcfunc.testing._compare import Finding

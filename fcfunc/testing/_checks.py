@@ -1,19 +1,61 @@
-"""The checks that `check_vjp` makes, in this order."""
+"""The checks that `check_vjp` makes, in this order, by group."""
 
-from fcfunc.testing import _numbers, _transforms
+from collections.abc import Iterator
 
-CHECKS = (
-    _numbers.repeatable,  # first: what every third call does is seen here, and not blamed on a later check
-    _numbers.oracle, _numbers.precision_of_dtypes,
-    _numbers.finite_differences, _numbers.projected_differences, _numbers.taylor,
-    _numbers.forward_mode, _numbers.adjoint,
-    _numbers.cotangent_types, _numbers.integer_arguments, _numbers.rule_used,
-    _numbers.zero_cotangent, _numbers.linear_in_cotangent, _numbers.partial_cotangents, _numbers.forward_output,
-    _numbers.kinks, _numbers.extremes, _numbers.interleaved, _numbers.arguments_untouched,
-    _transforms.vmap_equals_loop, _transforms.compiled_equals_eager, _transforms.scan_and_checkpoint,
-    _transforms.reverse_over_reverse, _transforms.forward_over_reverse,
-    _transforms.sharded_equals_unsharded, _transforms.shard_map_equals_unsharded, _transforms.shape_sweep,
-)  # fmt: skip
+from fcfunc.testing import _contract, _meshes, _numbers, _points, _transforms
+from fcfunc.testing._case import Case, NotApplicable
+from fcfunc.testing._compare import Finding
 
-FULL_ONLY = {_numbers.finite_differences, _transforms.sharded_equals_unsharded, _transforms.shard_map_equals_unsharded}
-"""The checks that the fast mode leaves out."""
+
+def multiprecision(case: Case) -> Iterator[Finding]:
+    """The gradient against central differences of the function in numbers of 200 digits."""
+    return (yield from _with_mpmath().first_derivative(case))
+
+
+def second_multiprecision(case: Case) -> Iterator[Finding]:
+    """The derivative of the rule's gradient against central differences of that gradient in numbers of 200 digits."""
+    return (yield from _with_mpmath().second_derivative(case))
+
+
+def _with_mpmath():
+    try:
+        from fcfunc.testing import _multiprecision
+    except ImportError:
+        raise NotApplicable("needs mpmath: pip install mpmath") from None
+    return _multiprecision
+
+
+CHECKS = {
+    "": (
+        _contract.repeatable,  # first: what every third call does is seen here, and not blamed on a later check
+        _numbers.oracle, multiprecision,
+        _contract.cotangent_types, _contract.integer_arguments, _contract.rule_used,
+        _numbers.projected_differences, _numbers.adjoint, _numbers.forward_mode,
+        _contract.forward_output, _contract.zero_cotangent, _contract.linear_in_cotangent,
+        _contract.partial_cotangents, _contract.interleaved, _contract.arguments_untouched,
+        _numbers.precision_of_dtypes, _points.kinks,
+        _transforms.compiled_equals_eager, _transforms.vmap_equals_loop, _transforms.scan_and_checkpoint,
+        _numbers.shape_sweep,
+    ),
+    "second_order": (
+        _transforms.reverse_over_reverse, _transforms.forward_over_reverse, second_multiprecision,
+    ),
+    "extremes": (
+        _points.accuracy, _points.extremes, _points.nan_kept, _points.spoiled_cotangents, _points.other_integers,
+    ),
+    "sizes": (_numbers.finite_differences, _numbers.every_size, _numbers.ranks),
+    "meshes": (_meshes.sharded_equals_unsharded, _meshes.shard_map_equals_unsharded),
+}  # fmt: skip
+"""The checks that every rule must pass come first, under no name; the groups are made where they are required."""
+
+GROUPS = tuple(filter(None, CHECKS))
+
+ON_REQUEST = ("sizes",)
+"""The groups that are made only where they are required: they compile many programs."""
+
+WITH_ORACLE = {
+    "oracle", "multiprecision", "second_multiprecision", "projected_differences", "finite_differences", "adjoint",
+    "precision_of_dtypes", "kinks", "shape_sweep", "every_size", "ranks", "accuracy", "extremes",
+    "reverse_over_reverse", "forward_over_reverse", "sharded_equals_unsharded", "shard_map_equals_unsharded",
+}  # fmt: skip
+"""The checks that compare with something independent of the rule: what is wrong for one is wrong for all."""

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from fcfunc.testing._case import Case, NotApplicable, first_line
+from fcfunc.testing._case import Case, Inconclusive, NotApplicable, RuleRaised, first_line, widened
 
 EVERY_ARGUMENT = ""
 
@@ -27,20 +27,22 @@ class Finding:
       check: the name of the check that found it.
       seed: the seed of the draw.
       sizes: the sizes that were drawn.
-      reproduce: a line of Python that finds it again.
+      reproduce: Python code that finds it again.
+      also: the checks that found the same thing.
     """
 
     message: str
     argument: str = EVERY_ARGUMENT
     index: tuple[int, ...] | None = None
-    got: float | None = None
-    expected: float | None = None
+    got: complex | None = None
+    expected: complex | None = None
     ulps: float | None = None
     dtype: str = ""
     check: str = ""
     seed: int = 0
-    sizes: dict[str, int] | None = None
+    sizes: dict[str, Any] | None = None
     reproduce: str = ""
+    also: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         where = f" {self.argument}{list(self.index) if self.index else ''}" if self.argument else ""
@@ -49,16 +51,45 @@ class Finding:
             values = f": got {self.got:.9g}, expected {self.expected:.9g}, off by {abs(self.got - self.expected):.2g}"
             values += f" ({self.ulps:.2g} ulp of {self.dtype})" if self.ulps is not None else ""
         sizes = " at " + ", ".join(f"{k}={v}" for k, v in self.sizes.items()) if self.sizes else ""
-        return f"{self.check}{where}{sizes}, {self.dtype}{values}\n    {self.message}\n    {self.reproduce}"
+        also = f"\n    found by {', '.join(self.also)} as well" if self.also else ""
+        code = "".join(f"\n    {line}" for line in self.reproduce.splitlines())
+        return f"{self.check}{where}{sizes}, {self.dtype}{values}\n    {self.message}{also}{code}"
 
 
 def finding(case: Case, message: str, argument: str = EVERY_ARGUMENT, *values) -> Finding:
     """A finding at a case; `values` are the index, what was got and expected, and the error in ulps."""
-    return Finding(message, argument, *values, dtype=case.dtype.name)
+    return Finding(message, argument, *values, dtype=case.dtype.name, sizes=case.sizes)
+
+
+def attempt(findings: Iterator[Finding]) -> tuple[list[Finding], Exception | str | None]:
+    """What a check finds, and what it says of how it passed, or the NotApplicable or Inconclusive that ended it.
+
+    No finding is lost to an exception. A rule that raises is a finding, unless the oracle raises the same: then neither
+    works here.
+    """
+    found: list[Finding] = []
+    try:
+        with np.errstate(all="ignore"):  # infinities are compared on purpose
+            while True:
+                found.append(next(findings))
+    except StopIteration as end:
+        return found, end.value
+    except (NotApplicable, Inconclusive) as e:
+        return found, e
+    except RuleRaised as e:
+        try:
+            e.case.by_oracle(e.case.cotangent(0))
+        except Inconclusive as by_oracle:
+            if str(by_oracle).endswith(str(e)):
+                return found, Inconclusive(f"the rule and automatic differentiation both raise: {e}")
+        way = f"{e.way} " if e.way else ""
+        return [*found, finding(e.case, f"{way}the rule raises: {e}")], None
+    except Exception as e:
+        return found, Inconclusive(f"the check ended in an error: {first_line(e)}")
 
 
 def compare(case: Case, got: list, expected: list, allowed: list | float, message: str) -> Iterator[Finding]:
-    """A finding for each real leaf with an element further from its expected value than allowed: the worst one."""
+    """A finding for each leaf with an element further from its expected value than allowed: the worst one."""
     if len(got) != len(expected):
         yield finding(case, f"{message}: {len(expected)} gradients expected, got {len(got)}")
         return
@@ -68,75 +99,70 @@ def compare(case: Case, got: list, expected: list, allowed: list | float, messag
         if a.shape != b.shape:
             yield finding(case, f"{message}: shape {list(b.shape)} expected, got {list(a.shape)}", path)
             continue
-        a, b = a.astype(np.float64), b.astype(np.float64)
+        a, b = widened(a), widened(b)
         with np.errstate(invalid="ignore"):
             error = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b))
         error = np.where(np.isnan(error), np.inf, error)
         excess = error - tolerance
         if error.size and excess.max() > 0:
             worst = tuple(int(i) for i in np.unravel_index(np.argmax(excess), a.shape))
-            spacing = case.eps * 2.0 ** np.floor(np.log2(abs(b[worst]))) if b[worst] and np.isfinite(b[worst]) else None
+            size = abs(b[worst])
+            spacing = case.eps * 2.0 ** np.floor(np.log2(size)) if size and np.isfinite(size) else None
             ulps = None if spacing is None else float(error[worst] / spacing)
-            yield finding(case, message, path, worst, float(a[worst]), float(b[worst]), ulps)
-
-
-def both(case: Case, by_rule: Callable, by_oracle: Callable, message: str) -> tuple[Any, Any, Finding | None]:
-    """Both results. If only the rule's raises, that is a finding; if the oracle's does, the check cannot apply."""
-    try:
-        expected = by_oracle()
-    except Exception as e:
-        raise NotApplicable(f"the oracle itself raises: {first_line(e)}") from None
-    try:
-        return by_rule(), expected, None
-    except Exception as e:
-        return None, expected, finding(case, f"{message}: {first_line(e)}")
+            yield finding(case, message, path, worst, a[worst].item(), b[worst].item(), ulps)
 
 
 def max_abs(leaf: np.ndarray) -> float:
     """The largest finite magnitude of a leaf."""
-    values = np.abs(leaf.astype(np.float64))
+    values = np.abs(widened(leaf))
     return float(values.max(initial=0.0, where=np.isfinite(values)))
 
 
-def rounding(case: Case, leaves: list, factor: float = 1024.0) -> list[float]:
-    """By how much two orders of the same arithmetic may differ: a multiple of eps times the largest of each leaf."""
+def rounding(case: Case, leaves: list, factor: float = 1024.0, g: list | None = None) -> list[float]:
+    """By how much two orders of the same arithmetic may differ: a multiple of eps times the largest of each leaf.
+
+    Where all of a leaf cancels, its own size says nothing of the terms that were added; with `leaves` the gradients for
+    the cotangent `g`, a change of the outputs per unit of the argument stands in for them.
+    """
     tiny = float(jnp.finfo(case.dtype).tiny)
-    return [factor * case.eps * max_abs(leaf) + tiny for leaf in leaves]
+    size = max((max_abs(a) * max_abs(b) for a, b in zip(g or (), case.outputs() if g else (), strict=True)), default=0)
+    terms = [size / max(max_abs(x), 1e-3) for x in case.reals] if g else [0.0] * len(leaves)
+    return [
+        factor * case.eps * (max_abs(leaf) + term) + case.rtol * max_abs(leaf) + case.atol + tiny
+        for leaf, term in zip(leaves, terms, strict=True)
+    ]
 
 
-def truth_and_allowance(case: Case, g: list) -> tuple[list, list[float]]:
+def truth_and_allowance(case: Case, g: list) -> tuple[list, list]:
     """The gradient in float64, and what a gradient in the case's own dtype may be off by.
 
     Allowed is a multiple of the error that automatic differentiation makes in that dtype, and of how far the true
     gradient moves when each input is moved by its own rounding error: where a sum cancels, a right rule is off too.
     """
-    auto = case.vjp(case.oracle, g)
+    auto = case.by_oracle(g)
+    least = rounding(case, auto, 16.0, g)
     try:
         wide = case.in_float64
     except NotApplicable:
-        return auto, rounding(case, auto, 64.0)
-    wide_g = [a.astype(np.float64) for a in g]
-    truth = wide.vjp(wide.oracle, wide_g)
+        return auto, [4 * t for t in least]
+    wide_g = [widened(a) for a in g]
+    truth = wide.by_oracle(wide_g)
     allowed = [
-        8 * max_abs(np.where(np.isfinite(a.astype(np.float64) - t), a.astype(np.float64) - t, 0))
-        + 16 * case.eps * max_abs(t)
-        for a, t in zip(auto, truth, strict=True)
+        8 * max_abs(np.where(np.isfinite(widened(a) - t), widened(a) - t, 0)) + t0
+        for a, t, t0 in zip(auto, truth, least, strict=True)
     ]
-    suspicious = any(a > 4 * max_abs(t) for a, t in zip(allowed, truth, strict=True))
+    suspicious = any(a > 4 * max_abs(t) + b for a, t, b in zip(allowed, truth, least, strict=True))
     if suspicious and not case.same_function_in_float64:  # a mask drawn in float64 is another mask, say
-        return auto, rounding(case, auto, 64.0)
+        return auto, [4 * t for t in least]
     rng = case.rng(99)
     for _ in range(3):
         moved = wide.with_reals([a * (1 + case.eps * rng.choice([-1.0, 1.0], a.shape)) for a in wide.reals])
         moved_g = [a * (1 + case.eps * rng.choice([-1.0, 1.0], a.shape)) for a in wide_g]
-        shifted = moved.vjp(wide.oracle, moved_g)
+        shifted = moved.by_oracle(moved_g)
         allowed = [max(t, 8 * max_abs(s - u)) for t, s, u in zip(allowed, shifted, truth, strict=True)]
-    tiny = float(jnp.finfo(case.dtype).tiny)
     # Where automatic differentiation overflows in this dtype too, that is accepted.
-    truth = [
-        np.where(np.isfinite(a.astype(np.float64)), t, a.astype(np.float64)) for a, t in zip(auto, truth, strict=True)
-    ]
-    return truth, [t + tiny for t in allowed]
+    truth = [np.where(np.isfinite(widened(a)), t, widened(a)) for a, t in zip(auto, truth, strict=True)]
+    return truth, allowed
 
 
 def disagreements(case: Case, directions: int, message: str) -> Iterator[Finding]:
@@ -144,14 +170,21 @@ def disagreements(case: Case, directions: int, message: str) -> Iterator[Finding
     for direction in range(directions):
         at = case.redraw_numbers(direction)
         g = at.cotangent(direction)
-        got, expected, raised = both(
-            at, lambda at=at, g=g: at.vjp(at.fun, g), lambda at=at, g=g: truth_and_allowance(at, g), "the rule raises"
-        )
-        if raised:
-            yield raised
-            return
-        truth, allowed = expected
-        found = list(compare(at, got, truth, allowed, message))
+        truth, allowed = truth_and_allowance(at, g)
+        found = list(compare(at, at.by_rule(g), truth, allowed, message))
         yield from found
         if found:
             return
+
+
+def raising(case: Case, way: str, run: Callable) -> Any:
+    """`run()`; RuleRaised, which says in which way it was run, if it raises."""
+    try:
+        with np.errstate(all="ignore"):
+            return run()
+    except (NotApplicable, Inconclusive):
+        raise
+    except RuleRaised as e:
+        raise RuleRaised(e.case, e.error, way) from e
+    except Exception as e:
+        raise RuleRaised(case, e, way) from e

@@ -1,77 +1,141 @@
 """A function without its hand-written rules, and what the rules did while a function ran."""
 
 import functools
+import inspect
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
 
 from fcfunc._jax_releases import ClosedJaxpr, is_jaxpr, jaxpr_and_consts
 
 INLINED = ("custom_vjp_call", "jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2")
+RULES = ("custom_vjp_call", "custom_jvp_call", "call_hi_primitive")
 
 
 @functools.lru_cache(maxsize=256)
-def without_rules(fun: Callable) -> Callable:
+def without_rules(fun: Callable, *, forward_rules: bool = False) -> Callable:
     """`fun` with every `custom_vjp` in it undone: the same outputs, gradients by automatic differentiation.
 
     `fun` is traced to a jaxpr, which holds the undecorated function of each rule, and that is evaluated in its place.
-    Rules inside loops and conditionals are undone too; `custom_jvp` functions stay as they are.
+    Rules inside loops and conditionals are undone too; `custom_jvp` functions stay as they are unless
+    `forward_rules`.
     """
+    inlined = (*INLINED, *(("custom_jvp_call",) if forward_rules else ()))
 
     def undone(*args):
         closed, shape = jax.make_jaxpr(fun, return_shape=True)(*args)
-        outs = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(args))
+        outs = _evaluate(inlined, closed.jaxpr, closed.consts, jax.tree.leaves(args))
         return jax.tree.unflatten(jax.tree.structure(shape), outs)
 
     return undone
 
 
-def _evaluate(jaxpr, consts, args):
+def _evaluate(inlined, jaxpr, consts, args):
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
 
     def read(atom):
         return atom.val if isinstance(atom, jex.Literal) else env[atom]
 
     for eqn in jaxpr.eqns:
-        values = [read(atom) for atom in eqn.invars]
-        if eqn.primitive.name in INLINED:
-            inner = next(p for p in eqn.params.values() if is_jaxpr(p))
-            outs = _evaluate(*jaxpr_and_consts(inner), values)
-        elif eqn.primitive.name == "shard_map":
-            inner, options = (
-                eqn.params["jaxpr"],
-                {k: eqn.params[k] for k in ("mesh", "in_specs", "out_specs", "check_vma")},
-            )
-            local = lambda *args, inner=inner: tuple(_evaluate(inner, (), list(args)))  # noqa: E731
-            outs = jax.shard_map(local, axis_names=eqn.params["manual_axes"], **options)(*values)
+        name, params, values = eqn.primitive.name, eqn.params, [read(atom) for atom in eqn.invars]
+        if name in inlined:
+            inner = next(p for p in params.values() if is_jaxpr(p))
+            outs = _evaluate(inlined, *jaxpr_and_consts(inner), values)
+        elif name == "call_hi_primitive":
+            primitive = params["_prim"]
+            outs = jax.tree.leaves(primitive.expand(*jax.tree.unflatten(primitive.in_tree, values)))
+        elif name == "shard_map":
+            inner = params["jaxpr"]
+            local = lambda *args, inner=inner: tuple(_evaluate(inlined, inner, (), list(args)))  # noqa: E731
+            options = {k: params[k] for k in ("mesh", "in_specs", "out_specs", "check_vma")}
+            axes = params.get("newly_manual_axes", params.get("manual_axes"))
+            outs = jax.shard_map(local, axis_names=axes, **options)(*values)
         else:
-            params = eqn.primitive.get_bind_params({k: _undone(p) for k, p in eqn.params.items()})
-            outs = eqn.primitive.bind(*values, **params)
+            undone = {k: _undone(inlined, p) for k, p in params.items()}
+            outs = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(undone))
             outs = outs if eqn.primitive.multiple_results else [outs]
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _undone(param: Any) -> Any:
+def _undone(inlined: tuple, param: Any) -> Any:
     """A parameter of an equation, with the rules undone in any jaxpr that it holds (the body of a loop, a branch)."""
     if isinstance(param, tuple) and any(isinstance(p, ClosedJaxpr) for p in param):
-        return tuple(map(_undone, param))
+        undone = [_undone(inlined, p) for p in param]
+        return type(param)(*undone) if hasattr(param, "_fields") else tuple(undone)
     closed: Any = param if isinstance(param, ClosedJaxpr) else None
-    if closed is not None and "custom_vjp_call" in str(closed):
+    if closed is not None and any(rule in str(closed) for rule in RULES):
         avals = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in closed.in_avals]
-        return jax.make_jaxpr(lambda *args: _evaluate(closed.jaxpr, closed.consts, list(args)))(*avals)
+        return jax.make_jaxpr(lambda *args: _evaluate(inlined, closed.jaxpr, closed.consts, list(args)))(*avals)
     return param
 
 
+def narrows(fun: Callable, *args) -> bool:
+    """Whether `fun` casts a real or complex array to fewer bits, or returns such an array for float64 arguments."""
+
+    def walk(jaxpr):
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "convert_element_type":
+                old, new = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
+                if (
+                    all(jnp.issubdtype(d, jnp.inexact) for d in (old, new))
+                    and jnp.finfo(new).bits < jnp.finfo(old).bits
+                ):
+                    yield True
+            for inner in _inner(eqn):
+                yield from walk(inner)
+
+    try:
+        closed = jax.make_jaxpr(fun)(*args)
+    except Exception:
+        return False  # said elsewhere
+    real = [aval.dtype for aval in closed.out_avals if jnp.issubdtype(aval.dtype, jnp.inexact)]
+    return any(jnp.finfo(dtype).bits < 64 for dtype in real) or any(walk(closed.jaxpr))
+
+
+def _inner(eqn) -> list:
+    """The jaxprs that an equation holds."""
+    params = jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr)
+    return [jaxpr_and_consts(p)[0] for p in params if is_jaxpr(p)]
+
+
+def other_rules(fun: Callable, *args) -> list[str]:
+    """The names of the `custom_jvp` functions and high-level primitives that `fun` calls."""
+    names = []
+
+    def walk(jaxpr):
+        for eqn in jaxpr.eqns:
+            inner = _inner(eqn)
+            if eqn.primitive.name == "custom_jvp_call":
+                names.append(inner[0].debug_info.func_name)
+            elif eqn.primitive.name == "call_hi_primitive":
+                names.append(type(eqn.params["_prim"]).__name__)
+            for jaxpr in inner:
+                walk(jaxpr)
+
+    walk(jax.make_jaxpr(fun)(*args).jaxpr)
+    return list(dict.fromkeys(names))
+
+
 class Call(NamedTuple):
-    """One call of a rule: the differentiable arguments it was given, and what its backward pass returned, if it ran."""
+    """One call of a rule.
+
+    Attributes:
+      name: of the rule.
+      args: the differentiable arguments it was given.
+      cotangents: what its backward pass returned, each time it ran; None where it adds to accumulators.
+      inner: whether it was called by the function or the forward pass of another rule, whose own backward pass
+        stands for it.
+    """
 
     name: str
     args: tuple
     cotangents: list[Any]
+    inner: bool
 
 
 def watch(function: Callable, *args) -> tuple[list[Call], BaseException | None]:
@@ -85,21 +149,35 @@ def watch(function: Callable, *args) -> tuple[list[Call], BaseException | None]:
     """
     calls: list[Call] = []
     original = jax.custom_vjp.__call__
+    depth = [0]
+
+    def counted(part):
+        @functools.wraps(part)
+        def run(*args, **kwargs):
+            depth[0] += 1
+            try:
+                return part(*args, **kwargs)
+            finally:
+                depth[0] -= 1
+
+        return run
 
     def call(self, *args, **kwargs):
         fixed = set(self.nondiff_argnums)
-        record = Call(self.__name__, tuple(a for i, a in enumerate(args) if i not in fixed), [])
+        given = _positional(self.fun, args, kwargs)
+        record = Call(self.__name__, tuple(a for i, a in enumerate(given) if i not in fixed), [], depth[0] > 0)
         calls.append(record)
 
         @functools.wraps(self.bwd)
         def bwd(*args):
-            cotangents = self.bwd(*args)
-            record.cotangents.append(cotangents)
-            return cotangents
+            returned = self.bwd(*args)
+            cotangents = returned[0] if getattr(self, "with_logs", False) else returned
+            record.cotangents.append(None if getattr(self, "with_accums", False) else cotangents)
+            return returned
 
-        double: Any = jax.custom_vjp(self.fun, nondiff_argnums=self.nondiff_argnums)
-        double.defvjp(self.fwd, bwd, symbolic_zeros=self.symbolic_zeros)
-        return original(double, *args, **kwargs)
+        double = object.__new__(type(self))  # with all its options, whatever the release of JAX has
+        vars(double).update(vars(self), fun=counted(self.fun), fwd=counted(self.fwd), bwd=bwd)
+        return original(double, *given)
 
     jax.custom_vjp.__call__ = call
     try:
@@ -110,6 +188,16 @@ def watch(function: Callable, *args) -> tuple[list[Call], BaseException | None]:
     finally:
         jax.custom_vjp.__call__ = original
     return calls, None
+
+
+def _positional(fun: Callable, args: tuple, kwargs: dict) -> tuple:
+    """The arguments in the order of the signature, defaults included."""
+    try:
+        bound = inspect.signature(fun).bind(*args, **kwargs)
+    except (TypeError, ValueError):
+        return args  # without a signature, or JAX says what is wrong
+    bound.apply_defaults()
+    return bound.args if not bound.kwargs else args
 
 
 _watched, _count = jax.make_user_context(0), itertools.count(1)  # a value never seen before makes JAX trace again

@@ -2,18 +2,23 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import importlib
+import inspect
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fcfunc import _arguments
 from fcfunc._arguments import FLOATS
-from fcfunc.testing import _oracle
-from fcfunc.testing._case import Case, DrawnBy, NotApplicable, Shapes, base_sizes, close_statics, first_line, x64_for
-from fcfunc.testing._checks import CHECKS, FULL_ONLY
-from fcfunc.testing._compare import Finding, finding
+from fcfunc.testing import _case, _draw, _oracle
+from fcfunc.testing._case import Case, Inconclusive, x64_for
+from fcfunc.testing._checks import CHECKS, GROUPS, ON_REQUEST, WITH_ORACLE
+from fcfunc.testing._compare import Finding, attempt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,15 +27,18 @@ class Result:
 
     Attributes:
       check: its name.
-      status: "passed", "failed" or "not applicable".
-      reason: why it could not apply; empty otherwise.
+      status: "passed", "failed", "inconclusive", "not applicable" or "not run".
+      reason: why it was not made or could not decide, what kept a failed check from going on, or how a check passed:
+        "equal to 99 digits". Empty otherwise.
       findings: what it found.
+      required: whether a finding fails the report; the findings of a group that was not required are notes.
     """
 
     check: str
     status: str
     reason: str
     findings: tuple[Finding, ...]
+    required: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,36 +49,83 @@ class Report:
       name: of the function.
       rules: the names of the rules that it calls.
       results: one `Result` for each check, in the order they ran.
-      arguments: a verdict for each real argument, by its path: "ok" or the checks that its gradient failed.
-      statics: the positions of the arguments that were held fixed because they are not arrays.
+      arguments: a verdict for each differentiated array, by its path: "ok" or the checks that its gradient failed.
+      statics: the paths of what was held fixed, because it is not an array or `argnums` leaves it out.
     """
 
     name: str
     rules: tuple[str, ...]
     results: tuple[Result, ...]
     arguments: dict[str, str]
-    statics: tuple[int, ...]
+    statics: tuple[str, ...]
+
+    @property
+    def status(self) -> str:
+        """One of "ok", "FAILED" and "inconclusive": no oracle to compare with, or a check that did not run."""
+        if self.findings:
+            return "FAILED"
+        compared = any(r.status == "passed" and r.check in WITH_ORACLE for r in self.results)
+        ran = all(r.status != "not run" for r in self.results if r.required)
+        return "ok" if compared and ran else "inconclusive"
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was found."""
-        return not self.findings
+        """Whether nothing was found, and something could have been."""
+        return self.status == "ok"
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """All that was found, in the order of the checks."""
-        return tuple(finding for result in self.results for finding in result.findings)
+        """What fails the report, one finding for each cause, in the order of the checks."""
+        return _by_cause(r for r in self.results if r.required)
+
+    @property
+    def notes(self) -> tuple[Finding, ...]:
+        """What the groups found that were not required."""
+        return _by_cause(r for r in self.results if not r.required)
 
     def __str__(self) -> str:
-        passed = [r.check for r in self.results if r.status == "passed"]
-        lines = [f"check_vjp of {self.name} (rules: {', '.join(self.rules)}): {'ok' if self.ok else 'FAILED'}"]
+        lines = [f"check_vjp of {self.name} (rules: {', '.join(self.rules)}): {self.status}"]
+        if self.status == "inconclusive":
+            lines.append("  nothing was found, but no check compared the gradient with an oracle, or some did not run")
         lines += [f"  {path}: {verdict}" for path, verdict in self.arguments.items()]
         if self.statics:
-            lines.append(f"  held fixed, not being arrays: arguments {', '.join(map(str, self.statics))}")
+            lines.append(f"  held fixed: {', '.join(self.statics)}")
         lines += [f"- {finding}" for finding in self.findings]
+        if self.notes:
+            lines.append(f"notes, of groups that were not required ({', '.join(GROUPS)}):")
+            lines += [f"- {finding}" for finding in self.notes]
+        passed = [f"{r.check} ({r.reason})" if r.reason else r.check for r in self.results if r.status == "passed"]
         lines.append(f"passed: {', '.join(passed) or 'none'}")
-        lines += [f"not applicable: {r.check}: {r.reason}" for r in self.results if r.status == "not applicable"]
+        for status in ("failed", "inconclusive", "not applicable", "not run"):
+            reasons: dict[str, list[str]] = {}
+            for r in self.results:
+                if r.status == status and r.reason:
+                    reasons.setdefault(r.reason, []).append(r.check)
+            title = "ended early" if status == "failed" else status
+            lines += [f"{title}: {', '.join(checks)}: {reason}" for reason, checks in reasons.items()]
         return "\n".join(lines)
+
+
+def _by_cause(results: Iterator[Result]) -> tuple[Finding, ...]:
+    """One finding for each cause; the checks that found the same are named in `also`."""
+    causes: dict[tuple, list[Finding]] = {}
+    for result in results:
+        for one in result.findings:
+            _, raises, error = one.message.partition("raises: ")
+            if raises:
+                cause: tuple = ("raises", error)
+            elif one.check in WITH_ORACLE:
+                cause = ("differs", one.argument)
+                if ("differs", "") in causes or (not one.argument and any(c[0] == "differs" for c in causes)):
+                    cause = next(c for c in causes if c[0] == "differs" and (not c[1] or not one.argument))
+            else:
+                cause = (one.check, one.argument, one.message)
+            causes.setdefault(cause, []).append(one)
+    folded = []
+    for first, *others in causes.values():
+        also = dict.fromkeys(one.check for one in others if one.check != first.check)
+        folded.append(dataclasses.replace(first, also=tuple(also)))
+    return tuple(folded)
 
 
 def check_vjp(
@@ -79,98 +134,125 @@ def check_vjp(
     *,
     reference: Callable | None = None,
     kwargs: dict | None = None,
-    fast: bool = False,
-    seed: int = 0,
+    argnums: int | Sequence[int] | None = None,
+    require: str | Sequence[str] = (),
     dtype: str = "float32",
     dtypes: Sequence[str] = ("float16", "bfloat16", "float32"),
+    float64: bool = True,
+    rtol: float = 0.0,
+    atol: float = 0.0,
     sizes: dict[str, int] | None = None,
+    ranges: dict[int, tuple[float, float]] | None = None,
     at_kink: dict[float, float] | None = None,
-    only: Sequence[str] = (),
-    skip: Sequence[str] = (),
+    seed: int = 0,
+    budget: float | None = None,
+    only: str | Sequence[str] = (),
+    skip: str | Sequence[str] = (),
 ) -> Report:
     """Tries to show that a hand-written rule is wrong.
 
     The oracle is automatic differentiation of the undecorated function, which is read from the `custom_vjp` objects
-    that the function calls, wherever they stand in it. docs/checking-rules.md lists the checks.
+    that the function calls, wherever they are; in a function that has none, from its `custom_jvp` objects.
+    docs/checking-rules.md lists the checks.
 
     Args:
-      fun: a `custom_vjp` function, or a function that calls some, of positional arrays or trees of arrays.
+      fun: a function with a rule, or one that calls some, of positional arrays or trees of arrays.
       args: concrete arguments, as a tuple; or their shapes by name, `"n d, d m, m"`, with what to draw where it is not
-        normal numbers: `"n c, n:int<c"` (labels), `"n d:positive"`, `"n:bool"`, `":key"`; or a function
-        `draw(rng, n, d)` that returns the tuple, its parameters after the first being the sizes. By shapes or by a
-        function the checker draws and sweeps the sizes. Non-array arguments (a string, a Python number, a function)
-        and `nondiff_argnums` are held fixed.
+        normal numbers: `"n c, n:int<c"` (labels), `"n d:positive"`, `"n d:-1..1"`, `"n:bool"`, `"n:complex"`,
+        `":key"`; or a function `draw(rng, n, d)` that returns the tuple, its parameters after the first being the
+        sizes. By shapes or by a function the checker draws and sweeps the sizes. What is not an array (a string, a
+        Python number, a function in a tree), and `nondiff_argnums`, is held fixed.
       reference: the oracle's function, where the rule's own is in doubt or the rule is a deliberate surrogate.
       kwargs: options of `fun`, held fixed.
-      fast: fewer directions and sizes, no element-by-element differences, no meshes: under a second once warm.
-      seed: of every draw; the same seed gives the same report.
+      argnums: the positions of the arguments to differentiate; all by default. The arrays of the others are fixed.
+      require: groups of checks beyond the first derivative: "second_order", "extremes", "sizes", "meshes", or "all".
+        What they find without being required is a note, which does not fail the report.
       dtype: of what is drawn.
-      dtypes: the other dtypes that the rule claims, checked besides where the function takes them; float64 always is.
+      dtypes: the dtypes that the rule claims, checked where the function takes them.
+      float64: whether float64 is one of them; without it, comparisons are made in `dtype`.
+      rtol: an error to allow besides rounding, relative to the largest element of each gradient: for solvers.
+      atol: an absolute error to allow besides.
       sizes: the sizes by name, instead of a sweep.
+      ranges: `{i: (low, high)}`, the open range in which argument `i` is defined; no check leaves it.
       at_kink: the derivative that the rule declares at a kink, by the point: `{0.0: 0.0}` for ReLU. The first real
         argument is set to the point everywhere.
-      only: names of the checks to run; empty for all.
-      skip: names of checks to leave out, e.g. `("reverse_over_reverse",)` of a rule meant for one derivative.
+      seed: of every draw; the same seed gives the same report.
+      budget: seconds after which no further check is started.
+      only: names of checks or groups to run; empty for all.
+      skip: names of checks or groups to leave out.
 
     Returns:
-      A `Report`.
+      A `Report`. On Ctrl-C the report so far is printed.
 
     Raises:
-      TypeError: complex arguments, which are not supported; `args` that is not a tuple, string or function.
+      TypeError: `args` that is not a tuple, string or function.
       ValueError: the function calls no rule, has no real argument or output, or a shape cannot be read; no such check.
 
     Example:
       >>> from fcfunc import ops
-      >>> check_vjp(ops.relu, "n d", at_kink={0.0: 0.0}, fast=True).ok
+      >>> check_vjp(ops.relu, "n d", at_kink={0.0: 0.0}, only=["oracle", "kinks"]).ok
       True
     """
-    only = (only,) if isinstance(only, str) else tuple(only)
-    skip = (skip,) if isinstance(skip, str) else tuple(skip)
     _arguments.function("check_vjp", fun=fun)
-    if not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"check_vjp: seed must be an integer of at least 0, got {seed!r}")
-    if at_kink is not None and not isinstance(at_kink, dict):
-        raise TypeError(f"check_vjp: at_kink must be a dict of point: derivative, got {at_kink!r}")
-    for name in (dtype, *dtypes):
-        if name not in FLOATS:
-            raise ValueError(f"check_vjp: a dtype must be one of {', '.join(FLOATS)}, got {name!r}")
-    names = [check.__name__ for check in CHECKS]
-    unknown = [name for name in (*only, *skip) if name not in names]
-    if unknown:
-        raise ValueError(f"check_vjp: no check {unknown[0]!r}; there are {', '.join(names)}")
-    source = Shapes(args) if isinstance(args, str) else DrawnBy(args) if callable(args) else None
+    required = _names("require", GROUPS if require == "all" else require, GROUPS)
+    every = {check.__name__: (group, check) for group, checks in CHECKS.items() for check in checks}
+    only, skip = (_names(name, given, (*every, *GROUPS)) for name, given in (("only", only), ("skip", skip)))
+    _check_options(seed, at_kink, (dtype, *dtypes), rtol, atol, budget)
+    source = _draw.Shapes(args) if isinstance(args, str) else _draw.DrawnBy(args) if callable(args) else None
     if source is None and not isinstance(args, tuple):
         raise TypeError(f"check_vjp: args must be a tuple, a string of shapes or a function, got {type(args).__name__}")
     letters = tuple(source.letters) if source else ()
     for name, size in (sizes or {}).items():
         if name not in letters or not isinstance(size, int) or size < 0:
             raise ValueError(f"check_vjp: sizes must give {', '.join(letters) or 'none'} as integers, got {sizes}")
-    first = base_sizes(list(letters)) | (sizes or {}) if source else {}
-    make = functools.partial(_case, fun, args, source, reference, kwargs or {}, fast, seed, dtype, at_kink or {})
-    case, statics = make(first)
-    rules = _rules_called(fun, case)
+
+    names = [name for name, (group, _) in every.items() if not only or name in only or group in only]
+    names = [name for name in names if name not in skip and every[name][0] not in skip]
+    options = {
+        "required": frozenset({*required, *(group for name, (group, _) in every.items() if name in only and group)}),
+        "at_kink": at_kink or {}, "dtypes": tuple(dtypes), "float64": float64, "rtol": rtol, "atol": atol,
+    }  # fmt: skip
+    ranges = (source.ranges if source else {}) | (ranges or {})
+    make = functools.partial(
+        _case_of, fun, args, source, reference, kwargs or {}, argnums, ranges, seed, dtype, options
+    )
+    case, statics = make(_draw.base_sizes(list(letters)) | (sizes or {}) if source else {})
+    case, rules = _with_oracle(fun, case)
 
     def redraw(sizes, salt=0):
-        return dataclasses.replace(make(sizes, salt)[0], dtypes=tuple(dtypes))
+        drawn = make(sizes, salt)[0]
+        return dataclasses.replace(case, leaves=drawn.leaves, sizes=dict(sizes))
 
-    swept = () if sizes is not None else letters
-    case = dataclasses.replace(case, redraw=redraw if source else None, letters=swept, dtypes=tuple(dtypes))
-    options = {"seed": seed, "dtype": dtype, "reference": reference, "kwargs": kwargs, "at_kink": at_kink}
-    line = functools.partial(_reproduction, case.fun.__name__, args, **options)
-    results = []
-    for check in CHECKS:
-        if check.__name__ not in skip and (not only or check.__name__ in only):
-            results.append(_result(check, case, line))
-    failed: dict[str, list[str]] = {path: [] for path in case.paths}
-    for result in results:
-        for found in result.findings:
-            failed.get(found.argument, []).append(result.check)
-    verdicts = {path: ", ".join(dict.fromkeys(names)) or "ok" for path, names in failed.items()}
-    return Report(case.fun.__name__, rules, tuple(results), verdicts, statics)
+    if source:
+        swept = () if sizes is not None else letters
+        case = dataclasses.replace(case, redraw=redraw, letters=swept, draws_ranks=isinstance(args, str))
+    shown = {"reference": reference, "kwargs": kwargs, "argnums": argnums, "dtype": dtype, "rtol": rtol, "atol": atol,
+             "float64": float64, "ranges": None if isinstance(args, str) else ranges, "at_kink": at_kink}  # fmt: skip
+    results: list[Result] = []
+    start, spent = time.monotonic(), f"the time budget of {budget} s was spent"
+    try:
+        for name in names:
+            group, check = every[name]
+            needed = not group or group in required or name in only or group in only
+            if budget is not None and time.monotonic() - start > budget:
+                results.append(Result(name, "not run", spent, (), needed))
+            elif not needed and group in ON_REQUEST:
+                results.append(Result(name, "not run", f"require={group!r} makes it", (), False))
+            else:
+                _progress(f"check_vjp of {case.fun.__name__}: {len(results) + 1} of {len(names)}, {name}")
+                results.append(_result(name, check, case, needed, functools.partial(_reproduction, fun, args, shown)))
+    except KeyboardInterrupt:
+        done = {r.check for r in results}
+        results += [Result(name, "not run", "interrupted", ()) for name in names if name not in done]
+        _progress("")
+        print(_report(case, rules, results, statics), file=sys.stderr)
+        raise
+    _progress("")
+    return _report(case, rules, results, statics)
 
 
 def assert_vjp(fun: Callable, args: tuple | str | Callable, **options) -> None:
-    """`check_vjp` for a test: raises where it found something.
+    """`check_vjp` for a test: raises unless the report is ok.
 
     Args:
       fun: as for `check_vjp`.
@@ -178,98 +260,191 @@ def assert_vjp(fun: Callable, args: tuple | str | Callable, **options) -> None:
       **options: as for `check_vjp`.
 
     Raises:
-      AssertionError: with the printed report, where something was found.
+      AssertionError: with the printed report, where something was found or nothing could be.
 
     Example:
       >>> from fcfunc import ops
-      >>> assert_vjp(ops.affine, "n d, d m, m", fast=True)
+      >>> assert_vjp(ops.relu, "n d", at_kink={0.0: 0.0})
     """
     report = check_vjp(fun, args, **options)
     if not report.ok:
         raise AssertionError(str(report))
 
 
-def _case(fun, args, source, reference, kwargs, fast, seed, dtype, at_kink, sizes, salt=0):
-    """The case at some sizes, and the positions of the arguments that are held fixed."""
-    given = source.draw(np.random.default_rng([seed, salt, *sizes.values()]), sizes) if source else args
-    held = set(getattr(fun, "nondiff_argnums", ()))
-    fixed = {i: a for i, a in enumerate(given) if i in held or not _is_tree_of_arrays(a)}
-    free = tuple(
-        jax.tree.map(np.asarray, a, is_leaf=_is_key) if not _is_key(a) else a
-        for i, a in enumerate(given)
-        if i not in fixed
+def _names(option: str, given: str | Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+    given = (given,) if isinstance(given, str) else tuple(given)
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise ValueError(f"check_vjp: {option} has no {unknown[0]!r}; there are {', '.join(known)}")
+    return given
+
+
+def _check_options(seed, at_kink, dtypes, rtol, atol, budget) -> None:
+    if not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"check_vjp: seed must be an integer of at least 0, got {seed!r}")
+    if at_kink is not None and not isinstance(at_kink, dict):
+        raise TypeError(f"check_vjp: at_kink must be a dict of point: derivative, got {at_kink!r}")
+    for name in dtypes:
+        if name not in FLOATS:
+            raise ValueError(f"check_vjp: a dtype must be one of {', '.join(FLOATS)}, got {name!r}")
+    for name, number in (("rtol", rtol), ("atol", atol), ("budget", budget or 0)):
+        if not math.isfinite(_arguments.number("check_vjp", **{name: number})) or number < 0:
+            raise ValueError(f"check_vjp: {name} must be a number of at least 0, got {number!r}")
+
+
+def _report(case: Case, rules, results, statics) -> Report:
+    failed: dict[str, list[str]] = {path: [] for path in case.paths}
+    for result in results:
+        for found in result.findings if result.required else ():
+            failed.get(found.argument, []).append(result.check)
+    verdicts = {path: ", ".join(dict.fromkeys(names)) or "ok" for path, names in failed.items()}
+    return Report(case.fun.__name__, rules, tuple(results), verdicts, statics)
+
+
+def _result(name: str, check: Callable, case: Case, required: bool, reproduction: Callable) -> Result:
+    found, ended = attempt(check(case))
+    once: dict[tuple, Finding] = {}
+    for one in found:
+        one = dataclasses.replace(one, check=name, seed=case.seed)
+        once.setdefault(
+            (one.argument, one.message, one.dtype), dataclasses.replace(one, reproduce=reproduction(one, case))
+        )
+    status = "inconclusive" if isinstance(ended, Inconclusive) else "not applicable"
+    status = status if isinstance(ended, Exception) else "passed"
+    return Result(name, "failed" if found else status, str(ended or ""), tuple(once.values()), required)
+
+
+def _progress(text: str) -> None:
+    """The last line of a terminal, written over."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def _case_of(fun, args, source, reference, kwargs, argnums, ranges, seed, dtype, options, sizes, salt=0):
+    """The case at some sizes, its oracle still to be made, and the paths of what is held fixed."""
+    entropy = np.hstack([_draw.STREAM, seed, salt, *sizes.values()]).astype(np.uint32)
+    given = source.draw(np.random.default_rng(entropy), sizes) if source else args
+    fixed_args = set(getattr(fun, "nondiff_argnums", ()))
+    wanted = set(range(len(given))) if argnums is None else _positions(argnums, len(given))
+    flat, treedef = jax.tree.flatten_with_path(given)
+    leaves, where, paths, limits, positions, statics, held = [], [], [], [], [], [], []
+    for i, (path, leaf) in enumerate(flat):
+        argument, name = path[0].idx, f"args{jax.tree_util.keystr(path)}"
+        if argument in fixed_args or not _case.is_array(leaf):
+            statics.append((type(leaf), leaf))
+            held.append(name)
+            continue
+        if argument not in wanted:
+            held.append(name)
+        elif not _case.is_key(leaf) and _case.is_inexact(leaf):
+            where.append(len(leaves))
+            paths.append(name)
+            limits.append(tuple(map(float, ranges.get(argument, (-math.inf, math.inf)))))
+        positions.append(i)
+        leaves.append(leaf if _case.is_key(leaf) else np.asarray(leaf))
+    bind: Any = functools.partial(
+        _case.of_leaves,
+        treedef=treedef,
+        positions=tuple(positions),
+        statics=tuple(statics),
+        kwargs=tuple((k, type(v), v) for k, v in sorted(kwargs.items())),
     )
-    complexes = [leaf for leaf in jax.tree.leaves(free) if jnp.issubdtype(leaf.dtype, jnp.complexfloating)]
-    if complexes:
-        raise TypeError(f"check_vjp: complex arguments are not supported, got {complexes[0].dtype}")
-    statics, options = tuple(fixed.items()), tuple(sorted(kwargs.items()))
-    bind = close_statics
     try:
-        hash((statics, options, fun, reference))
-    except TypeError:
-        bind = close_statics.__wrapped__  # what cannot be hashed cannot be kept for the next call
-    call = bind(fun, statics, options)
-    oracle = bind(reference, statics, options) if reference is not None else call
-    case = Case(call, _oracle.without_rules(oracle), free, seed, dict(sizes), fast, at_kink, reference is not None)
-    if source:
-        case = case.cast(jnp.dtype(dtype))
-    if any(not np.isfinite(leaf.astype(np.float64)).all() for leaf in case.reals):
+        hash((*bind.keywords.values(), fun, reference))
+    except TypeError:  # what cannot be hashed cannot be kept for the next call
+        bind = functools.partial(_case.of_leaves.__wrapped__, **bind.keywords)
+    case = Case(
+        bind(fun), bind(reference or fun), tuple(leaves), tuple(where), tuple(paths), tuple(limits), seed, dict(sizes),
+        has_reference=reference is not None, **options,
+    )  # fmt: skip
+    if not where:
+        raise ValueError("check_vjp: no argument is an array of real or complex numbers: nothing to differentiate")
+    if any(not np.isfinite(_case.widened(a)).all() for a in case.reals):
         raise ValueError("check_vjp: the arguments hold a NaN or an infinity; those are tried by the check extremes")
-    if not case.reals:
-        raise ValueError("check_vjp: no argument is an array of real floating-point numbers: nothing to differentiate")
-    return case, tuple(fixed)
+    return case.cast(dtype) if source else case, tuple(held)
 
 
-def _rules_called(fun: Callable, case: Case) -> tuple[str, ...]:
+def _positions(argnums, count: int) -> set[int]:
+    given = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    if any(not isinstance(i, int) or not -count <= i < count for i in given):
+        raise ValueError(f"check_vjp: argnums must be positions of the {count} arguments, got {argnums!r:.80}")
+    return {i % count for i in given}
+
+
+def _with_oracle(fun: Callable, case: Case) -> tuple[Case, tuple[str, ...]]:
+    """The case with an oracle without the rules that the function calls, and their names."""
     with x64_for(case.dtype):
-        calls, raised = _oracle.watch(case.fun, *case.args)
+        calls, raised = _oracle.watch(case.fun, *case.leaves)
         if raised is not None:
             raise raised
-        outs = jax.eval_shape(case.fun, *case.args)
-    if not calls:
+        outs = jax.eval_shape(case.fun, *case.leaves)
+        names = [call.name for call in calls]
+        forward = [] if names else _oracle.other_rules(case.fun, *case.leaves)
+    if not names and not forward:
         name = getattr(fun, "__name__", type(fun).__name__)
-        raise ValueError(f"check_vjp: {name} has no rule of its own and calls no custom_vjp function: nothing to check")
+        raise ValueError(
+            f"check_vjp: {name} has no rule of its own and calls no custom_vjp or custom_jvp function: nothing to check"
+        )
     if not outs:
-        raise ValueError("check_vjp: no output is an array of real floating-point numbers: nothing to differentiate")
-    return tuple(dict.fromkeys(call.name for call in calls))
+        raise ValueError("check_vjp: no output is an array of real or complex numbers: nothing to differentiate")
+    oracle = _oracle.without_rules(case.oracle, forward_rules=bool(forward))
+    return dataclasses.replace(case, oracle=oracle, forward_rule=bool(forward)), tuple(dict.fromkeys(names or forward))
 
 
-def _result(check: Callable, case: Case, line: Callable) -> Result:
-    name = check.__name__
-    if case.fast and check in FULL_ONLY:
-        return Result(name, "not applicable", "left to the full mode", ())
+def _reproduction(fun: Callable, args, shown: dict, found: Finding, case: Case) -> str:
+    """Code that finds it again; what has no name to import is named in a comment."""
+    lines, options = ["from fcfunc.testing import check_vjp"], []
+    called = _importable(fun, "fun", lines)
+    if isinstance(args, tuple):
+        literal = _literal(args)
+        lines += ["# args: the arguments that were checked"] if literal is None else []
+        source = literal or "args"
+    else:
+        source = repr(args) if isinstance(args, str) else _importable(args, "draw", lines)
+    swept = found.check in ("shape_sweep", "every_size", "ranks")
+    fixed = all(isinstance(size, int) for size in (found.sizes or {}).values())
+    again = "oracle" if swept and fixed else found.check
+    if found.sizes and fixed and (swept or not case.letters):
+        options.append(f"sizes={found.sizes!r}")
+    for name, value in shown.items():
+        if callable(value):
+            options.append(f"{name}={_importable(value, name, lines)}")
+        elif value not in (None, {}, 0.0) and (name, value) not in (("dtype", "float32"), ("float64", True)):
+            options.append(f"{name}={value!r}")
+        elif (name, value) == ("float64", False):
+            options.append("float64=False")
+    options.append(f"seed={case.seed}")
+    return "\n".join([*lines, f"check_vjp({called}, {source}, only={again!r}, {', '.join(options)})"])
+
+
+def _importable(value: Any, role: str, lines: list[str]) -> str:
+    """How to name an object in code: by its import, added to the lines, or by its role, with a comment."""
+    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", getattr(value, "__name__", None))
+    public = str(module).partition("._")[0]  # a package exports what its private modules define
+    for source in (public, module):
+        try:
+            if name and getattr(importlib.import_module(str(source)), name) is value:
+                lines += [f"from {source} import {name}"] if source != "__main__" else []
+                return name
+        except (ImportError, AttributeError, ValueError):
+            pass
+    described = getattr(value, "__name__", type(value).__name__)
     try:
-        with np.errstate(all="ignore"):  # infinities are compared on purpose
-            found = list(check(case))
-    except NotApplicable as e:
-        return Result(name, "not applicable", str(e), ())
-    except Exception as e:
-        found = [finding(case, f"the check ended in an error: {first_line(e)}")]
-    found = [dataclasses.replace(f, check=name, seed=case.seed, sizes=f.sizes or case.sizes) for f in found]
-    once = {(f.argument, f.message, f.dtype): dataclasses.replace(f, reproduce=line(f, case)) for f in found}
-    return Result(name, "failed" if found else "passed", "", tuple(once.values()))
+        line = inspect.getsourcelines(inspect.unwrap(value))[1]
+        described += f", line {line} of {module}"
+    except (TypeError, OSError, ValueError):
+        pass
+    lines.append(f"# {role}: {described}")
+    return role
 
 
-def _reproduction(name: str, args, finding: Finding, case: Case, **options) -> str:
-    """The call that finds it again; what has no short spelling stands under the caller's own names."""
-    swept = finding.check == "shape_sweep"
-    shown = {"only": ("oracle" if swept else finding.check,), "seed": options["seed"]}
-    if swept or (case.sizes and not case.letters):
-        shown["sizes"] = finding.sizes
-    if options["dtype"] != "float32":
-        shown["dtype"] = options["dtype"]
-    shown |= {key: options[key] for key in ("kwargs", "at_kink") if options[key]}
-    spelled = [f"{key}={value!r}" for key, value in shown.items()]
-    spelled += ["reference=reference"] if options["reference"] is not None else []
-    spelled += ["fast=True"] if case.fast else []
-    source = repr(args) if isinstance(args, str) else "draw" if callable(args) else "args"
-    return f"check_vjp({name}, {source}, {', '.join(spelled)})"
+def _literal(args: tuple) -> str | None:
+    """Small arrays as code; None for others."""
+    arrays = [np.asarray(a) for a in args if _case.is_array(a) and not _case.is_key(a)]
+    if len(arrays) < len(args) or sum(a.size for a in arrays) > 24 or any(a.dtype.name not in NUMPY for a in arrays):
+        return None
+    code = [f"__import__('numpy').array({a.tolist()!r}, {a.dtype.name!r})" for a in arrays]
+    return f"({', '.join(code)},)"
 
 
-def _is_key(leaf) -> bool:
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _is_tree_of_arrays(arg) -> bool:
-    leaves = jax.tree.leaves(arg)
-    return bool(leaves) and all(isinstance(leaf, jax.Array | np.ndarray | np.generic) for leaf in leaves)
+NUMPY = ("float16", "float32", "float64", "int32", "int64", "bool", "complex64", "complex128")

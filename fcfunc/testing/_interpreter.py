@@ -1,0 +1,410 @@
+"""A jaxpr evaluated with the numbers of mpmath, in NumPy arrays of objects.
+
+Real numbers are mpmath's, of as many digits as its context has; integers, booleans and random keys are evaluated by JAX
+itself. A primitive that only moves elements is applied to their positions. A new primitive is a new entry in `RULES`.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import mpmath
+import numpy as np
+
+from fcfunc._jax_releases import is_jaxpr, jaxpr_and_consts
+
+LARGEST = float(np.finfo(np.float64).max)  # a bound of a clip, and not a rounded constant
+
+
+class Unknown(Exception):
+    """A primitive that is not evaluated here."""
+
+
+class Program:
+    """A function as a jaxpr, to be called with arrays of mpmath numbers, and the constants of 64 bits in it."""
+
+    def __init__(self, fun: Callable, *args):
+        self._closed, self._shape = jax.make_jaxpr(fun, return_shape=True)(*args)
+        self.constants = list(_constants(self._closed.jaxpr))
+
+    def __call__(self, *args) -> Any:
+        """The outputs, exact but for rounding at the last digit."""
+        closed = self._closed
+        return jax.tree.unflatten(
+            jax.tree.structure(self._shape), _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(args))
+        )
+
+
+def _constants(jaxpr: Any) -> Iterator[float]:
+    """The numbers in a program that are not sums of a few powers of two: those that 64 bits had to round."""
+    for eqn in jaxpr.eqns:
+        for atom in eqn.invars:
+            if isinstance(atom, jex.Literal) and jnp.issubdtype(_dtype(atom), jnp.floating):
+                number = float(atom.val)
+                if abs(number) < LARGEST and number and len(f"{number.as_integer_ratio()[0]:b}".rstrip("0")) > 24:
+                    yield number
+        for param in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr):
+            if is_jaxpr(param):
+                yield from _constants(jaxpr_and_consts(param)[0])
+
+
+def exact(a) -> Any:
+    """An array as it is evaluated here: real numbers as mpmath's, all else as NumPy's or as a key."""
+    if isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+        return a
+    a = np.asarray(a)
+    if a.dtype == object or not jnp.issubdtype(a.dtype, jnp.floating):
+        return a
+    return _each(mpmath.mpf)(a.astype(np.float64))
+
+
+def _each(f: Callable) -> Callable:
+    """A function of numbers as one of arrays; the result is an array even of no axes."""
+
+    def of_arrays(*arrays):
+        arrays = np.broadcast_arrays(*arrays)
+        out = np.empty(arrays[0].shape, object)
+        for index in np.ndindex(out.shape):
+            out[index] = f(*(a[index] for a in arrays))
+        return out
+
+    return of_arrays
+
+
+def _dtype(atom: Any) -> Any:
+    return atom.aval.dtype
+
+
+def _is_exact(a) -> bool:
+    return isinstance(a, np.ndarray) and a.dtype == object
+
+
+def _evaluate(jaxpr: Any, consts, args) -> list:
+    env = dict(zip([*jaxpr.constvars, *jaxpr.invars], map(exact, [*consts, *args]), strict=True))
+
+    def read(atom):
+        return exact(np.asarray(atom.val, _dtype(atom))) if isinstance(atom, jex.Literal) else env[atom]
+
+    for eqn in jaxpr.eqns:
+        outs = _apply(eqn, [read(atom) for atom in eqn.invars])
+        env.update(zip(eqn.outvars, outs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _apply(eqn: Any, values: list) -> list:
+    name, params = eqn.primitive.name, eqn.params
+    if name in LOOPS:
+        return LOOPS[name](params, values)
+    inner = [p for p in params.values() if is_jaxpr(p)]
+    if name in CALLS and inner:
+        jaxpr, consts = jaxpr_and_consts(inner[0])
+        return _evaluate(jaxpr, consts, values)
+    if not any(jnp.issubdtype(_dtype(v), jnp.floating) for v in eqn.invars):  # exact as it is
+        outs = eqn.primitive.bind(*map(_native, values), **params)
+        return list(map(exact, outs if eqn.primitive.multiple_results else [outs]))
+    if name in MOVES:
+        return _moved(eqn, values)
+    if name in RULES:
+        outs = RULES[name](*values, **params)
+        return outs if eqn.primitive.multiple_results else [outs]
+    raise Unknown(name)
+
+
+def _native(a):
+    return jnp.asarray(a) if isinstance(a, np.ndarray) else a
+
+
+def _moved(eqn, values: list) -> list:
+    """A primitive that only moves elements, by what it makes of their positions."""
+    real, start, operands = [], 1, []
+    for a, atom in zip(values, eqn.invars, strict=True):
+        if jnp.issubdtype(_dtype(atom), jnp.floating):
+            operands.append(jnp.arange(start, start + a.size).reshape(a.shape))
+            real.extend(a.ravel())
+            start += a.size
+        else:
+            operands.append(_native(a))
+    params = dict(eqn.params)
+    fill = params.get("fill_value")
+    params |= {"fill_value": -1} if "fill_value" in params else {}
+    outs = eqn.primitive.bind(*operands, **params)
+    missing = mpmath.nan if fill is None else mpmath.mpf(float(fill))
+    table = np.array([missing, *real, missing], object)  # position 0 is nothing, -1 what is out of bounds
+    return [
+        table[np.asarray(out)] if np.ndim(out) else _scalar(table[int(out)])
+        for out in (outs if eqn.primitive.multiple_results else [outs])
+    ]
+
+
+def _scalar(number) -> np.ndarray:
+    out = np.empty((), object)
+    out[()] = number
+    return out
+
+
+MOVES = (
+    "broadcast_in_dim", "reshape", "transpose", "squeeze", "expand_dims", "concatenate", "slice", "dynamic_slice",
+    "dynamic_update_slice", "pad", "rev", "gather", "scatter", "split", "stack",
+    "unstack", "copy", "copy_p",
+)  # fmt: skip
+
+CALLS = (
+    "jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call",
+)  # fmt: skip
+
+
+def _scan(params, values) -> list:
+    consts, carries = params["num_consts"], params["num_carry"]
+    fixed, carry, xs = values[:consts], values[consts : consts + carries], values[consts + carries :]
+    jaxpr, inner = jaxpr_and_consts(params["jaxpr"])
+    steps = range(params["length"])
+    rows: list[Any] = [None] * params["length"]
+    for k in reversed(steps) if params["reverse"] else steps:
+        outs = _evaluate(jaxpr, inner, [*fixed, *carry, *(x[k : k + 1].reshape(x.shape[1:]) for x in xs)])
+        carry, rows[k] = outs[:carries], outs[carries:]
+    stacked = [np.stack([row[i] for row in rows]) for i in range(len(rows[0]))] if rows else _empty(jaxpr, carries)
+    return [*carry, *stacked]
+
+
+def _empty(jaxpr, carries: int) -> list:
+    return [exact(np.zeros((0, *v.aval.shape), v.aval.dtype)) for v in jaxpr.outvars[carries:]]
+
+
+def _while(params, values) -> list:
+    of_cond, of_body = params["cond_nconsts"], params["body_nconsts"]
+    cond_consts, body_consts, carry = values[:of_cond], values[of_cond : of_cond + of_body], values[of_cond + of_body :]
+    cond, body = (jaxpr_and_consts(params[f"{name}_jaxpr"]) for name in ("cond", "body"))
+    while bool(_evaluate(*cond, [*cond_consts, *carry])[0]):
+        carry = _evaluate(*body, [*body_consts, *carry])
+    return carry
+
+
+def _cond(params, values) -> list:
+    branches = params["branches"]
+    index = int(np.clip(int(values[0]), 0, len(branches) - 1))
+    return _evaluate(*jaxpr_and_consts(branches[index]), values[1:])
+
+
+LOOPS = {"scan": _scan, "while": _while, "cond": _cond}
+
+
+def _dot_general(a, b, *, dimension_numbers, **_):
+    (a_sum, b_sum), (a_batch, b_batch) = dimension_numbers
+    a_free = [i for i in range(a.ndim) if i not in (*a_sum, *a_batch)]
+    b_free = [i for i in range(b.ndim) if i not in (*b_sum, *b_batch)]
+    batch = [a.shape[i] for i in a_batch]
+    inner = math.prod(a.shape[i] for i in a_sum)
+    shape = (*batch, *(a.shape[i] for i in a_free), *(b.shape[i] for i in b_free))
+    a = a.transpose(*a_batch, *a_free, *a_sum).reshape(math.prod(batch), -1, inner)
+    b = b.transpose(*b_batch, *b_sum, *b_free).reshape(math.prod(batch), inner, -1)
+    out = np.empty((len(a), a.shape[1], b.shape[2]), object)
+    for k, i, j in np.ndindex(out.shape):
+        out[k, i, j] = mpmath.fdot(zip(a[k, i], b[k, :, j], strict=True)) if inner else mpmath.mpf(0)
+    return out.reshape(shape)
+
+
+def _scatter(f: Callable) -> Callable:
+    def scatter(operand, indices, updates, *, dimension_numbers, mode, **_):
+        """Each update goes where a one in its place goes."""
+        out, zero, indices = operand.copy(), jnp.zeros(operand.shape), _native(indices)
+        for k, number in enumerate(updates.ravel()):
+            one = jnp.zeros(updates.size).at[k].set(1.0).reshape(updates.shape)
+            for index in np.argwhere(jax.lax.scatter_add(zero, indices, one, dimension_numbers, mode=mode)):
+                out[tuple(index)] = f(out[tuple(index)], number)
+        return out
+
+    return scatter
+
+
+def _reduction(f: Callable, empty) -> Callable:
+    def reduce(a, *, axes, **_):
+        kept = [i for i in range(a.ndim) if i not in axes]
+        rows = a.transpose(*kept, *axes).reshape(*(a.shape[i] for i in kept), -1)
+        out = np.empty(rows.shape[:-1], object)
+        for index in np.ndindex(out.shape):
+            out[index] = functools.reduce(f, rows[index], mpmath.mpf(empty))
+        return out
+
+    return reduce
+
+
+def _cumulative(f: Callable) -> Callable:
+    def accumulate(a, *, axis, reverse, **_):
+        rows = np.moveaxis(a, axis, 0)[:: -1 if reverse else 1].copy()
+        for k in range(1, len(rows)):
+            rows[k] = _each(f)(rows[k - 1], rows[k])
+        return np.moveaxis(rows[:: -1 if reverse else 1], 0, axis)
+
+    return accumulate
+
+
+def _arg(better: Callable) -> Callable:
+    def find(a, *, axes, index_dtype, **_):
+        rows = np.moveaxis(a, axes[0], -1)
+        out = np.zeros(rows.shape[:-1], index_dtype)
+        for index in np.ndindex(out.shape):
+            row, best = rows[index], 0
+            for k in range(1, len(row)):
+                best = k if better(row[k], row[best]) else best
+            out[index] = best
+        return out
+
+    return find
+
+
+def _sort(*operands, dimension, num_keys, **_):
+    if num_keys != 1:
+        raise Unknown("sort by several keys")
+    rows = [np.moveaxis(a, dimension, -1).copy() for a in operands]
+    for index in np.ndindex(rows[0].shape[:-1]):
+        order = sorted(range(rows[0].shape[-1]), key=lambda k, index=index: rows[0][index][k])
+        for row in rows:
+            row[index] = row[index][order]
+    return [np.moveaxis(row, -1, dimension) for row in rows]
+
+
+def _convert(a, *, new_dtype, **_):
+    if jnp.issubdtype(new_dtype, jnp.floating):
+        return a if _is_exact(a) else exact(np.asarray(a, np.float64))
+    return np.vectorize(lambda x: int(x) if mpmath.isfinite(x) else 0, otypes=[np.int64])(a).astype(new_dtype)
+
+
+def _select(which, *cases):
+    out = np.empty(cases[0].shape, cases[0].dtype)
+    which = np.broadcast_to(np.asarray(which).astype(int), out.shape)
+    for index in np.ndindex(out.shape):
+        out[index] = cases[which[index]][index]
+    return out
+
+
+def _compare(f: Callable) -> Callable:
+    def of_arrays(a, b, **_):
+        return _each(lambda x, y: bool(f(x, y)))(a, b).astype(bool)
+
+    return of_arrays
+
+
+def _unary(f: Callable) -> Callable:
+    return lambda a, **_: _each(f)(a)
+
+
+def _binary(f: Callable) -> Callable:
+    return lambda a, b, **_: _each(f)(a, b)
+
+
+def _divide(x, y):
+    if y:
+        return x / y
+    return mpmath.nan if not x or mpmath.isnan(x) or mpmath.isnan(y) else mpmath.inf * mpmath.sign(x)
+
+
+def _power(x, y):
+    if mpmath.isnan(x) or mpmath.isnan(y):
+        return mpmath.nan
+    if not x:
+        return mpmath.mpf(1) if not y else mpmath.mpf(0) if y > 0 else mpmath.inf
+    if x < 0 and (not mpmath.isfinite(y) or y != int(y)):
+        return mpmath.nan
+    return mpmath.power(x, y)
+
+
+def _real(f: Callable, low=None, high=None) -> Callable:
+    """A function that is real between two bounds, NaN outside, and where it cannot be computed."""
+
+    def safe(x):
+        if mpmath.isnan(x) or (low is not None and x < low) or (high is not None and x > high):
+            return mpmath.nan
+        return f(x)
+
+    return safe
+
+
+def _log(x):
+    return -mpmath.inf if not x else mpmath.log(x)
+
+
+def _logistic(x):
+    return 1 / (1 + mpmath.exp(-x)) if x > -1e6 else mpmath.exp(x)
+
+
+def _log1p(x):
+    return -mpmath.inf if x == -1 else mpmath.log1p(x)
+
+
+def _clamp(low, x, high):
+    return min(max(x, low), high)
+
+
+def _maximum(x, y):
+    return mpmath.nan if mpmath.isnan(x) or mpmath.isnan(y) else max(x, y)
+
+
+def _minimum(x, y):
+    return mpmath.nan if mpmath.isnan(x) or mpmath.isnan(y) else min(x, y)
+
+
+def _round(a, *, rounding_method, **_):
+    def away(x):
+        return mpmath.sign(x) * mpmath.floor(abs(x) + mpmath.mpf("0.5"))
+
+    return _each(mpmath.nint if int(rounding_method) else away)(a)
+
+
+def _rules() -> dict[str, Callable]:
+    mp = mpmath
+    unary = {
+        "neg": lambda x: -x, "sign": mp.sign, "floor": mp.floor, "ceil": mp.ceil, "abs": abs,
+        "exp": mp.exp, "exp2": lambda x: mp.mpf(2) ** x, "expm1": mp.expm1, "log": _real(_log, 0),
+        "log1p": _real(_log1p, -1), "tanh": mp.tanh, "sinh": mp.sinh, "cosh": mp.cosh, "sin": mp.sin, "cos": mp.cos,
+        "tan": mp.tan, "asin": _real(mp.asin, -1, 1), "acos": _real(mp.acos, -1, 1), "atan": mp.atan,
+        "asinh": mp.asinh, "acosh": _real(mp.acosh, 1), "atanh": _real(mp.atanh, -1, 1), "logistic": _real(_logistic),
+        "erf": mp.erf, "erfc": mp.erfc, "erf_inv": _real(mp.erfinv, -1, 1),
+        "lgamma": lambda x: mp.log(abs(mp.gamma(x))),
+        "digamma": mp.digamma, "sqrt": _real(mp.sqrt, 0), "rsqrt": _real(lambda x: _divide(mp.mpf(1), mp.sqrt(x)), 0),
+        "cbrt": lambda x: mp.sign(x) * mp.cbrt(abs(x)), "square": lambda x: x * x,
+    }  # fmt: skip
+    binary = {
+        "add": lambda x, y: x + y, "add_any": lambda x, y: x + y, "sub": lambda x, y: x - y, "mul": lambda x, y: x * y,
+        "div": _divide, "max": _maximum, "min": _minimum, "pow": _power, "atan2": lambda y, x: mp.atan2(y, x),
+        "rem": lambda x, y: mp.sign(x) * mp.fmod(abs(x), abs(y)),
+    }  # fmt: skip
+    comparisons = {
+        "eq": lambda x, y: x == y, "ne": lambda x, y: x != y, "lt": lambda x, y: x < y, "le": lambda x, y: x <= y,
+        "gt": lambda x, y: x > y, "ge": lambda x, y: x >= y,
+    }  # fmt: skip
+    same = ("stop_gradient", "reduce_precision", "reshard", "sharding_constraint", "pvary", "pcast")
+    return {
+        **{name: _unary(f) for name, f in unary.items()},
+        **{name: _binary(f) for name, f in binary.items()},
+        **{name: _compare(f) for name, f in comparisons.items()},
+        **{name: lambda a, **_: a for name in same},
+        "optimization_barrier": lambda *arrays: list(arrays),
+        "integer_pow": lambda a, *, y, **_: _each(lambda x: x**y if x or y >= 0 else mp.inf)(a),
+        "is_finite": lambda a: _each(lambda x: bool(mp.isfinite(x)))(a).astype(bool),
+        "convert_element_type": _convert,
+        "select_n": _select,
+        "clamp": lambda low, x, high: _each(_clamp)(low, x, high),
+        "round": _round,
+        "reduce_sum": _reduction(lambda x, y: x + y, 0),
+        "reduce_prod": _reduction(lambda x, y: x * y, 1),
+        "reduce_max": _reduction(_maximum, "-inf"),
+        "reduce_min": _reduction(_minimum, "inf"),
+        "argmax": _arg(lambda x, y: x > y or mp.isnan(x)),
+        "argmin": _arg(lambda x, y: x < y or mp.isnan(x)),
+        "cumsum": _cumulative(lambda x, y: x + y),
+        "cumprod": _cumulative(lambda x, y: x * y),
+        "cummax": _cumulative(_maximum),
+        "cummin": _cumulative(_minimum),
+        "cumlogsumexp": _cumulative(lambda x, y: mp.log(mp.exp(x) + mp.exp(y))),
+        "sort": _sort,
+        "dot_general": _dot_general,
+        **{name: _scatter(lambda x, y: x + y) for name in ("scatter-add", "scatter_add")},
+        **{name: _scatter(lambda x, y: x * y) for name in ("scatter-mul", "scatter_mul")},
+    }
+
+
+RULES = _rules()

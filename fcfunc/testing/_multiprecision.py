@@ -1,0 +1,170 @@
+"""The gradient of a rule compared with differences of its function in numbers of 200 digits; needs mpmath.
+
+Both are evaluated from their jaxprs by `_interpreter`, and nothing is compiled. Central differences at a step of 1e-50
+have a relative error of about 1e-100, step over no kink, and know nothing of automatic differentiation.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import mpmath
+import numpy as np
+
+from fcfunc.testing._case import Case, Inconclusive, NotApplicable, normal, pull, replaced, to_jax, x64_for
+from fcfunc.testing._compare import Finding, finding, raising
+from fcfunc.testing._interpreter import Program, Unknown, exact
+from fcfunc.testing._points import inside
+
+DIGITS = 200
+STEP = "1e-50"
+"""With 100 digits and 1e-35, gradients of 1e-39 in the tail of a softmax would be equal to 45 digits only."""
+
+EQUAL = "1e-60"
+"""The relative error up to which a gradient is equal."""
+
+NEARLY = {True: "1e-12", False: "1e-5"}
+"""Up to which it is equal but for rounded constants in the code, by whether the function computes in float64."""
+
+SIDES = (-20.5, -6.000001, -5.999999, -1e-6, 1e-6, 5.999999, 6.000001, 20.5)
+"""Tails, and both sides of the points where activations have kinks; at a kink itself a difference is no derivative."""
+
+MOST_ELEMENTS = 2000
+
+
+def first_derivative(case: Case) -> Iterator[Finding]:
+    """The gradient against central differences, at ordinary points, in tails and at an offset."""
+    return (yield from _at_points(case, _gradient, "the rule differs from differences in 200 digits"))
+
+
+def second_derivative(case: Case) -> Iterator[Finding]:
+    """The derivative of the rule's gradient against central differences of that gradient."""
+    return (yield from _at_points(case, _second, "the derivative of the rule's gradient differs from its differences"))
+
+
+def _at_points(case: Case, programs_of: Callable, message: str) -> Any:
+    if case.is_complex:
+        raise NotApplicable("complex numbers are not evaluated")
+    if case.redraw is not None and case.letters:
+        case = case.at(dict(zip(case.letters, (3, 2, 4, *[3] * len(case.letters)), strict=False)))
+    wide = case.cast(np.float64)
+    wide.outs  # noqa: B018  (NotApplicable if the function does not take float64)
+    strict = case.rtol == case.atol == 0
+    try:
+        case.in_float64  # noqa: B018  (NotApplicable if the function does not compute in float64)
+    except NotApplicable:
+        strict = False
+    if sum(np.size(a) for a in wide.leaves) > MOST_ELEMENTS:
+        raise NotApplicable(f"the arguments have more than {MOST_ELEMENTS} elements")
+    digits, constants = [], []
+    with x64_for(np.float64), mpmath.workdps(DIGITS):
+        try:
+            programs: Any = programs_of(wide)
+            for where, at in _points(wide):
+                for leaf, (got, expected, noise) in enumerate(_slopes(at, *programs)):
+                    if not mpmath.isfinite(expected):
+                        continue
+                    off, scale = abs(got - expected), abs(expected) + noise / mpmath.mpf(EQUAL)
+                    if not off <= mpmath.mpf(NEARLY[strict]) * scale + case.rtol * abs(expected) + case.atol:
+                        yield from _located(at, leaf, programs[0], programs[1], f"{message}, {where}")
+                        return None
+                    digits.append(DIGITS // 2 if not off else int(-mpmath.log10(off / scale)))
+                    if off > mpmath.mpf(EQUAL) * scale:
+                        constants = [*programs[0].constants, *programs[1].constants]
+                        if strict and not constants:
+                            values: tuple = (None, float(got), float(expected))
+                            text = f"{message} from digit {digits[-1]} on, {where}"
+                            yield finding(at, text, at.paths[leaf], *values)
+                            return None
+        except Unknown as e:
+            raise NotApplicable(f"the primitive {e} is not evaluated") from None
+    if not digits:
+        raise Inconclusive("the function is not finite at any of the points")
+    named = ", ".join(f"{c!r}" for c in dict.fromkeys(constants))
+    return f"equal to {min(digits)} digits" + (f"; these constants are rounded: {named:.200}" if named else "")
+
+
+def _points(case: Case) -> Iterator[tuple[str, Case]]:
+    """Ordinary numbers, tails on both sides of 0, and a common offset; inside the declared ranges."""
+    yield "at ordinary points", case
+    rng = case.rng(300)
+    beside = [k + d for k in case.at_kink for d in (-1e-6, 1e-6)]
+    tails = {"in tails": [*SIDES, *beside], "far out": [-90.5, 90.5]}
+    for where, values in tails.items():
+        moved = [np.where(rng.uniform(size=a.shape) < 0.6, rng.choice(values, a.shape), a) for a in case.reals]
+        yield where, _inside(case, moved)
+    yield "at a common offset", _inside(case, [a + 1e6 for a in case.reals])
+
+
+def _inside(case: Case, moved: list) -> Case:
+    pairs = enumerate(zip(case.reals, moved, strict=True))
+    return case.with_reals([np.where(inside(case, leaf, b), b, a) for leaf, (a, b) in pairs])
+
+
+def _gradient(case: Case) -> tuple[Program, Program, list]:
+    """`sum(g * f)` and its gradient by the rule."""
+    g, leaves = to_jax(case.cotangent(301)), to_jax(case.leaves)
+
+    def value(*reals):
+        outs = case.oracle(*replaced(leaves, case.where, reals))
+        return sum(jnp.sum(a.astype(jnp.float64) * b.astype(jnp.float64)) for a, b in zip(g, outs, strict=True))
+
+    def gradient(*reals):
+        return pull(case.fun, case.where, replaced(leaves, case.where, reals), g)[1]
+
+    programs = _programs(case, value, gradient)
+    if case.has_reference:
+        by_reference = Program(jax.grad(value, argnums=tuple(range(len(case.reals)))), *to_jax(case.reals))
+        slopes = _slopes(case, programs[0], by_reference, programs[2])
+        if any(not abs(a - b) <= mpmath.mpf(NEARLY[False]) * (abs(b) + 1) for a, b, _ in slopes):
+            raise NotApplicable("the reference is a surrogate: its gradient is not that of its values")
+    return programs
+
+
+def _second(case: Case) -> tuple[Program, Program, list]:
+    """`sum(v * gradient)` and its gradient, both by the rule."""
+    rng, g, leaves = case.rng(302), to_jax(case.cotangent(301)), to_jax(case.leaves)
+    v = [normal(rng, a.shape, np.float64) for a in case.reals]
+
+    def value(*reals):
+        gradients = pull(case.fun, case.where, replaced(leaves, case.where, reals), g)[1]
+        return sum(jnp.sum(a * b) for a, b in zip(gradients, v, strict=True))
+
+    return _programs(case, value, jax.grad(value, argnums=tuple(range(len(v)))))
+
+
+def _programs(case: Case, value: Callable, gradient: Callable) -> tuple[Program, Program, list]:
+    reals, rng = to_jax(case.reals), case.rng(303)
+    programs = [raising(case, "traced,", lambda f=f: Program(f, *reals)) for f in (value, gradient)]
+    return programs[0], programs[1], [normal(rng, a.shape, np.float64) for a in case.reals]
+
+
+def _slopes(case: Case, value: Program, derivative: Program, directions: list) -> list[tuple]:
+    """For each leaf the derivative along its direction, the central difference, and the rounding error of that."""
+    reals, h = [exact(a) for a in case.reals], mpmath.mpf(STEP)
+    found = []
+    for i, (a, v, gradient) in enumerate(zip(reals, map(exact, directions), derivative(*reals), strict=True)):
+        right, left = (value(*reals[:i], a + s * h * v, *reals[i + 1 :])[()] for s in (1, -1))
+        noise = 1000 * (abs(right) + abs(left)) * mpmath.mpf(10) ** -DIGITS / h
+        along = mpmath.fsum((gradient * v).ravel())
+        found.append((along, (right - left) / (2 * h), noise))
+    return found
+
+
+def _located(case: Case, leaf: int, value: Program, derivative: Program, message: str) -> Iterator[Finding]:
+    """The finding at the element that is furthest off."""
+    reals, h = [exact(a) for a in case.reals], mpmath.mpf(STEP)
+    gradient, worst = derivative(*reals)[leaf], None
+    for index in np.ndindex(gradient.shape):
+        sides = []
+        for s in (1, -1):
+            moved = reals[leaf].copy()
+            moved[index] += s * h
+            sides.append(value(*reals[:leaf], moved, *reals[leaf + 1 :])[()])
+        slope = (sides[0] - sides[1]) / (2 * h)
+        off = abs(gradient[index] - slope)
+        if worst is None or not off <= worst[0]:
+            worst = (off, index, float(gradient[index]), float(slope))
+    if worst is not None:
+        yield finding(case, message, case.paths[leaf], *worst[1:])

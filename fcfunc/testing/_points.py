@@ -1,0 +1,351 @@
+"""The checks at points that matter: kinks, tails, extremes, NaN, and integers out of range."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from fcfunc.testing._case import (
+    Case,
+    Inconclusive,
+    NotApplicable,
+    RuleRaised,
+    is_complex,
+    is_key,
+    replaced,
+    widened,
+)
+from fcfunc.testing._compare import Finding, finding, max_abs, truth_and_allowance
+from fcfunc.testing._contract import different_outputs
+
+
+def inside(case: Case, leaf: int, value: np.ndarray) -> np.ndarray:
+    """Which elements lie in the declared range of a leaf."""
+    low, high = case.ranges[leaf]
+    return (value > low) & (value < high) if (low, high) != (-math.inf, math.inf) else np.ones(np.shape(value), bool)
+
+
+def special_points(case: Case) -> Iterator[tuple[str, Case]]:
+    """Points where functions have kinks: zeros, ones, ties; in every real leaf by turns, inside its range."""
+    for leaf, value in enumerate(case.reals):
+        if is_complex(value):
+            continue
+        rng = case.rng(100 + leaf)
+        some = rng.uniform(size=value.shape) < 0.3
+        ties = np.broadcast_to(value[..., :1], value.shape) if value.ndim else value
+        signs = rng.choice([-1.0, 1.0], value.shape)
+        for name, moved in {
+            "equal along its last axis": ties,
+            "large in places": np.where(some, signs * rng.choice([3.0, 10, 30, 100, 1000], value.shape), value),
+            "tiny in places": np.where(some, signs * rng.choice([0.0, 1e-20, 1e-8, 1e-4], value.shape), value),
+            "zero everywhere": np.zeros_like(value),
+            "zero in places": np.where(some, 0.0, value),
+            "one in places": np.where(some, 1.0, value),
+            "minus one in places": np.where(some, -1.0, value),
+        }.items():
+            moved = np.where(inside(case, leaf, moved), moved, value)
+            if not np.array_equal(moved, value):
+                yield f"{case.paths[leaf]} {name}", case.with_real(leaf, moved)
+
+
+def kinks(case: Case) -> Iterator[Finding]:
+    """At zeros, ones and ties the rule is the oracle's, or at a kink the subgradient of least norm, or as declared."""
+    wide = case.in_float64
+    for point, slope in case.at_kink.items():
+        at = wide.with_reals([np.full_like(wide.reals[0], point), *wide.reals[1:]])
+        got = at.by_rule([np.ones(out.shape, out.dtype) for out in at.outs])[0]
+        off = np.argwhere(~(got == slope))
+        if len(off):
+            index = tuple(int(i) for i in off[0])
+            message = f"at {point:g} the derivative was declared to be {slope:g}"
+            yield finding(at, message, case.paths[0], index, float(got[index]), float(slope))
+    ties = False
+    for name, at in special_points(wide):
+        g = at.cotangent(110)
+        try:
+            expected = at.by_oracle(g)
+        except Inconclusive:
+            continue
+        for leaf, (a, b) in enumerate(zip(at.by_rule(g), expected, strict=True)):
+            off = np.isfinite(b) & ~(np.abs(a - b) <= (1e-9 + case.rtol) * (max_abs(b) + 1) + case.atol)
+            if is_complex(at.reals[leaf]):
+                continue
+            for index in np.argwhere(off)[:4]:
+                found, kinked = _at_kink(at, g, leaf, tuple(int(i) for i in index), a, b, ties)
+                # A maximum has its kinks where elements are equal, and may give all to any one of them.
+                ties = ties or (kinked and name.endswith("last axis"))
+                if found and not (ties and kinked and name.endswith("last axis")):
+                    yield dataclasses.replace(found, message=f"{found.message} ({name})")
+                    return
+
+
+def _at_kink(case, g, leaf, index, got, expected, ties) -> tuple[Finding | None, bool]:
+    """Whether a gradient that is not the oracle's is wrong, and whether there is a kink."""
+    h, base = 1e-6, case.reals[leaf]
+
+    def value(delta):
+        moved = base.copy()
+        moved[index] += delta
+        outs = case.with_real(leaf, moved).outputs()
+        return sum(float(np.sum(a * b).real) for a, b in zip(outs, g, strict=True))
+
+    center = value(0.0)
+    left, right = (center - value(-h)) / h, (value(h) - center) / h
+    if not np.isfinite(left + right):
+        return None, False  # outside the function's domain
+    size = max(abs(left), abs(right), 1.0) + abs(center)
+    low, high = min(left, right), max(left, right)
+    least = 0.0 if low <= 0 <= high else (low if low > 0 else high)
+    a, b = float(got[index]), float(expected[index])
+    near, path = 1e-4 * size, case.paths[leaf]
+    if high - low < near:
+        if abs(a - (left + right) / 2) < near:
+            return None, False  # the oracle is the one that is wrong here
+        return finding(case, "the function is smooth here, and the rule is wrong", path, index, a, b), False
+    if abs(a - least) < near or (ties and low - near < a < high + near) or case.at_kink:
+        return None, True
+    message = f"at a kink (slopes {left:.4g} and {right:.4g}) neither the oracle's derivative nor the one of least norm"
+    return finding(case, message, path, index, a, b), True
+
+
+def accuracy(case: Case) -> Iterator[Finding]:
+    """In tails, with tiny elements and at a common offset, each element is about as accurate as autodiff's."""
+    case.in_float64  # noqa: B018  (NotApplicable without)
+    for leaf, value in enumerate(case.reals):
+        if is_complex(value) or not value.size:
+            continue
+        rng = case.rng(160 + leaf)
+        tails = rng.choice([-90.0, -20, -6, -1e-6, 1e-6, 6, 20, 90], value.shape)
+        for name, moved in {
+            "in tails": np.where(rng.uniform(size=value.shape) < 0.5, tails, value),
+            "at a common offset of 1e4": value + 1e4,
+            "at a common offset of 1e6": value + 1e6,
+        }.items():
+            moved = moved.astype(value.dtype)
+            if not inside(case, leaf, moved).all() or not np.isfinite(widened(moved)).all():
+                continue
+            for found in _elementwise(case.with_real(leaf, moved)):
+                yield dataclasses.replace(found, message=f"{found.message}, {case.paths[leaf]} {name}")
+                return
+
+
+def _elementwise(case: Case) -> Iterator[Finding]:
+    """Each element against float64, by the error of autodiff there and by how far it moves with its inputs."""
+    wide, g, rng = case.in_float64, case.cotangent(161), case.rng(162)
+    wide_g = [widened(a) for a in g]
+    truth, auto, got = wide.by_oracle(wide_g), case.by_oracle(g), case.by_rule(g)
+    allowed = [
+        16 * np.abs(widened(a) - t) + 64 * case.eps * np.abs(t) + float(jnp.finfo(case.dtype).tiny)
+        for a, t in zip(auto, truth, strict=True)
+    ]
+    for _ in range(6):
+        moved = wide.with_reals([a * (1 + case.eps * rng.choice([-1.0, 1.0], a.shape)) for a in wide.reals])
+        moved_g = [a * (1 + case.eps * rng.choice([-1.0, 1.0], a.shape)) for a in wide_g]
+        shifted = moved.by_oracle(moved_g)
+        allowed = [np.maximum(t, 16 * np.abs(s - u)) for t, s, u in zip(allowed, shifted, truth, strict=True)]
+    for path, a, t, auto_a, bound in zip(
+        case.paths, map(widened, got), truth, map(widened, auto), allowed, strict=True
+    ):
+        off = np.isfinite(t) & np.isfinite(auto_a) & ~(np.abs(a - t) <= bound + case.atol + case.rtol * np.abs(t))
+        if off.any():
+            index = tuple(int(i) for i in np.argwhere(off)[0])
+            message = "this element is much less accurate than by automatic differentiation"
+            spacing = case.eps * 2.0 ** np.floor(np.log2(abs(t[index]))) if t[index] else None
+            ulps = float(abs(a[index] - t[index]) / spacing) if spacing else None
+            yield finding(case, message, path, index, float(a[index]), float(t[index]), ulps)
+            return
+
+
+def _spoiled(case: Case) -> Iterator[tuple[str, Case, int, tuple]]:
+    """The case with an extreme element, or one in each of two leaves: a name, the case, the leaf and the index."""
+    limits = jnp.finfo(case.dtype)
+    large = 1e30 if limits.maxexp > 100 else 1e4
+    values = (large, -large, np.inf, -np.inf, np.nan, float(limits.tiny) / 8)
+    floating = [i for i, a in enumerate(case.reals) if a.size and not is_complex(a)]
+    for leaf in floating:
+        value = case.reals[leaf]
+        for draw in range(2):
+            at = tuple(int(i) for i in case.rng(121 + leaf + 50 * draw).integers(0, value.shape))
+            for extreme in values:
+                moved = value.copy()
+                moved[at] = extreme
+                in_range = inside(case, leaf, moved)[at] or (np.isinf(extreme) and extreme in case.ranges[leaf])
+                if np.isnan(extreme) or in_range:
+                    yield f"{case.paths[leaf]}{list(at)} = {extreme:g}", case.with_real(leaf, moved), leaf, at
+    for first in floating:
+        for second in floating:
+            if first == second or case.reals[first].shape[:1] != case.reals[second].shape[:1]:
+                continue
+            row = (0,) * case.reals[first].ndim, (0,) * case.reals[second].ndim
+            for a in (np.inf, -np.inf):
+                pair = [case.reals[first].copy(), case.reals[second].copy()]
+                pair[0][row[0]], pair[1][row[1]] = a, 0.0
+                if not (inside(case, second, pair[1]).all() and (a in case.ranges[first])):
+                    continue
+                moved = case.with_real(first, pair[0]).with_real(second, pair[1])
+                yield f"{case.paths[first]} = {a:g} and {case.paths[second]} = 0 in row 0", moved, first, row[0]
+
+
+def extremes(case: Case) -> Iterator[Finding]:
+    """±1e30, ±inf, NaN, denormals, alone and with a 0: the oracle's gradient where that is finite, in its row alone."""
+    g = case.cotangent(120)
+    small = [(a * np.asarray(2.0**-7, a.dtype)).astype(a.dtype) for a in g]
+    for weight in (g, small):
+        clean, clean_oracle = case.by_rule(weight), case.by_oracle(weight)
+        for where, spoiled, leaf, at in _spoiled(case):
+            got, expected, outs = spoiled.by_rule(weight), spoiled.by_oracle(weight), spoiled.outputs()
+            if spoiled.has_reference and weight is g:
+                reference = spoiled.outputs(spoiled.oracle)
+                finite = [np.where(np.isfinite(widened(a)), widened(a), 0) for a in reference]
+                alike = [np.where(np.isfinite(widened(b)), widened(a), 0) for a, b in zip(outs, reference, strict=True)]
+                message = f"{where}: the output is not the reference's"
+                yield from different_outputs(spoiled, alike, finite, 1e5, message)
+            undefined = any(not np.isfinite(widened(out)).all() for out in outs) or _infinite_beside(spoiled, where)
+            value = spoiled.reals[leaf][at]
+            for i, (a, b) in enumerate(zip(map(widened, got), map(widened, expected), strict=True)):
+                scale = 64 * case.eps * (1 + max_abs(clean_oracle[i]) + max_abs(b))
+                near = np.abs(a - b) <= 0.05 * np.abs(b) + scale
+                wrong = np.isfinite(b) & ~near
+                if undefined:  # no finite output and no finite gradient: right, whatever the oracle says
+                    wrong = wrong & np.isfinite(a) & ~np.isnan(value)
+                if 0 < abs(value) < 1e-3:  # flushed to 0, where the oracle can be wrong itself; `kinks` looks there
+                    wrong = wrong & ~np.isfinite(a)
+                leaked = _same(expected[i], clean_oracle[i]) & ~_same(got[i], clean[i]) & ~near
+                if i == leaf and a.ndim:
+                    leaked[at[0]] = False  # its own row
+                for mask, message in (
+                    (wrong, f"{where}: the oracle's gradient is finite, and the rule's is another"),
+                    (leaked, f"{where} reaches the gradient of another row"),
+                ):
+                    if mask.any():
+                        index = tuple(int(j) for j in np.argwhere(mask)[0])
+                        yield finding(case, message, case.paths[i], index, a[index].item(), b[index].item())
+                        return
+
+
+def _infinite_beside(case: Case, where: str) -> bool:
+    """Whether an output that is 0 · inf = 0 becomes infinite as soon as the 0 is moved."""
+    if " and " not in where:
+        return False
+    moved = case.with_reals([np.where(a == 0, np.asarray(1e-3, a.dtype), a) for a in case.reals])
+    return any(not np.isfinite(widened(out)).all() for out in moved.outputs())
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> Any:
+    return (a == b) | (np.isnan(a) & np.isnan(b))
+
+
+def nan_kept(case: Case) -> Iterator[Finding]:
+    """Where a row of the output is NaN, its gradient is not finite: a loss that is NaN must not train."""
+    g, tried = case.cotangent(170), 0
+    for where, spoiled, leaf, _ in [*_spoiled(case), *_impossible(case)]:
+        value = spoiled.reals[leaf]
+        if not value.ndim or any(not out.ndim or out.shape[0] != value.shape[0] for out in g):
+            continue
+        tried += 1
+        row = np.ones(value.shape[0], bool)
+        for out in spoiled.outputs():
+            row &= np.isnan(widened(out)).reshape(len(out), -1).all(axis=1)
+        # A linear function of a NaN has a finite gradient, and so says automatic differentiation; a label that is not
+        # a class has no gradient, whatever automatic differentiation makes of it.
+        wrong = row & _finite_rows(spoiled.by_rule(g)[leaf])
+        if not where.startswith("an integer"):
+            wrong &= ~_finite_rows(spoiled.by_oracle(g)[leaf])
+        if wrong.any():
+            k = int(np.argmax(wrong))
+            message = f"{where}: the output of row {k} is NaN, and its gradient is finite"
+            yield finding(case, message, case.paths[leaf])
+            return
+    if not tried:
+        raise NotApplicable("the rows of the outputs are not those of an argument")
+
+
+def _finite_rows(a: np.ndarray) -> Any:
+    return np.isfinite(widened(a)).reshape(len(a), -1).all(axis=1)
+
+
+def _impossible(case: Case) -> Iterator[tuple[str, Case, int, tuple]]:
+    """The case with an integer out of range, with the first real leaf as the one to look at."""
+    for i, a in enumerate(case.leaves):
+        if i in case.where or is_key(a) or not jnp.issubdtype(a.dtype, jnp.integer) or not a.size:
+            continue
+        above = int(a.max()) + 1 if a.size else 1
+        limits = jnp.iinfo(a.dtype)
+        largest = [int(n) for n in (case.sizes.values() if case.sizes else ()) if isinstance(n, int) and n >= above]
+        for value in (-1, limits.max, *sorted({above, *largest})):
+            moved = a.copy()
+            moved.flat[0] = value
+            leaves = replaced(case.leaves, [i], [moved])
+            yield f"an integer argument of {value}", dataclasses.replace(case, leaves=tuple(leaves)), 0, (0,)
+
+
+def other_integers(case: Case) -> Iterator[Finding]:
+    """Integers of 8, 16 and 64 bits, signed or not, give the gradients of 32; those out of range, the oracle's."""
+    whole = [
+        i
+        for i, a in enumerate(case.leaves)
+        if i not in case.where and not is_key(a) and jnp.issubdtype(a.dtype, jnp.integer)
+    ]
+    if not whole:
+        raise NotApplicable("no argument is an array of integers")
+    g = case.cotangent(180)
+    expected = case.by_rule(g)
+    allowed = truth_and_allowance(case, g)[1]
+    for name in ("int8", "uint8", "int16", "uint32"):
+        cast = [case.leaves[i].astype(name) for i in whole]
+        if any((a != case.leaves[i]).any() for a, i in zip(cast, whole, strict=True)):
+            continue
+        other = dataclasses.replace(case, leaves=tuple(replaced(case.leaves, whole, cast)))
+        try:
+            got = other.by_rule(g)
+        except (NotApplicable, RuleRaised):
+            continue  # a function may insist on a dtype
+        for path, a, b, tolerance in zip(case.paths, map(widened, got), map(widened, expected), allowed, strict=True):
+            off = ~(np.abs(a - b) <= tolerance)
+            if off.any():
+                index = tuple(int(j) for j in np.argwhere(off)[0])
+                message = f"with integers of dtype {name} the gradient is another"
+                yield finding(case, message, path, index, a[index].item(), b[index].item())
+                return
+    for where, spoiled, _, _ in _impossible(case):
+        rule, auto = spoiled.by_rule(g), spoiled.by_oracle(g)
+        outs = spoiled.outputs()
+        if any(not np.isfinite(widened(out)).all() for out in outs):
+            continue  # `nan_kept` looks there
+        for path, a, b, tolerance in zip(case.paths, map(widened, rule), map(widened, auto), allowed, strict=True):
+            off = np.isfinite(b) & ~(np.abs(a - b) <= tolerance + 0.01 * np.abs(b))
+            if off.any():
+                index = tuple(int(j) for j in np.argwhere(off)[0])
+                message = f"{where}: the output is finite, and the gradient is not the oracle's"
+                yield finding(case, message, path, index, a[index].item(), b[index].item())
+                return
+
+
+def spoiled_cotangents(case: Case) -> Iterator[Finding]:
+    """An infinity or a NaN in one row of the cotangent leaves the gradients of the other rows as they are."""
+    g = case.cotangent(190)
+    rows = g[0].shape[0] if g and g[0].ndim else 0
+    leaves = [i for i, a in enumerate(case.reals) if a.ndim and a.shape[0] == rows]
+    if rows < 2 or not leaves:
+        raise NotApplicable("the rows of the output are not those of an argument")
+    clean, clean_oracle = case.by_rule(g), case.by_oracle(g)
+    for value in (np.inf, np.nan):
+        spoiled = [a.copy() for a in g]
+        for a in spoiled:
+            if a.ndim and a.shape[0] == rows:
+                a[0] = value
+        got, expected = case.by_rule(spoiled), case.by_oracle(spoiled)
+        for i in leaves:
+            kept = _same(expected[i], clean_oracle[i])
+            moved = kept & ~_same(got[i], clean[i])
+            moved &= ~(np.abs(widened(got[i]) - widened(clean[i])) <= 64 * case.eps * max_abs(clean[i]))
+            moved[0] = False  # its own row
+            if moved.any():
+                index = tuple(int(j) for j in np.argwhere(moved)[0])
+                message = f"a cotangent of {value:g} in row 0 reaches the gradient of another row"
+                values = (got[i][index].item(), clean[i][index].item())
+                yield finding(case, message, case.paths[i], index, *values)
+                return

@@ -1,0 +1,413 @@
+"""What check_vjp says of small rules: right ones that are hard to judge, and wrong ones that are easy to miss."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fcfunc import ops
+from fcfunc.testing import __main__ as command
+from fcfunc.testing import assert_vjp, check_vjp
+
+ORACLE = ("oracle", "projected_differences")
+
+
+def rule(fun, fwd, bwd, **options):
+    made = jax.custom_vjp(fun, **options)
+    made.defvjp(fwd, bwd)
+    return made
+
+
+sine = rule(jnp.sin, lambda x: (jnp.sin(x), x), lambda x, g: (g * jnp.cos(x),))
+half_sine = rule(jnp.sin, lambda x: (jnp.sin(x), x), lambda x, g: (g * jnp.cos(x) / 2,))
+
+
+def power(x):
+    return jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] * x), (0, jnp.ones_like(x)))[1]
+
+
+def cube(factor):
+    return rule(power, lambda x: (power(x), x), lambda x, g: (factor * g * x * x,))
+
+
+def test_a_function_without_reverse_mode_is_judged_by_differences():
+    report = check_vjp(cube(3), "n d", only=ORACLE)
+    assert report.ok, report
+    (by_oracle,) = [r for r in report.results if r.check == "oracle"]
+    assert by_oracle.status == "inconclusive"
+    assert "Reverse-mode differentiation does not work for lax.while_loop" in by_oracle.reason
+    assert check_vjp(cube(2), "n d", only=ORACLE).status == "FAILED"
+
+
+def test_a_report_in_which_nothing_was_compared_is_inconclusive():
+    report = check_vjp(cube(3), "n d", only=("oracle", "zero_cotangent"))
+    assert not report.findings
+    assert report.status == "inconclusive"
+    assert not report.ok
+    with pytest.raises(AssertionError, match="inconclusive"):
+        assert_vjp(cube(3), "n d", only=("oracle", "zero_cotangent"))
+
+
+def of_five_rows(x):
+    if x.shape[0] != 5:
+        raise ValueError("five rows expected")
+    return jnp.sin(x)
+
+
+@pytest.mark.parametrize("reference", [None, of_five_rows])
+def test_sizes_that_the_function_does_not_take_are_left_out(reference):
+    five = rule(of_five_rows, lambda x: (of_five_rows(x), x), lambda x, g: (g * jnp.cos(x),))
+    assert_vjp(five, "n d", reference=reference, only=("oracle", "shape_sweep"))
+
+
+def softmax_sum(x):
+    return jnp.sum(jax.nn.softmax(x, axis=-1), axis=-1)
+
+
+@pytest.mark.parametrize(
+    "bwd",
+    [
+        lambda x, g: (jnp.zeros_like(x),),
+        lambda x, g: jax.vjp(lambda x: jnp.sum(jnp.exp(jax.nn.log_softmax(x)), -1), x)[1](g),
+    ],
+    ids=["exact", "rounded"],
+)
+def test_a_gradient_that_is_zero_may_be_rounded(bwd):
+    assert_vjp(rule(softmax_sum, lambda x: (softmax_sum(x), x), bwd), "n d")
+
+
+def test_none_in_an_argument_is_no_array():
+    def linear(p, x):
+        return x * p["w"][None]
+
+    def bwd(residuals, g):
+        p, x = residuals
+        return {"w": jnp.sum(g * x, 0), "b": None}, g * p["w"][None]
+
+    params = {"w": np.ones(3, np.float32), "b": None}
+    assert_vjp(rule(linear, lambda p, x: (linear(p, x), (p, x)), bwd), (params, np.ones((4, 3), np.float32)))
+
+
+def test_the_oracle_goes_through_a_linear_solve():
+    def bwd(residuals, g):
+        a, x = residuals
+        db = jnp.linalg.solve(a.T, g)
+        return -jnp.outer(db, x), db
+
+    def fwd(a, b):
+        x = jnp.linalg.solve(a, b)
+        return x, (a, x)
+
+    rng = np.random.default_rng(3)
+    a = (np.eye(4) * 3 + rng.standard_normal((4, 4))).astype(np.float32)
+    assert_vjp(rule(jnp.linalg.solve, fwd, bwd), (a, rng.standard_normal(4).astype(np.float32)))
+
+
+def test_the_oracle_goes_through_shard_map():
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("x")
+    sharded = jax.shard_map(lambda x: sine(x), mesh=mesh, in_specs=spec, out_specs=spec)
+    assert_vjp(sharded, "n d", only=("oracle", "rule_used"))
+
+
+def test_code_may_index_with_a_tracer():
+    def first_three(table):
+        zero = jnp.zeros(table.shape[1:], table.dtype)
+        return jax.lax.fori_loop(0, 3, lambda k, total: total + table[k], zero)
+
+    summed = rule(first_three, lambda t: (first_three(t), t), lambda t, g: (jnp.zeros_like(t).at[:3].set(g),))
+    assert_vjp(summed, (np.arange(12, dtype=np.float32).reshape(4, 3),))
+
+
+def test_a_rule_called_in_the_forward_pass_of_another_needs_no_backward_pass():
+    outer = rule(lambda x: sine(x) * 2, lambda x: (sine(x) * 2, x), lambda x, g: (2 * g * jnp.cos(x),))
+    report = check_vjp(outer, "n d", only=("oracle", "rule_used", "cotangent_types"))
+    assert report.ok, report
+    assert report.rules == ("<lambda>", "sin")
+
+
+def test_a_rule_may_be_called_with_keywords_and_defaults():
+    def scaled(x, y, factor=2.0):
+        return x * y * factor
+
+    def bwd(residuals, g):
+        x, y, factor = residuals
+        return g * y * factor, g * x * factor, jnp.sum(g * x * y)
+
+    made = rule(scaled, lambda x, y, factor: (scaled(x, y, factor), (x, y, factor)), bwd)
+    assert_vjp(lambda x, y: made(x, y=y), "n d, n d")
+
+
+def test_a_reference_may_return_another_dtype():
+    assert_vjp(sine, "n d", reference=lambda x: jnp.sin(x.astype(jnp.float32)))
+
+
+def sum_of_squares(x):
+    return jnp.sum(x.astype(jnp.float32) ** 2, axis=-1)
+
+
+@pytest.mark.parametrize(("factor", "status"), [(2, "ok"), (1, "FAILED")])
+def test_a_function_that_returns_float32_whatever_it_is_given_is_judged_in_float32(factor, status):
+    def bwd(x, g):
+        return ((factor * g[:, None] * x.astype(jnp.float32)).astype(x.dtype),)
+
+    made = rule(sum_of_squares, lambda x: (sum_of_squares(x), x), bwd)
+    assert check_vjp(made, "n d").status == status
+    assert check_vjp(made, "n d", dtypes=(), only="oracle").status == status
+
+
+@pytest.mark.parametrize(
+    ("fun", "bwd", "shapes"),
+    [
+        (jnp.log, lambda x, g: (g / x,), "n d:positive"),
+        (jnp.arcsin, lambda x, g: (g / jnp.sqrt(1 - x * x),), "n d:-1..1"),
+    ],
+    ids=["log", "arcsin"],
+)
+def test_no_check_leaves_a_declared_range(fun, bwd, shapes):
+    @jax.custom_vjp
+    def watched(x):
+        return fun(x)
+
+    watched.defvjp(lambda x: (fun(x), x), bwd)
+    report = check_vjp(watched, shapes, require=("second_order", "extremes"))
+    assert report.ok, report
+
+
+def test_a_range_may_be_given_for_arguments_that_are_drawn_by_the_caller():
+    root = rule(jnp.sqrt, lambda x: (jnp.sqrt(x), x), lambda x, g: (g / (2 * jnp.sqrt(x)),))
+    x = np.linspace(0.5, 2, 6, dtype=np.float32)
+    assert_vjp(root, (x,), ranges={0: (0.0, np.inf)}, require=("extremes",))
+
+
+def test_a_cause_is_one_finding_with_the_other_checks_under_it():
+    report = check_vjp(half_sine, "n d")
+    (found,) = report.findings
+    assert found.check == "oracle"
+    assert {"projected_differences", "adjoint", "precision_of_dtypes", "shape_sweep"} <= set(found.also)
+    assert "found by multiprecision" in str(report)
+
+
+def test_an_exception_is_one_finding_however_many_checks_meet_it():
+    def bwd(x, g):
+        raise RuntimeError("no backward pass on this device")
+
+    (found,) = check_vjp(rule(jnp.sin, lambda x: (jnp.sin(x), x), bwd), "n d").findings
+    assert "no backward pass on this device" in found.message
+    assert len(found.also) > 5
+
+
+@jax.custom_vjp
+def calls_itself(x):
+    return jnp.sin(x)
+
+
+calls_itself.defvjp(lambda x: (calls_itself(x), x), lambda x, g: (g * jnp.cos(x),))
+
+
+def test_a_forward_pass_that_calls_the_decorated_function_is_a_note_that_explains_itself():
+    report = check_vjp(calls_itself, "n d")
+    assert report.ok, report
+    (note,) = report.notes
+    assert note.check == "forward_over_reverse"
+    assert "calls the decorated function; call the undecorated one" in note.message
+    assert not check_vjp(calls_itself, "n d", require="second_order").ok
+
+
+@pytest.mark.parametrize("name", ["relu", "softplus", "relu6", "mish"])
+def test_a_custom_jvp_function_of_jax_passes(name):
+    report = check_vjp(getattr(jax.nn, name), "n d")
+    assert report.ok, report
+    assert {r.check for r in report.results if r.status == "passed"} >= {"oracle", "adjoint", "forward_mode"}
+
+
+def test_a_wrong_custom_jvp_is_found_in_both_modes():
+    wrong = jax.custom_jvp(jnp.sin)
+    wrong.defjvp(lambda x, t: (jnp.sin(x[0]), t[0] * jnp.cos(x[0]) / 2))
+    assert {f.check for f in check_vjp(wrong, "n d").findings} == {"oracle", "forward_mode"}
+
+
+def absolute_square(z):
+    return jnp.real(z) ** 2 + jnp.imag(z) ** 2
+
+
+@pytest.mark.parametrize(
+    ("fun", "right", "wrong"),
+    [
+        (lambda z: z * z, lambda z, g: (2 * z * g,), lambda z, g: (2 * jnp.conj(z) * g,)),
+        (
+            absolute_square,
+            lambda z, g: (2 * g.astype(z.dtype) * jnp.conj(z),),
+            lambda z, g: (2 * g.astype(z.dtype) * z,),
+        ),
+    ],
+    ids=["square", "absolute square"],
+)
+def test_complex_arguments_follow_the_convention_of_jax(fun, right, wrong):
+    fwd = lambda z: (fun(z), z)
+    assert_vjp(rule(fun, fwd, right), "n d:complex", require="second_order")
+    assert check_vjp(rule(fun, fwd, wrong), "n d:complex", only="oracle").status == "FAILED"
+
+
+def test_argnums_holds_the_other_arrays_fixed():
+    def bwd(residuals, g):
+        table, _ = residuals
+        return None, g * table
+
+    product = rule(lambda table, x: table * x, lambda table, x: (table * x, (table, x)), bwd)
+    assert check_vjp(product, "n d, n d", only="oracle").status == "FAILED"
+    report = check_vjp(product, "n d, n d", argnums=1, only="oracle")
+    assert report.ok, report
+    assert report.statics == ("args[0]",)
+
+
+def solved(x):
+    return jnp.sin(x)
+
+
+def test_a_solver_may_be_allowed_an_error():
+    rough = rule(solved, lambda x: (solved(x), x), lambda x, g: (g * jnp.cos(x) * (1 + 1e-4),))
+    assert check_vjp(rough, "n d", only="oracle").status == "FAILED"
+    assert_vjp(rough, "n d", rtol=1e-3)
+    assert check_vjp(rough, "n d", rtol=1e-6, only="oracle").status == "FAILED"
+
+
+def test_float64_can_be_left_out():
+    def bwd(x, g):
+        return (g * jnp.cos(x.astype(jnp.float32)).astype(x.dtype),)
+
+    single = rule(jnp.sin, lambda x: (jnp.sin(x), x), bwd)
+    assert check_vjp(single, "n d").status == "FAILED"
+    assert_vjp(single, "n d", float64=False)
+
+
+def test_a_budget_ends_the_report_and_says_what_was_not_run():
+    report = check_vjp(sine, "n d", budget=0.0)
+    assert report.status == "inconclusive"
+    assert {r.status for r in report.results if r.required} == {"not run"}
+    assert "the time budget of 0.0 s was spent" in str(report)
+
+
+def test_ctrl_c_prints_the_report_so_far(capsys):
+    calls = []
+
+    def bwd(x, g):
+        calls.append(1)
+        if len(calls) > 12:
+            raise KeyboardInterrupt
+        return (g * jnp.cos(x),)
+
+    with pytest.raises(KeyboardInterrupt):
+        check_vjp(rule(jnp.sin, lambda x: (jnp.sin(x), x), bwd), "n d")
+    printed = capsys.readouterr().err
+    assert "passed: repeatable" in printed
+    assert "interrupted" in printed
+
+
+def test_the_draws_are_not_those_of_a_generator_of_the_same_seed():
+    seen = []
+
+    def fun(x):
+        seen.append(x)
+        return jnp.sin(x)
+
+    x = np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32)
+    made = rule(fun, lambda x: (jnp.sin(x), x), lambda x, g: (g * jnp.cos(x),))
+    check_vjp(made, lambda rng: (rng.standard_normal((4, 6)),), only="zero_cotangent")
+    drawn = np.random.default_rng([0, 0]).standard_normal((4, 6)).astype(np.float32)
+    np.testing.assert_array_equal(x, drawn)  # NumPy takes these two seeds for one
+    from fcfunc.testing import _draw
+
+    ours = _draw.Shapes("4 6").draw(np.random.default_rng([_draw.STREAM, 0, 0]), {})[0]
+    assert not np.array_equal(ours.astype(np.float32), x)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["fcfunc.ops:relu", "n d"], 0),
+        (["tests.test_checker:half_sine", "n d", "--only", "oracle"], 1),
+        (["fcfunc.ops:softmax", "n d", "--kwargs", '{"axis": 0}', "--only", "oracle"], 0),
+        (["fcfunc.ops:relu", "n d", "--only", "zero_cotangent"], 3),
+        (["fcfunc.ops:nothing", "n d"], 2),
+        (["no_such_package:f", "n d"], 2),
+        (["fcfunc.ops:affine", "n d"], 2),
+    ],
+)
+def test_the_command_says_by_its_status_what_became_of_the_function(arguments, status, capsys):
+    assert command.main(arguments) == status
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ") if status == 2 else printed.out.startswith("check_vjp of ")
+
+
+def test_a_tree_may_hold_functions_and_numbers_beside_arrays():
+    def layer(p, x):
+        return p["activation"](x * p["w"][None] * p["scale"])
+
+    params = {"activation": ops.tanh, "w": np.ones(3, np.float32), "scale": 2.0}
+    report = check_vjp(layer, (params, np.ones((2, 3), np.float32)))
+    assert report.ok, report
+    assert list(report.arguments) == ["args[0]['w']", "args[1]"]
+    assert report.statics == ("args[0]['activation']", "args[0]['scale']")
+
+
+def test_numbers_that_are_equal_and_of_another_type_are_other_arguments():
+    seen = []
+
+    @jax.custom_vjp
+    def scaled(x):
+        return jnp.sin(x)
+
+    scaled.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (g * jnp.cos(x),))
+
+    def fun(x, flag):
+        seen.append(type(flag))
+        return scaled(x)
+
+    for flag in (1, True, 1.0):
+        check_vjp(fun, (np.ones(3, np.float32), flag), only="zero_cotangent")
+        assert seen[-1] is type(flag)
+
+
+@pytest.mark.parametrize(
+    ("check", "fwd", "bwd", "shapes"),
+    [
+        ("accuracy", jnp.logaddexp, lambda y, g: (g * (1 - jnp.exp(-y)),), "n d"),
+        ("spoiled_cotangents", None, lambda y, g: (g * jnp.cos(y) + 0 * jnp.sum(g),), "n d"),
+        ("ranks", None, lambda y, g: (g * jnp.cos(y) if g.ndim < 3 else g,), "n d"),
+    ],
+    ids=["softplus by 1 - exp(-y)", "a cotangent that leaks", "wrong at rank 3"],
+)
+def test_a_fault_at_points_that_are_seldom_tried_is_found(check, fwd, bwd, shapes):
+    if fwd is None:
+        made = rule(jnp.sin, lambda x: (jnp.sin(x), x), bwd)
+    else:
+        softplus = lambda x: fwd(x, jnp.zeros_like(x))
+        made = rule(softplus, lambda x: (softplus(x), softplus(x)), bwd)
+    assert [f.check for f in check_vjp(made, shapes, only=(check,)).findings] == [check]
+
+
+def nll(z, labels):
+    return -jnp.take_along_axis(jax.nn.log_softmax(z), labels[:, None], -1, mode="fill")[:, 0]
+
+
+def test_a_loss_of_nan_with_a_finite_gradient_is_found():
+    def bwd(residuals, g):
+        z, labels = residuals
+        return g[:, None] * (jax.nn.softmax(z) - jax.nn.one_hot(labels, z.shape[-1], dtype=z.dtype)), None
+
+    textbook = rule(nll, lambda z, labels: (nll(z, labels), (z, labels)), bwd)
+    (found,) = check_vjp(textbook, "n c, n:int<c", only=("oracle", "nan_kept")).findings
+    assert found.check == "nan_kept"
+    assert "the output of row 0 is NaN, and its gradient is finite" in found.message
+
+
+def test_labels_of_eight_bits_must_give_the_gradient_of_thirty_two():
+    def bwd(residuals, g):
+        z, labels = residuals
+        wrapped = labels if labels.dtype == jnp.int32 else labels // 2
+        return g[:, None] * (jax.nn.softmax(z) - jax.nn.one_hot(wrapped, z.shape[-1], dtype=z.dtype)), None
+
+    wraps = rule(nll, lambda z, labels: (nll(z, labels), (z, labels)), bwd)
+    found = check_vjp(wraps, "n c, n:int<c", only=("oracle", "other_integers")).findings
+    assert "with integers of dtype int8 the gradient is another" in found[0].message
