@@ -20,3 +20,12 @@ def jaxpr_and_consts(jaxpr: Any) -> tuple[Any, Sequence]:
     The test for `ClosedJaxpr` comes first, because only before 0.12 is there a `Jaxpr` without values.
     """
     return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, ClosedJaxpr) else (jaxpr, ())
+
+
+def scan_arguments(params: dict, values: list) -> tuple[list, list, list]:
+    """The constants, the first carry and the scanned arrays among the arguments of a scan."""
+    if "ft_in" in params:  # since 0.12
+        consts, carry, xs = params["ft_in"].update(values).unpack()
+        return list(consts), list(carry), list(xs)
+    consts, carry = params["num_consts"], params["num_consts"] + params["num_carry"]
+    return values[:consts], values[consts:carry], values[carry:]

@@ -43,7 +43,14 @@ def test_every_rule_of_the_table_agrees_with_its_reference_at_extremes(row):
 @pytest.mark.parametrize("dtype", [slow("float64"), "float32", slow("bfloat16"), slow("float16")])
 @pytest.mark.parametrize("seed", [0, slow(1), slow(2)])
 def test_a_relu_of_64_by_256_raises_no_alarm(dtype, seed):
-    assert_vjp(ops.relu, "64 256", at_kink={0.0: 0.0}, dtype=dtype, seed=seed, skip=["shape_sweep"])
+    assert_vjp(
+        ops.relu,
+        "64 256",
+        at_kink={0.0: 0.0},
+        dtype=dtype,
+        seed=seed,
+        skip=["shape_sweep", "second_order", "extremes", "meshes"],
+    )
 
 
 def test_a_whole_network_passes_through_the_plain_functions_that_call_its_rules():
@@ -55,7 +62,7 @@ def test_a_whole_network_passes_through_the_plain_functions_that_call_its_rules(
         return jnp.mean(losses.softmax_cross_entropy_with_integer_labels(logits, labels)) + losses.l2_penalty(params)
 
     x = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
-    report = check_vjp(loss, (params, x, np.array([0, 1, 1, 0, 1, 0])))
+    report = check_vjp(loss, (params, x, np.array([0, 1, 1, 0, 1, 0])), skip=["second_order", "extremes", "meshes"])
     assert report.ok, report
     assert report.rules == ("layer", "affine", "softmax_cross_entropy_with_integer_labels", "l2_penalty")
     assert list(report.arguments)[:2] == ["args[0][0]['b']", "args[0][0]['w']"]
@@ -93,7 +100,7 @@ def test_a_finding_tells_argument_index_values_error_and_how_to_see_it_again():
 
 
 def test_every_check_passes_fails_or_says_why_it_does_not_apply():
-    report = check_vjp(ops.relu, "n d")
+    report = check_vjp(ops.relu, "n d", skip=["meshes"])
     assert {r.status for r in report.results} == {"passed", "not applicable", "not run"}
     assert all(r.reason for r in report.results if r.status != "passed")
     printed = str(report)
@@ -147,8 +154,9 @@ def test_given_the_twin_as_reference_a_wrong_function_is_found_too():
     primal = lambda x: jnp.tanh(x) + jnp.asarray(0.1, x.dtype)
     shifted = jax.custom_vjp(primal)
     shifted.defvjp(lambda x: (primal(x), jnp.tanh(x)), lambda y, g: (g * (1 - y**2),))
-    assert check_vjp(shifted, "n d").ok
-    report = check_vjp(shifted, "n d", reference=jnp.tanh)
+    skip = ["second_order", "extremes", "meshes"]
+    assert check_vjp(shifted, "n d", skip=skip).ok
+    report = check_vjp(shifted, "n d", reference=jnp.tanh, skip=skip)
     assert {f.check for f in report.findings} == {"forward_output"}
 
 
@@ -160,7 +168,7 @@ def test_a_function_without_a_rule_is_said_to_have_none():
 def test_rules_of_a_function_compiled_before_are_still_seen():
     compiled = jax.jit(lambda x: ops.tanh(x))
     compiled(jnp.ones((5, 3)))
-    assert check_vjp(compiled, "n d").rules == ("tanh",)
+    assert check_vjp(compiled, "n d", only="oracle").rules == ("tanh",)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import mpmath
 import numpy as np
 
-from fcfunc._jax_releases import is_jaxpr, jaxpr_and_consts
+from fcfunc._jax_releases import is_jaxpr, jaxpr_and_consts, scan_arguments
 
 LARGEST = float(np.finfo(np.float64).max)  # a bound of a clip, and not a rounded constant
 
@@ -158,8 +158,8 @@ CALLS = (
 
 
 def _scan(params, values) -> list:
-    consts, carries = params["num_consts"], params["num_carry"]
-    fixed, carry, xs = values[:consts], values[consts : consts + carries], values[consts + carries :]
+    fixed, carry, xs = scan_arguments(params, values)
+    carries = len(carry)
     jaxpr, inner = jaxpr_and_consts(params["jaxpr"])
     steps = range(params["length"])
     rows: list[Any] = [None] * params["length"]
@@ -302,6 +302,10 @@ def _divide(x, y):
     return mpmath.nan if not x or mpmath.isnan(x) or mpmath.isnan(y) else mpmath.inf * mpmath.sign(x)
 
 
+def _polynomial(x, *coefficients):
+    return functools.reduce(lambda total, c: total * x + c, reversed(coefficients))
+
+
 def _power(x, y):
     if mpmath.isnan(x) or mpmath.isnan(y):
         return mpmath.nan
@@ -359,6 +363,7 @@ def _rules() -> dict[str, Callable]:
     unary = {
         "neg": lambda x: -x, "sign": mp.sign, "floor": mp.floor, "ceil": mp.ceil, "abs": abs,
         "exp": mp.exp, "exp2": lambda x: mp.mpf(2) ** x, "expm1": mp.expm1, "log": _real(_log, 0),
+        "log2": _real(lambda x: _log(x) / mp.log(2), 0),
         "log1p": _real(_log1p, -1), "tanh": mp.tanh, "sinh": mp.sinh, "cosh": mp.cosh, "sin": mp.sin, "cos": mp.cos,
         "tan": mp.tan, "asin": _real(mp.asin, -1, 1), "acos": _real(mp.acos, -1, 1), "atan": mp.atan,
         "asinh": mp.asinh, "acosh": _real(mp.acosh, 1), "atanh": _real(mp.atanh, -1, 1), "logistic": _real(_logistic),
@@ -366,6 +371,7 @@ def _rules() -> dict[str, Callable]:
         "lgamma": lambda x: mp.log(abs(mp.gamma(x))),
         "digamma": mp.digamma, "sqrt": _real(mp.sqrt, 0), "rsqrt": _real(lambda x: _divide(mp.mpf(1), mp.sqrt(x)), 0),
         "cbrt": lambda x: mp.sign(x) * mp.cbrt(abs(x)), "square": lambda x: x * x,
+        "one_minus_square": lambda x: 1 - x * x,
     }  # fmt: skip
     binary = {
         "add": lambda x, y: x + y, "add_any": lambda x, y: x + y, "sub": lambda x, y: x - y, "mul": lambda x, y: x * y,
@@ -385,6 +391,7 @@ def _rules() -> dict[str, Callable]:
         "optimization_barrier": lambda *arrays: list(arrays),
         "integer_pow": lambda a, *, y, **_: _each(lambda x: x**y if x or y >= 0 else mp.inf)(a),
         "is_finite": lambda a: _each(lambda x: bool(mp.isfinite(x)))(a).astype(bool),
+        "polynomial": lambda x, *c, **_: _each(_polynomial)(x, *c),
         "convert_element_type": _convert,
         "select_n": _select,
         "clamp": lambda low, x, high: _each(_clamp)(low, x, high),
