@@ -1,5 +1,8 @@
 """What check_vjp says of small rules: right ones that are hard to judge, and wrong ones that are easy to miss."""
 
+import importlib
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -414,3 +417,78 @@ def test_labels_of_eight_bits_must_give_the_gradient_of_thirty_two():
     wraps = rule(nll, lambda z, labels: (nll(z, labels), (z, labels)), bwd)
     found = check_vjp(wraps, "n c, n:int<c", only=("oracle", "other_integers")).findings
     assert "with integers of dtype int8 the gradient is another" in found[0].message
+
+
+def high_level_sine(scale):
+    """Sine as a primitive of `jax.experimental.hijax`, its gradient times a number."""
+    hijax: Any = importlib.import_module("jax.experimental.hijax")
+
+    class Sine(hijax.HiPrim):
+        def __init__(self, aval, scale):
+            self.in_avals, self.out_aval, self.params = (aval,), aval, {"scale": scale}
+            super().__init__()
+
+        def expand(self, x):
+            return jnp.sin(x)
+
+        def vjp_fwd(self, _, x):
+            return self(x), x
+
+        def vjp_bwd_retval(self, x, g):
+            return (g * jnp.cos(x) * self.scale,)
+
+        def jvp(self, primals, tangents):
+            return self(*primals), tangents[0] * jnp.cos(primals[0])
+
+        def batch(self, _, args, dims):
+            return jnp.sin(args[0]), dims[0]
+
+    return lambda x: Sine(jax.typeof(x), scale)(x)
+
+
+@pytest.mark.parametrize(("scale", "status"), [(1.0, "ok"), (0.5, "FAILED")])
+def test_a_high_level_primitive_is_checked(scale, status):
+    if not hasattr(pytest.importorskip("jax.experimental.hijax"), "HiPrim"):
+        pytest.skip("since JAX 0.12")
+    report = check_vjp(high_level_sine(scale), "n d", skip=GROUPS)
+    assert report.status == status, report
+    assert report.rules == ("Sine",)
+
+
+@pytest.mark.skipif(not hasattr(jax.custom_vjp, "defvjp_with_logs"), reason="since JAX 0.12")
+def test_a_rule_that_returns_logs_is_checked():
+    logged: Any = jax.custom_vjp(jnp.sin)
+    logged.defvjp_with_logs(lambda x: (jnp.sin(x), x), lambda x, g: ((g * jnp.cos(x),), {"total": jnp.sum(g)}))
+    assert_vjp(logged, "n d", skip=GROUPS)
+
+
+def test_an_equinox_rule_is_checked_with_the_arrays_of_its_other_arguments_fixed():
+    equinox = pytest.importorskip("equinox")
+
+    class Scale(equinox.Module):
+        weight: jax.Array
+        bias: jax.Array | None
+        activation: Any
+
+        def __call__(self, x):
+            return self.activation(x * self.weight[None])
+
+    def rule_of(factor):
+        @equinox.filter_custom_vjp
+        def apply(model, x):
+            return model(x)
+
+        apply.def_fwd(lambda perturbed, model, x: (model(x), None))
+
+        @apply.def_bwd
+        def bwd(residuals, g, perturbed, model, x):
+            (gradient,) = equinox.filter_vjp(lambda model: model(x), model)[1](g)
+            return jax.tree.map(lambda a: a * factor, gradient)
+
+        return apply
+
+    args = (Scale(jnp.ones(3), None, jnp.tanh), np.ones((4, 3), np.float32))
+    report = check_vjp(rule_of(1), args, argnums=0, skip=GROUPS)
+    assert report.ok, report
+    assert report.statics == ("args[0].activation", "args[1]")
+    assert check_vjp(rule_of(2), args, argnums=0, only="oracle").status == "FAILED"

@@ -107,13 +107,13 @@ def integer_arguments(case: Case) -> Iterator[Finding]:
 
 def rule_used(case: Case) -> Iterator[Finding]:
     """Every rule that is called has its backward pass run when the function is differentiated, under remat too."""
-    if case.forward_rule:
-        raise NotApplicable("a custom_jvp function has no backward pass of its own")
     ways = {"": case.fun, " under jax.checkpoint": jax.checkpoint(case.fun)}
     for way, fun in ways.items():
         calls, _, raised = watched_gradients(case, fun)
         if raised is not None:
             raise _case.RuleRaised(case, raised, way.strip())
+        if not calls:
+            raise NotApplicable("no custom_vjp function is called")
         outer = {call.name for call in calls if not call.inner}
         for name in sorted(outer - {call.name for call in calls if call.cotangents}):
             message = f"the backward pass of {name} never runs{way}: its gradient comes from elsewhere, or is lost"

@@ -99,6 +99,11 @@ def _apply(eqn: Any, values: list) -> list:
     name, params = eqn.primitive.name, eqn.params
     if name in LOOPS:
         return LOOPS[name](params, values)
+    if name == "call_hi_primitive":
+        primitive = params["_prim"]
+        expand = lambda *args: jax.tree.leaves(primitive.expand(*jax.tree.unflatten(primitive.in_tree, args)))  # noqa: E731
+        closed = jax.make_jaxpr(expand)(*(jax.ShapeDtypeStruct(v.aval.shape, _dtype(v)) for v in eqn.invars))
+        return _evaluate(closed.jaxpr, closed.consts, values)
     inner = [p for p in params.values() if is_jaxpr(p)]
     if name in CALLS and inner:
         jaxpr, consts = jaxpr_and_consts(inner[0])

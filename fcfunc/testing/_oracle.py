@@ -103,22 +103,23 @@ def _inner(eqn) -> list:
     return [jaxpr_and_consts(p)[0] for p in params if is_jaxpr(p)]
 
 
-def other_rules(fun: Callable, *args) -> list[str]:
-    """The names of the `custom_jvp` functions and high-level primitives that `fun` calls."""
-    names = []
+def other_rules(fun: Callable, *args) -> tuple[list[str], bool]:
+    """The names of the `custom_jvp` functions and `HiPrim` primitives in `fun`, and whether one is of the former."""
+    names, forward = [], []
 
     def walk(jaxpr):
         for eqn in jaxpr.eqns:
             inner = _inner(eqn)
             if eqn.primitive.name == "custom_jvp_call":
                 names.append(inner[0].debug_info.func_name)
+                forward.append(True)
             elif eqn.primitive.name == "call_hi_primitive":
                 names.append(type(eqn.params["_prim"]).__name__)
             for jaxpr in inner:
                 walk(jaxpr)
 
     walk(jax.make_jaxpr(fun)(*args).jaxpr)
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys(names)), bool(forward)
 
 
 class Call(NamedTuple):

@@ -379,16 +379,16 @@ def _with_oracle(fun: Callable, case: Case) -> tuple[Case, tuple[str, ...]]:
             raise raised
         outs = jax.eval_shape(case.fun, *case.leaves)
         names = [call.name for call in calls]
-        forward = [] if names else _oracle.other_rules(case.fun, *case.leaves)
-    if not names and not forward:
+        others, forward = ([], False) if names else _oracle.other_rules(case.fun, *case.leaves)
+    if not names and not others:
         name = getattr(fun, "__name__", type(fun).__name__)
         raise ValueError(
             f"check_vjp: {name} has no rule of its own and calls no custom_vjp or custom_jvp function: nothing to check"
         )
     if not outs:
         raise ValueError("check_vjp: no output is an array of real or complex numbers: nothing to differentiate")
-    oracle = _oracle.without_rules(case.oracle, forward_rules=bool(forward))
-    return dataclasses.replace(case, oracle=oracle, forward_rule=bool(forward)), tuple(dict.fromkeys(names or forward))
+    oracle = _oracle.without_rules(case.oracle, forward_rules=forward)
+    return dataclasses.replace(case, oracle=oracle, forward_rule=forward), tuple(dict.fromkeys(names or others))
 
 
 def _reproduction(fun: Callable, args, shown: dict, found: Finding, case: Case) -> str:
