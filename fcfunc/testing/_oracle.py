@@ -90,10 +90,10 @@ def narrows(fun: Callable, *args) -> bool:
                 yield from walk(inner)
 
     try:
-        closed = jax.make_jaxpr(fun)(*args)
+        closed, outputs = jax.make_jaxpr(fun, return_shape=True)(*args)
     except Exception:
         return False  # said elsewhere
-    real = [aval.dtype for aval in closed.out_avals if jnp.issubdtype(aval.dtype, jnp.inexact)]
+    real = [out.dtype for out in jax.tree.leaves(outputs) if jnp.issubdtype(out.dtype, jnp.inexact)]
     return any(jnp.finfo(dtype).bits < 64 for dtype in real) or any(walk(closed.jaxpr))
 
 
