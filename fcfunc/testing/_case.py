@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fcfunc._arguments import first_line
-from fcfunc.testing._oracle import narrows
+from fcfunc.testing._oracle import narrowest
 
 
 class NotApplicable(Exception):
@@ -88,8 +88,16 @@ class Case:
 
     @property
     def eps(self) -> float:
-        """The distance from 1 to the next number of `dtype`."""
-        return float(jnp.finfo(self.dtype).eps)
+        """The distance from 1 to the next number of `computes_in`."""
+        return float(jnp.finfo(self.computes_in).eps)
+
+    @property
+    def computes_in(self) -> np.dtype:
+        """The least precise dtype in which the oracle computes, `dtype` unless it is less precise."""
+        with x64_for(self.dtype):
+            found = narrowest(self.oracle, tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in self.leaves))
+        dtypes = [self.dtype, *([] if found is None else [real_dtype(found)])]
+        return max(dtypes, key=lambda dtype: jnp.finfo(dtype).eps)
 
     @property
     def is_complex(self) -> bool:
@@ -177,9 +185,8 @@ class Case:
             raise NotApplicable(f"the function does not take float64: {e}") from None
         if any(real_dtype(out.dtype) != np.float64 for out in outs):
             raise NotApplicable(f"the function returns {', '.join(str(o.dtype) for o in outs)} for float64 arguments")
-        with x64_for(np.float64):
-            if narrows(self.oracle, *wide.leaves):
-                raise NotApplicable("the function computes in less than float64 inside, whatever its arguments are")
+        if wide.computes_in != np.float64:
+            raise NotApplicable(f"the function computes in {wide.computes_in} inside, whatever its arguments are")
         return wide
 
     @functools.cached_property

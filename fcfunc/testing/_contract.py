@@ -11,7 +11,16 @@ import numpy as np
 
 from fcfunc.testing import _case, _oracle
 from fcfunc.testing._case import Case, NotApplicable, first_line, is_inexact, pull, to_jax, to_numpy, widened, x64_for
-from fcfunc.testing._compare import Finding, compare, finding, max_abs, raising, rounding, truth_and_allowance
+from fcfunc.testing._compare import (
+    Finding,
+    compare,
+    finding,
+    max_abs,
+    raising,
+    rounding,
+    truth_and_allowance,
+    underflow,
+)
 
 
 def repeatable(case: Case) -> Iterator[Finding]:
@@ -132,13 +141,12 @@ def linear_in_cotangent(case: Case) -> Iterator[Finding]:
     """Exact under powers of two, from tiny to large, and additive."""
     g, h = case.cotangent(80), case.cotangent(81)
     base = case.by_rule(g)
-    limits = jnp.finfo(case.dtype)
     narrowest = min(int(jnp.finfo(a.dtype).maxexp) for a in [*g, *base])
     for power in (-4, 4, 8) if narrowest < 20 else (-100, -40, -8, 8, 20, 60, 100):
         factor = 2.0**power
         scaled = case.by_rule([(a * np.asarray(factor, a.dtype)).astype(a.dtype) for a in g])
         expected = [widened(a) * factor for a in base]
-        floor = float(limits.tiny) * 2.0**24 + 1e-4 * case.eps * max(map(max_abs, expected), default=0.0)
+        floor = underflow(case) + 1e-4 * case.eps * max(map(max_abs, expected), default=0.0)
         allowed = [floor + (case.rtol * max_abs(a) + case.atol * factor) for a in expected]
         message = f"a cotangent times 2^{power} must give the gradient times 2^{power} exactly"
         found = list(compare(case, scaled, expected, allowed, message))

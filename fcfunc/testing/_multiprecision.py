@@ -21,6 +21,9 @@ DIGITS = 200
 STEP = "1e-50"
 """With 100 digits and 1e-35, gradients of 1e-39 in the tail of a softmax would be equal to 45 digits only."""
 
+LARGE = "1e10"
+"""The size of what may cancel inside a function: its rounding error is the least that a difference has."""
+
 EQUAL = "1e-60"
 """The relative error up to which a gradient is equal."""
 
@@ -92,7 +95,11 @@ def _points(case: Case) -> Iterator[tuple[str, Case]]:
     beside = [k + d for k in case.at_kink for d in (-1e-6, 1e-6)]
     tails = {"in tails": [*SIDES, *beside], "far out": [-90.5, 90.5]}
     for where, values in tails.items():
-        moved = [np.where(rng.uniform(size=a.shape) < 0.6, rng.choice(values, a.shape), a) for a in case.reals]
+        moved = []
+        for a in case.reals:
+            # No two of one size: a sum of products that cancels would lie on the kink of what comes after it.
+            apart = rng.choice(values, a.shape) * (1 + 1e-8 * rng.uniform(size=a.shape))
+            moved.append(np.where(rng.uniform(size=a.shape) < 0.6, apart, a))
         yield where, _inside(case, moved)
     yield "at a common offset", _inside(case, [a + 1e6 for a in case.reals])
 
@@ -146,7 +153,7 @@ def _slopes(case: Case, value: Program, derivative: Program, directions: list) -
     found = []
     for i, (a, v, gradient) in enumerate(zip(reals, map(exact, directions), derivative(*reals), strict=True)):
         right, left = (value(*reals[:i], a + s * h * v, *reals[i + 1 :])[()] for s in (1, -1))
-        noise = 1000 * (abs(right) + abs(left)) * mpmath.mpf(10) ** -DIGITS / h
+        noise = 1000 * (abs(right) + abs(left) + mpmath.mpf(LARGE)) * mpmath.mpf(10) ** -DIGITS / h
         along = mpmath.fsum((gradient * v).ravel())
         found.append((along, (right - left) / (2 * h), noise))
     return found

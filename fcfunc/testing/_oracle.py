@@ -74,27 +74,30 @@ def _undone(inlined: tuple, param: Any) -> Any:
     return param
 
 
-def narrows(fun: Callable, *args) -> bool:
-    """Whether `fun` casts a real or complex array to fewer bits, or returns such an array for float64 arguments."""
+@functools.lru_cache(maxsize=1024)
+def narrowest(fun: Callable, args: tuple) -> Any:
+    """The least precise dtype to which `fun` casts a real or complex array, or which it returns; None without one.
+
+    Args:
+      fun: a function of arrays.
+      args: their shapes and dtypes, `jax.ShapeDtypeStruct`.
+    """
 
     def walk(jaxpr):
         for eqn in jaxpr.eqns:
             if eqn.primitive.name == "convert_element_type":
                 old, new = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
-                if (
-                    all(jnp.issubdtype(d, jnp.inexact) for d in (old, new))
-                    and jnp.finfo(new).bits < jnp.finfo(old).bits
-                ):
-                    yield True
+                if jnp.issubdtype(old, jnp.inexact) and jnp.issubdtype(new, jnp.inexact):
+                    yield new
             for inner in _inner(eqn):
                 yield from walk(inner)
 
     try:
         closed, outputs = jax.make_jaxpr(fun, return_shape=True)(*args)
     except Exception:
-        return False  # said elsewhere
-    real = [out.dtype for out in jax.tree.leaves(outputs) if jnp.issubdtype(out.dtype, jnp.inexact)]
-    return any(jnp.finfo(dtype).bits < 64 for dtype in real) or any(walk(closed.jaxpr))
+        return None  # said elsewhere
+    returned = [out.dtype for out in jax.tree.leaves(outputs) if jnp.issubdtype(out.dtype, jnp.inexact)]
+    return max([*returned, *walk(closed.jaxpr)], key=lambda dtype: jnp.finfo(dtype).eps, default=None)
 
 
 def _inner(eqn) -> list:

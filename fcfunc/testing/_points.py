@@ -18,7 +18,7 @@ from fcfunc.testing._case import (
     replaced,
     widened,
 )
-from fcfunc.testing._compare import Finding, finding, max_abs, truth_and_allowance
+from fcfunc.testing._compare import Finding, finding, max_abs, truth_and_allowance, underflow
 from fcfunc.testing._contract import different_outputs
 
 
@@ -138,7 +138,7 @@ def _elementwise(case: Case) -> Iterator[Finding]:
     wide_g = [widened(a) for a in g]
     truth, auto, got = wide.by_oracle(wide_g), case.by_oracle(g), case.by_rule(g)
     allowed = [
-        16 * np.abs(widened(a) - t) + 64 * case.eps * np.abs(t) + float(jnp.finfo(case.dtype).tiny)
+        16 * np.abs(widened(a) - t) + 64 * case.eps * np.abs(t) + underflow(case)
         for a, t in zip(auto, truth, strict=True)
     ]
     for _ in range(6):
