@@ -58,7 +58,7 @@ def sigmoid(x: jax.Array) -> jax.Array:
       x: any shape.
 
     Returns:
-      The shape and dtype of `x`. Saved for the backward pass: the output.
+      The shape and dtype of `x`. Saved for the backward pass: the output, in at least float32.
 
     Raises:
       TypeError: `x` is not of a floating-point dtype.
@@ -76,13 +76,13 @@ def sigmoid(x: jax.Array) -> jax.Array:
 def sigmoid_fwd(x):
     """`(out, residuals)` of `sigmoid`."""
     # y = 1 / (1 + e^{−x})
-    out = jax.lax.logistic(upcast(x)).astype(x.dtype)
-    return out, out
+    y = jax.lax.logistic(upcast(x))
+    return y.astype(x.dtype), y
 
 
-def sigmoid_bwd(out, g):
+def sigmoid_bwd(y, g):
     """Cotangent `(dx,)` of `sigmoid`."""
-    y = upcast(out)
+    y = upcast(y)
     # dx = g ∘ y ∘ (1 − y)
     return ((upcast(g) * y * (1 - y)).astype(g.dtype),)
 
@@ -97,7 +97,7 @@ def tanh(x: jax.Array) -> jax.Array:
       x: any shape.
 
     Returns:
-      The shape and dtype of `x`. Saved for the backward pass: the output.
+      The shape and dtype of `x`. Saved for the backward pass: the output, in at least float32.
 
     Raises:
       TypeError: `x` is not of a floating-point dtype.
@@ -115,13 +115,13 @@ def tanh(x: jax.Array) -> jax.Array:
 def tanh_fwd(x):
     """`(out, residuals)` of `tanh`."""
     # y = tanh x
-    out = jnp.tanh(upcast(x)).astype(x.dtype)
-    return out, out
+    y = jnp.tanh(upcast(x))
+    return y.astype(x.dtype), y
 
 
-def tanh_bwd(out, g):
+def tanh_bwd(y, g):
     """Cotangent `(dx,)` of `tanh`."""
-    y = upcast(out)
+    y = upcast(y)
     # dx = g ∘ (1 − y²), as a product: 1 − y is exact where y is near 1, 1 − y² is not
     return ((upcast(g) * (1 - y) * (1 + y)).astype(g.dtype),)
 
@@ -136,7 +136,7 @@ def softplus(x: jax.Array) -> jax.Array:
       x: any shape.
 
     Returns:
-      The shape and dtype of `x`. Saved for the backward pass: the output.
+      The shape and dtype of `x`. Saved for the backward pass: the output, in at least float32.
 
     Raises:
       TypeError: `x` is not of a floating-point dtype.
@@ -154,14 +154,14 @@ def softplus(x: jax.Array) -> jax.Array:
 def softplus_fwd(x):
     """`(out, residuals)` of `softplus`."""
     # y = log(1 + e^x)
-    out = jax.nn.softplus(upcast(x)).astype(x.dtype)
-    return out, out
+    y = jax.nn.softplus(upcast(x))
+    return y.astype(x.dtype), y
 
 
-def softplus_bwd(out, g):
+def softplus_bwd(y, g):
     """Cotangent `(dx,)` of `softplus`."""
     # dx = g σ(x), and σ(x) = 1 − e^{−y}: exact where y is small, which 1 − exp(−y) is not
-    return ((upcast(g) * -jnp.expm1(-upcast(out))).astype(g.dtype),)
+    return ((upcast(g) * -jnp.expm1(-upcast(y))).astype(g.dtype),)
 
 
 _softplus = rule(softplus_fwd, softplus_bwd)

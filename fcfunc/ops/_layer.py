@@ -32,7 +32,7 @@ def layer(
     Returns:
       As `affine`. Saved for the backward pass: `x` and `w`, and in addition, for "relu" and "leaky_relu" one BIT per
       output; for "elu", "gelu" and "silu" only `b`: the pre-activation is recomputed, at the cost of one more matmul;
-      for the others the output.
+      for the others the output, or, where it is in half precision and its rounding would cost digits, only `b` too.
 
     Raises:
       ValueError: the shapes do not fit together; an unknown activation or option.
@@ -73,19 +73,21 @@ def _packed_fwd(x, w, b, *, activation, pack, compute_dtype=None, out_dtype=None
     activation_fwd, _, saves = _LAYERS[activation]
     y, residuals = activation_fwd(z, **options)
     out = y.astype(operands if out_dtype is None else out_dtype)
-    saved = _pack(residuals, pack) if saves == "mask" else out if saves == "output" else b
+    saves_output = saves == "output" and out.dtype == z.dtype
+    saved = _pack(residuals, pack) if saves == "mask" else out if saves_output else b
     return out, (*affine_residuals, saved)
 
 
 def layer_bwd(residuals, g, *, activation, compute_dtype=None, **options):
     """Cotangents `(dx, dw, db)` of `layer`."""
     x, w, has_bias, saved = residuals
-    _, activation_bwd, saves = _LAYERS[activation]
+    activation_fwd, activation_bwd, saves = _LAYERS[activation]
+    sums = sum_dtype(operand_dtype(x, compute_dtype))
     if saves == "mask":
         saved = _unpack(saved, g.shape[-1])
-    elif saves == "input":
-        sums = sum_dtype(operand_dtype(x, compute_dtype))
-        saved, _ = affine_fwd(x, w, saved, compute_dtype=compute_dtype, out_dtype=sums)
+    elif saves == "input" or g.dtype != sums:
+        z, _ = affine_fwd(x, w, saved, compute_dtype=compute_dtype, out_dtype=sums)
+        _, saved = activation_fwd(z, **options)
     # dz = g ∘ f′(z), then (dx, dw, db) as for affine
     (dz,) = activation_bwd(saved, upcast(g), **options)
     return affine_bwd((x, w, has_bias), dz, compute_dtype=compute_dtype)
@@ -112,7 +114,7 @@ def _unpack(bits, count):
 
 
 # The two halves of each activation, and what the rule of a layer saves for the second half besides x and w: one bit per
-# output, the output, or nothing, in which case the input is recomputed.
+# output, the output, or nothing, in which case the input is recomputed, as it is for an output in half precision.
 _LAYERS = {
     "elu": (_activations.elu_fwd, _activations.elu_bwd, "input"),
     "gelu": (_activations.gelu_fwd, _activations.gelu_bwd, "input"),

@@ -20,7 +20,7 @@ def softmax(x: jax.Array, axis: int | tuple[int, ...] | None = -1, where: jax.Ar
         gradient are 0, even if they are NaN.
 
     Returns:
-      The shape and dtype of `x`. Saved for the backward pass: the output.
+      The shape and dtype of `x`. Saved for the backward pass: the output, in at least float32.
 
     Raises:
       TypeError: `x` is not of a floating-point dtype; `where` that is not boolean.
@@ -44,13 +44,13 @@ def softmax_fwd(x, *, axis=-1):
     """`(out, residuals)` of `softmax`."""
     # p = exp(x − max x) / Σ exp(x − max x)
     e = jnp.exp(_shifted(x, axis))
-    out = (e / jnp.sum(e, axis=axis, keepdims=True)).astype(x.dtype)
-    return out, out
+    p = e / jnp.sum(e, axis=axis, keepdims=True)
+    return p.astype(x.dtype), p
 
 
-def softmax_bwd(out, g, *, axis=-1):
+def softmax_bwd(p, g, *, axis=-1):
     """Cotangent `(dx,)` of `softmax`."""
-    p, g_ = upcast(out), upcast(g)
+    p, g_ = upcast(p), upcast(g)
     # dx_j = Σ_i g_i p_i (δ_ij − p_j), that is, dx = p ∘ (g − Σ p g)
     return ((p * (g_ - jnp.sum(p * g_, axis=axis, keepdims=True))).astype(g.dtype),)
 
@@ -68,7 +68,7 @@ def log_softmax(x: jax.Array, axis: int | tuple[int, ...] | None = -1, where: ja
         their gradient 0, even if they are NaN.
 
     Returns:
-      The shape and dtype of `x`. Saved for the backward pass: the output.
+      The shape and dtype of `x`. Saved for the backward pass: the output, in at least float32.
 
     Raises:
       TypeError: `x` is not of a floating-point dtype; `where` that is not boolean.
@@ -92,13 +92,13 @@ def log_softmax_fwd(x, *, axis=-1):
     """`(out, residuals)` of `log_softmax`."""
     # log p = (x − max x) − log Σ exp(x − max x)
     shifted = _shifted(x, axis)
-    out = (shifted - jnp.log(jnp.sum(jnp.exp(shifted), axis=axis, keepdims=True))).astype(x.dtype)
-    return out, out
+    log_p = shifted - jnp.log(jnp.sum(jnp.exp(shifted), axis=axis, keepdims=True))
+    return log_p.astype(x.dtype), log_p
 
 
-def log_softmax_bwd(out, g, *, axis=-1):
+def log_softmax_bwd(log_p, g, *, axis=-1):
     """Cotangent `(dx,)` of `log_softmax`."""
-    p, g_ = jnp.exp(upcast(out)), upcast(g)
+    p, g_ = jnp.exp(upcast(log_p)), upcast(g)
     # dx_j = Σ_i g_i (δ_ij − p_j), that is, dx = g − p Σ g
     return ((g_ - p * jnp.sum(g_, axis=axis, keepdims=True)).astype(g.dtype),)
 
