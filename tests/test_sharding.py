@@ -426,3 +426,23 @@ def test_metrics_that_are_no_means_are_refused_where_parts_are_averaged():
     per_example = lambda params, batch, key: (loss_fn(params, batch, key)[0], {"hits": batch[1] == 0})
     with pytest.raises(ValueError, match=r"each metric must be one number, a mean, got 'hits' \[16\]"):
         train.make_train_step(per_example, optax.sgd(0.1), accumulate=2)(state, make_data(32))
+
+
+def test_a_mask_of_single_logits_works_where_the_classes_are_sharded():
+    rng = np.random.default_rng(0)
+    where = rng.uniform(size=(4, 6)) < 0.6
+    where[:, 0] = True
+    logits, labels = rng.standard_normal((4, 6)).astype(np.float32), where.argmax(axis=1).astype(np.int32)
+
+    def gradient(logits, labels, where):
+        loss = losses.softmax_cross_entropy_with_integer_labels
+        return jax.grad(lambda logits: jnp.sum(loss(logits, labels, where=where)))(logits)
+
+    expected = gradient(logits, labels, where)
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2, devices=jax.devices()[:4])
+    for spec in (PartitionSpec("x", "y"), PartitionSpec(None, "x")):
+        with jax.set_mesh(mesh):
+            put = [
+                jax.device_put(a, NamedSharding(mesh, PartitionSpec(*spec[: a.ndim]))) for a in (logits, labels, where)
+            ]
+            np.testing.assert_allclose(jax.jit(gradient)(*put), expected, rtol=1e-6, atol=1e-7)

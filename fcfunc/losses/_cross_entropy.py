@@ -75,10 +75,12 @@ def softmax_cross_entropy_with_integer_labels(
     if allowed is not None:
         labels = jnp.where(at_label(allowed.astype(logits.dtype), labels) > 0, labels, -1)
     logits, labels = zero_uncounted(logits, counted), zero_uncounted(labels, counted)
+    if smoothing:  # before the gradients of two rules are added, and not each rounded first
+        logits = upcast(logits)
     loss = _softmax_cross_entropy_with_integer_labels(logits, labels)
     rest = None
     if smoothing:
-        spread = _smoothed(jnp.zeros_like(upcast(logits)), smoothing, allowed)
+        spread = _smoothed(jnp.zeros_like(logits), smoothing, allowed)
         rest = _softmax_cross_entropy(logits, spread, class_weights)
     return combined(loss, rest, smoothing, labels, class_weights, weights, counted)
 
@@ -289,7 +291,7 @@ def _without_masked_classes(logits, where):
     # So far below the row's largest that the exponential is 0. With -inf a second derivative would meet 0 · inf.
     largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, initial=-jnp.inf, where=allowed))
     far_below = jnp.where(rows, largest - (jnp.abs(largest) + 1e4), 0)
-    return jnp.where(allowed, logits, across(far_below, logits)), allowed, rows
+    return jnp.where(allowed, logits, _layout.reshard_like(across(far_below, logits), logits)), allowed, rows
 
 
 def _smoothed(labels, smoothing, allowed):
