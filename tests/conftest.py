@@ -23,10 +23,15 @@ QUICK_FLAGS = {
 """What `make test` compiles with, before each JAX release; `make test-all` compiles as users do."""
 
 
+def compile_quickly():
+    """Sets the flags; before anything is compiled."""
+    flags = next((flags for before, flags in QUICK_FLAGS.items() if jax.__version_info__ < before), "")
+    os.environ["XLA_FLAGS"] = f"{os.environ['XLA_FLAGS']} {flags}".strip()
+
+
 def pytest_configure(config):
     if quick(config) and not hasattr(config, "workerinput"):  # the workers inherit it
-        flags = next((flags for before, flags in QUICK_FLAGS.items() if jax.__version_info__ < before), "")
-        os.environ["XLA_FLAGS"] = f"{os.environ['XLA_FLAGS']} {flags}".strip()
+        compile_quickly()
 
 
 def quick(config):
@@ -50,6 +55,13 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Frees the programs of a group of tests after its last one; thousands of them are gigabytes."""
+    group = lambda test: test is not None and test.get_closest_marker("xdist_group").args
+    if group(item) != group(nextitem):
+        jax.clear_caches()
 
 
 LEFT_OUT = pytest.StashKey[int]()

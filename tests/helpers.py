@@ -3,6 +3,7 @@
 import contextlib
 import math
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -66,3 +67,23 @@ def compilations():
         yield compiled
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def lines_run(run, files) -> set[tuple[str, int]]:
+    """The lines of some files that are executed while `run()` runs."""
+    lines: set[tuple[str, int]] = set()
+
+    def trace(frame, event, arg):
+        if frame.f_code.co_filename not in files:
+            return None
+        if event == "line":
+            lines.add((frame.f_code.co_filename, frame.f_lineno))
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        run()
+    finally:
+        sys.settrace(before)
+    return lines

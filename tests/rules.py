@@ -1,6 +1,7 @@
 """The table of rules: a new rule is one new row here, and is then tested everywhere."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -52,6 +53,17 @@ def _labeled(seed, n, d, dtype):
     return *_x(seed, n, d, dtype), jnp.asarray(labels)
 
 
+def _labeled_columns(seed, n, d, dtype):
+    """The classes along the first axis."""
+    labels = np.random.default_rng(seed + 1).integers(0, max(n, 1), d, dtype=np.int32)
+    return *_x(seed, n, d, dtype), jnp.asarray(labels)
+
+
+def _labeled_by_uint32(seed, n, d, dtype):
+    x, labels = _labeled(seed, n, d, dtype)
+    return x, labels.astype(jnp.uint32)
+
+
 def _probs(seed, n, d, dtype):
     e = np.exp(np.random.default_rng(seed).standard_normal((n, d)))
     return jnp.asarray((e / e.sum(axis=1, keepdims=True)).astype(dtype)), _labeled(seed, n, d, dtype)[1]
@@ -82,23 +94,6 @@ def _keyed(seed, n, d, dtype):
     return *_x(seed, n, d, dtype), jax.random.key(seed)
 
 
-def _classes(seed, n, d, dtype):
-    return (jnp.asarray(np.random.default_rng(seed + 2).uniform(0.1, 2, d).astype(dtype)),)
-
-
-def _rows_that_count(seed, n, dtype):
-    rng = np.random.default_rng(seed + 3)
-    return jnp.asarray(rng.uniform(size=n) < 0.7), jnp.asarray(rng.uniform(0.1, 2, n).astype(dtype))
-
-
-def _labeled_and_weighted(seed, n, d, dtype):
-    return *_labeled(seed, n, d, dtype), *_rows_that_count(seed, n, dtype), *_classes(seed, n, d, dtype)
-
-
-def _pair_and_weighted(seed, n, d, dtype):
-    return *_pair(seed, n, d, dtype), *_rows_that_count(seed, n, dtype), *_classes(seed, n, d, dtype)
-
-
 def _classes_that_count(seed, n, d):
     """A mask of single logits that keeps class 0 of each row, and no class of the last of several rows."""
     mask = np.random.default_rng(seed + 4).uniform(size=(n, d)) < 0.6
@@ -120,22 +115,36 @@ def _pair_and_masked(seed, n, d, dtype):
     return *_pair(seed, n, d, dtype), jnp.asarray(_classes_that_count(seed, n, d))
 
 
-def _elements_weighted(seed, n, d, dtype):
-    rng = np.random.default_rng(seed + 3)
-    counts, weights = rng.uniform(size=(n, d)) < 0.7, rng.uniform(0.1, 2, (n, d)).astype(dtype)
-    return *_pair(seed, n, d, dtype), jnp.asarray(counts), jnp.asarray(weights), *_classes(seed, n, d, dtype)
-
-
 def _last_layer(seed, n, d, dtype):
     x, w, b = _affine(seed, n, d, dtype)
     return x, w, b, jnp.asarray(np.random.default_rng(seed + 1).integers(0, d + 2, n, dtype=np.int32))
 
 
-def _last_layer_weighted(seed, n, d, dtype):
-    return *_last_layer(seed, n, d, dtype), *_rows_that_count(seed, n, dtype), *_classes(seed, n, d + 2, dtype)
+def _positive(rng, shape, dtype):
+    return rng.uniform(0.1, 2, shape).astype(dtype)
 
 
-WEIGHTED = ("where", "weights", "class_weights")
+OF_ROWS = {
+    "where": lambda rng, n, classes, dtype: rng.uniform(size=n) < 0.7,
+    "weights": lambda rng, n, classes, dtype: _positive(rng, n, dtype),
+    "class_weights": lambda rng, n, classes, dtype: _positive(rng, classes, dtype),
+}
+OF_ELEMENTS = {
+    "where": lambda rng, n, classes, dtype: rng.uniform(size=(n, classes)) < 0.7,
+    "weights": lambda rng, n, classes, dtype: _positive(rng, (n, classes), dtype),
+    "positive_weights": lambda rng, n, classes, dtype: _positive(rng, classes, dtype),
+}
+
+
+def _and(draw, keywords, of=OF_ROWS):
+    """What `draw` draws, and then what the keywords of a loss are given."""
+
+    def drawn(seed, n, d, dtype):
+        args, rng = draw(seed, n, d, dtype), np.random.default_rng(seed + 3)
+        classes = d + 2 if draw is _last_layer else d
+        return *args, *(jnp.asarray(of[keyword](rng, n, classes, dtype)) for keyword in keywords)
+
+    return drawn
 
 
 def _row(module, name, draw, *, keywords=(), variant=False, **options):
@@ -155,15 +164,22 @@ def _row(module, name, draw, *, keywords=(), variant=False, **options):
     return Row(label, of(fun), of(plain), draw, variant)
 
 
-def _statistics(batch_norm):
-    """`batch_norm` in training as one array: the output, and the state below it."""
+def _statistics(batch_norm, *, then_use=False, **options):
+    """`batch_norm` in training as one array: the output and the state below it; or what that state makes of `x`."""
 
     def of_batch(x, scale, offset):
         zeros = jnp.zeros(x.shape[-1:], jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
-        out, state = batch_norm(x, scale, offset, {"mean": zeros, "var": zeros}, training=True)
+        state = {"mean": zeros, "var": zeros}
+        out, state = batch_norm(x, scale, offset, state, training=True, **options)
+        if then_use:
+            return batch_norm(x, scale, offset, state, training=False)[0]
         return jnp.concatenate([out, jnp.stack([state["mean"], state["var"]]).astype(out.dtype)])
 
     return of_batch
+
+
+def _batch_norm(label, **options):
+    return Row(label, _statistics(ops.batch_norm, **options), _statistics(reference.batch_norm, **options), _batch)
 
 
 RULES = [
@@ -186,19 +202,18 @@ RULES = [
     _row(ops, "dropout", _keyed, keywords=("key",), rate=0.3),
     _row(ops, "layer_norm", _normed),
     _row(ops, "rms_norm", _scaled),
-    Row("batch_norm", _statistics(ops.batch_norm), _statistics(reference.batch_norm), _batch),
+    _batch_norm("batch_norm"),
     _row(ops, "softmax", _x),
     _row(ops, "softmax", _x, variant=True, axis=0),
     _row(ops, "softmax", _masked, keywords=("where",), variant=True),
     _row(ops, "log_softmax", _x),
     _row(ops, "log_softmax", _x, variant=True, axis=0),
     _row(losses, "softmax_cross_entropy_with_integer_labels", _labeled, variant=True),
-    _row(losses, "softmax_cross_entropy_with_integer_labels", _labeled, variant=True, ignore_index=1),
     _row(
         losses,
         "softmax_cross_entropy_with_integer_labels",
-        _labeled_and_weighted,
-        keywords=WEIGHTED,
+        _and(_labeled, OF_ROWS),
+        keywords=OF_ROWS,
         label_smoothing=0.2,
     ),
     _row(
@@ -213,22 +228,22 @@ RULES = [
     _row(
         losses,
         "linear_softmax_cross_entropy",
-        _last_layer_weighted,
-        keywords=WEIGHTED,
+        _and(_last_layer, OF_ROWS),
+        keywords=OF_ROWS,
         variant=True,
         chunk_size=4,
         label_smoothing=0.2,
         ignore_index=1,
     ),
     _row(losses, "softmax_cross_entropy", _pair, variant=True),
-    _row(losses, "softmax_cross_entropy", _pair_and_weighted, keywords=WEIGHTED, label_smoothing=0.2),
+    _row(losses, "softmax_cross_entropy", _and(_pair, OF_ROWS), keywords=OF_ROWS, label_smoothing=0.2),
     _row(losses, "softmax_cross_entropy", _pair_and_masked, keywords=("where",), variant=True, label_smoothing=0.1),
     _row(losses, "sigmoid_binary_cross_entropy", _pair, variant=True),
     _row(
         losses,
         "sigmoid_binary_cross_entropy",
-        _elements_weighted,
-        keywords=("where", "weights", "positive_weights"),
+        _and(_pair, OF_ELEMENTS, OF_ELEMENTS),
+        keywords=OF_ELEMENTS,
         label_smoothing=0.2,
     ),
     _row(losses, "squared_error", _pair),
@@ -240,18 +255,93 @@ RULES = [
 ]
 
 
+def _alone_and_in_pairs(name, draw, of, **static):
+    """A row for each option of a loss, and for every pair of them."""
+    options = [*of, *static]
+    for chosen in (*itertools.combinations(options, 1), *itertools.combinations(options, 2)):
+        keywords = tuple(o for o in chosen if o in of)
+        fixed = {o: static[o] for o in chosen if o in static}
+        if draw is _last_layer:
+            fixed["chunk_size"] = 3
+        yield _row(losses, name, _and(draw, keywords, of), keywords=keywords, **fixed)
+
+
+def _of_classes(name, draw):
+    return _row(losses, name, draw, keywords=("where",))._replace(name=f"{name}-where of classes")
+
+
+OPTIONS = [
+    _row(ops, "affine", _affine, compute_dtype="float32"),
+    _row(ops, "affine", _affine, compute_dtype="bfloat16"),
+    _row(ops, "affine", _affine, out_dtype="float32"),
+    _row(ops, "affine", _affine, compute_dtype="bfloat16", out_dtype="float32"),
+    _row(ops, "affine", _images, flatten=True, compute_dtype="float32"),
+    _row(ops, "leaky_relu", _x),
+    _row(ops, "leaky_relu", _x, negative_slope=0.0),
+    _row(ops, "elu", _x),
+    *(
+        _row(ops, "layer", _affine, activation=name)
+        for name in ("sigmoid", "softplus", "softmax", "log_softmax", "elu")
+    ),
+    _row(ops, "layer", _affine, activation="elu", alpha=0.5),
+    _row(ops, "layer", _affine, activation="leaky_relu"),
+    _row(ops, "layer", _affine, activation="leaky_relu", negative_slope=0.2),
+    _row(ops, "layer", _affine, activation="gelu", approximate=False),
+    _row(ops, "layer", _without_bias, b=None, activation="relu"),
+    _row(ops, "layer", _affine, activation="relu", compute_dtype="bfloat16"),
+    _row(ops, "layer", _affine, activation="silu", compute_dtype="float32"),
+    _row(ops, "layer", _affine, activation="tanh", out_dtype="float32"),
+    _row(ops, "layer", _without_bias, b=None, activation="gelu", compute_dtype="bfloat16"),
+    _row(ops, "dropout", _keyed, keywords=("key",), rate=0.0),
+    _row(ops, "dropout", _keyed, keywords=("key",), rate=1.0),
+    _row(ops, "layer_norm", _normed, eps=0.1),
+    _row(ops, "rms_norm", _scaled, eps=0.1),
+    _batch_norm("batch_norm-decay=0.5", decay=0.5),
+    _batch_norm("batch_norm-unbiased_variance=False", unbiased_variance=False),
+    _batch_norm("batch_norm-decay=0-eps=0.1", decay=0.0, eps=0.1),
+    _batch_norm("batch_norm-training=False", then_use=True),
+    _row(ops, "softmax", _x, axis=None),
+    _row(ops, "softmax", _masked, keywords=("where",), axis=0),
+    _row(ops, "log_softmax", _masked, keywords=("where",)),
+    *_alone_and_in_pairs(
+        "softmax_cross_entropy_with_integer_labels", _labeled, OF_ROWS, label_smoothing=0.2, ignore_index=1
+    ),
+    _of_classes("softmax_cross_entropy_with_integer_labels", _labeled_and_masked),
+    _row(losses, "softmax_cross_entropy_with_integer_labels", _labeled_columns, axis=0),
+    _row(losses, "softmax_cross_entropy_with_integer_labels", _labeled_by_uint32)._replace(name="labels of uint32"),
+    *_alone_and_in_pairs("linear_softmax_cross_entropy", _last_layer, OF_ROWS, label_smoothing=0.2, ignore_index=1),
+    _row(losses, "linear_softmax_cross_entropy", _last_layer),
+    _row(losses, "linear_softmax_cross_entropy", _last_layer, chunk_size=1),
+    _row(losses, "linear_softmax_cross_entropy", _last_layer, chunk_size=3, compute_dtype="bfloat16"),
+    *_alone_and_in_pairs("softmax_cross_entropy", _pair, OF_ROWS, label_smoothing=0.2),
+    _of_classes("softmax_cross_entropy", _pair_and_masked),
+    _row(losses, "softmax_cross_entropy", _pair, axis=0),
+    _row(losses, "softmax_cross_entropy", _pair, axis=None),
+    _row(losses, "softmax_cross_entropy", _pair_and_masked, keywords=("where",), axis=0),
+    *_alone_and_in_pairs("sigmoid_binary_cross_entropy", _pair, OF_ELEMENTS, label_smoothing=0.2),
+    _row(losses, "squared_error", _x)._replace(name="squared_error-targets=None"),
+    _row(losses, "multiclass_svm", _labeled, margin=0.0),
+]
+"""Each option alone, and pairs of options: for the tests that ask for them."""
+
+
 def slow(*values):
     """Parameters of a test that `make test` leaves to `make test-all`."""
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-def rows(*, variants_are_slow: bool = True):
-    """The rows as a parameter; tests of one row run in one process, which compiles its programs once."""
+def rows(*, variants_are_slow: bool = True, options: bool = False):
+    """The rows as a parameter; tests of one row run in one process, which compiles its programs once.
 
-    def marks(row):
-        return [pytest.mark.xdist_group(row.name), *([pytest.mark.slow] if row.variant and variants_are_slow else [])]
+    With `options` also the rows of `OPTIONS`, which are slow.
+    """
 
-    return pytest.mark.parametrize("row", [pytest.param(row, id=row.name, marks=marks(row)) for row in RULES])
+    def param(row, *, is_slow):
+        marks = [pytest.mark.xdist_group(row.name), *([pytest.mark.slow] if is_slow else [])]
+        return pytest.param(row, id=row.name, marks=marks)
+
+    params = [param(row, is_slow=row.variant and variants_are_slow) for row in RULES]
+    return pytest.mark.parametrize("row", params + [param(row, is_slow=True) for row in OPTIONS if options])
 
 
 def split_real(args):

@@ -19,7 +19,7 @@ def drawing(row):
     return lambda rng, n, d: row.draw(int(rng.integers(2**31)), n, d, np.float32)
 
 
-@rows()
+@rows(options=True)
 def test_every_rule_of_the_table_passes_what_every_rule_must(row):
     assert_vjp(row.fun, drawing(row), skip=["second_order", "extremes", "meshes"])
 
@@ -34,7 +34,7 @@ def test_every_rule_of_the_table_passes_every_group(row):
 
 
 @pytest.mark.slow
-@rows()
+@rows(options=True)
 def test_every_rule_of_the_table_agrees_with_its_reference_at_extremes(row):
     checks = ["oracle", "forward_output", "extremes"]
     assert_vjp(row.fun, drawing(row), reference=row.reference, only=checks)

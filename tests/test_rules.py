@@ -39,7 +39,7 @@ def assert_like_reference(row, args, dtype):
     chex.assert_trees_all_close(wide(grads), wide(reference_grads), rtol=tolerance, atol=tolerance)
 
 
-@rows(variants_are_slow=False)
+@rows(variants_are_slow=False, options=True)
 @pytest.mark.parametrize(("n", "d"), SIZES)
 def test_rule_equals_autodiff_of_its_reference(row, n, d):
     assert_like_reference(row, row.draw(0, n, d, jnp.float32), "float32")
