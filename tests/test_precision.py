@@ -13,6 +13,7 @@ from jax.flatten_util import ravel_pytree
 
 import fcfunc
 from fcfunc import losses, ops, reference, train
+from proofs import accuracy
 
 DIMS = [64, 128, 128, 10]
 
@@ -181,3 +182,15 @@ def test_an_ensemble_trains_in_bfloat16():
     for i in range(3):
         one = jax.grad(loss_fn)(jax.tree.map(lambda a, i=i: a[i], params), batch(0), None, compute_dtype="bfloat16")
         chex.assert_trees_all_close(jax.tree.map(lambda a, i=i: a[i], grads), one, rtol=2e-2, atol=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", accuracy.DTYPES)
+@pytest.mark.parametrize("entry", accuracy.functions(), ids=lambda entry: entry.row)
+def test_the_gradient_is_no_more_than_twice_as_inaccurate_as_automatic_differentiation(entry, dtype):
+    errors = accuracy.compared(entry._replace(torch=None), dtype)
+    (median, of_element, of_array), auto = errors["rule"], [2 * max(error, 0.5) for error in errors["autodiff"]]
+    assert median <= auto[0]
+    assert of_array <= auto[2]
+    if dtype != "float32" and not entry.row.startswith(("layer-", "linear_")):  # those round a cotangent on purpose
+        assert of_element <= auto[1]
