@@ -1,8 +1,8 @@
 """The table of rules: a new rule is one new row here, and is then tested everywhere."""
 
-import functools
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fcfunc import losses, ops, reference
+from fcfunc._rule import rule
 
 
 class Row(NamedTuple):
@@ -266,6 +267,9 @@ def _alone_and_in_pairs(name, draw, of, **static):
         yield _row(losses, name, _and(draw, keywords, of), keywords=keywords, **fixed)
 
 
+_layer_of_relu = partial(reference.layer, activation="relu")
+
+
 def _of_classes(name, draw):
     return _row(losses, name, draw, keywords=("where",))._replace(name=f"{name}-where of classes")
 
@@ -292,6 +296,7 @@ OPTIONS = [
     _row(ops, "layer", _affine, activation="silu", compute_dtype="float32"),
     _row(ops, "layer", _affine, activation="tanh", out_dtype="float32"),
     _row(ops, "layer", _without_bias, b=None, activation="gelu", compute_dtype="bfloat16"),
+    Row("layer_fwd-layer_bwd", partial(rule(ops.layer_fwd, ops.layer_bwd), activation="relu"), _layer_of_relu, _affine),
     _row(ops, "dropout", _keyed, keywords=("key",), rate=0.0),
     _row(ops, "dropout", _keyed, keywords=("key",), rate=1.0),
     _row(ops, "layer_norm", _normed, eps=0.1),
@@ -363,7 +368,7 @@ def cotangent(fun, args):
     return jnp.asarray(np.random.default_rng(1).standard_normal(out.shape).astype(out.dtype))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=0)
 def gradients(fun, args, g):
     """The output of `fun` and the gradients of its real arguments, compiled."""
     reals, fill = split_real(args)
