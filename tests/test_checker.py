@@ -492,3 +492,94 @@ def test_an_equinox_rule_is_checked_with_the_arrays_of_its_other_arguments_fixed
     assert report.ok, report
     assert report.statics == ("args[0].activation", "args[1]")
     assert check_vjp(rule_of(2), args, argnums=0, only="oracle").status == "FAILED"
+
+
+@jax.custom_jvp
+def nan_avoided(x):
+    return jnp.where(x > 0, x * jnp.sqrt(x), 0.0)
+
+
+@nan_avoided.defjvp
+def nan_avoided_jvp(primals, tangents):
+    (x,), (t,) = primals, tangents
+    return nan_avoided(x), t * jnp.where(x > 0, 1.5 * jnp.sqrt(jnp.where(x > 0, x, 1)), 0.0)
+
+
+def test_a_rule_may_be_finite_where_automatic_differentiation_gives_nan():
+    report = check_vjp(nan_avoided, "n", skip=["second_order", "extremes", "meshes"])
+    assert report.ok, report
+
+
+def root(a):
+    """The root of x³ + x = a, by bisection: no derivative of a step of it says anything."""
+
+    def halved(_, bounds):
+        low, high = bounds
+        middle = (low + high) / 2
+        above = middle**3 + middle > a
+        return jnp.where(above, low, middle), jnp.where(above, middle, high)
+
+    return sum(jax.lax.fori_loop(0, 40, halved, (0 * a - 20, 0 * a + 20))) / 2
+
+
+@pytest.mark.parametrize(("factor", "status"), [(3.0, "ok"), (6.0, "FAILED")])
+def test_differences_decide_on_a_function_that_searches(factor, status):
+    made = rule(root, lambda a: (root(a),) * 2, lambda x, g: (g / (factor * x**2 + 1),))
+    report = check_vjp(made, "n:-3..3", rtol=1e-3, skip=["second_order", "extremes", "meshes"])
+    assert report.status == status, report
+    (oracle,) = [result for result in report.results if result.check == "oracle"]
+    assert "gives 0 everywhere" in oracle.reason
+
+
+def test_a_solver_that_squares_its_cotangent_is_given_moderate_ones():
+    def by_gradient(residuals, g):
+        d, x = residuals
+        u = jax.scipy.sparse.linalg.cg(lambda v: d * v, g)[0]
+        return -u * x, u
+
+    solve = rule(lambda d, b: b / d, lambda d, b: (b / d, (d, b / d)), by_gradient)
+    report = check_vjp(solve, "n:1..2, n", rtol=1e-3, dtypes=["float32"], only=["linear_in_cotangent", "oracle"])
+    assert report.ok, report
+
+
+def test_what_is_returned_for_an_argument_that_is_none_is_nothing():
+    made = rule(
+        lambda x, state=None: jnp.sin(x),
+        lambda x, state: (jnp.sin(x), x),
+        lambda x, g: (g * jnp.cos(x), jnp.zeros(3, x.dtype)),
+    )
+    assert check_vjp(lambda x: made(x, None), "n", only=["cotangent_types", "precision_of_dtypes"]).ok
+
+
+def test_a_function_that_cannot_be_batched_itself_is_not_blamed_on_its_rule():
+    product = lambda a, b: jax.lax.ragged_dot(a, b, jnp.array([3, 2]))
+    made = rule(product, lambda a, b: jax.vjp(product, a, b), lambda back, g: back(g))
+    (result,) = check_vjp(made, "5 d, 2 d m", only="vmap_equals_loop").results
+    assert result.status == "not applicable"
+    assert "the function itself cannot be batched" in result.reason
+
+
+def test_coefficients_in_an_array_are_named_as_rounded_constants():
+    coefficients = np.array([1 / 362880, -1 / 5040, 1 / 120, -1 / 6, 1.0])
+    value = lambda x: x * jnp.polyval(jnp.array(coefficients, x.dtype), x * x)
+    slope = lambda z: 1 - z / 2 + z**2 / 24 - z**3 / 720 + z**4 / 40320
+    made = rule(value, lambda x: (value(x), x), lambda x, g: (g * slope(x * x),))
+    (result,) = check_vjp(made, "n", only="multiprecision").results
+    assert result.status == "passed"
+    assert "these constants are rounded" in result.reason
+
+
+def test_a_function_that_computes_in_bfloat16_is_compared_to_its_precision():
+    narrow = lambda x, w: jnp.dot(x.astype("bfloat16"), w.astype("bfloat16"), preferred_element_type=jnp.float32)
+
+    def by(factor):
+        def bwd(residuals, g):
+            x, w = (a.astype(jnp.float32) for a in residuals)
+            return factor * (g @ w.T), x.T @ g
+
+        return rule(narrow, lambda x, w: (narrow(x, w), (x.astype("bfloat16"), w.astype("bfloat16"))), bwd)
+
+    report = check_vjp(by(1.0), "n d, d m", dtypes=["float32"], only=["oracle", "linear_in_cotangent"])
+    assert report.ok, report
+    assert "to the precision of bfloat16" in report.results[0].reason + report.results[1].reason
+    assert not check_vjp(by(0.5), "n d, d m", dtypes=["float32"], only="oracle").ok

@@ -150,8 +150,10 @@ def truth_and_allowance(case: Case, g: list) -> tuple[list, list]:
     try:
         wide = case.in_float64
     except NotApplicable:
+        # What cancels to 0 in a sum over an argument's elements is of the size of the terms.
+        terms = 16 * case.eps * max(map(max_abs, g), default=0.0) * max(map(max_abs, case.reals), default=0.0)
         inside = case.computes_in != case.dtype  # and autodiff in that dtype is all there is to compare with
-        return auto, [t if inside else 4 * t for t in least]
+        return auto, [max(t if inside else 4 * t, terms) for t in least]
     wide_g = [widened(a) for a in g]
     truth = wide.by_oracle(wide_g)
     allowed = [
@@ -174,14 +176,50 @@ def truth_and_allowance(case: Case, g: list) -> tuple[list, list]:
 
 def disagreements(case: Case, directions: int, message: str) -> Iterator[Finding]:
     """The rule's gradients against the oracle's, element by element, for several cotangents."""
+    undecided: list[str] = []
+    findings: list[Finding] = []
     for direction in range(directions):
         at = case.redraw_numbers(direction)
         g = at.cotangent(direction)
         truth, allowed = truth_and_allowance(at, g)
-        found = list(compare(at, at.by_rule(g), truth, allowed, message))
-        yield from found
-        if found:
+        got = at.by_rule(g)
+        found = list(compare(at, got, where_defined(got, truth), allowed, message))
+        reason = says_nothing(at, got, truth)
+        if reason:
+            undecided.append(reason)
+            findings += found
+        elif found:
+            yield from found
             return
+    if len(undecided) == directions:
+        raise Inconclusive(undecided[0])
+    yield from findings[:1]  # 0 here but not everywhere
+
+
+def says_nothing(case: Case, got: list, expected: list) -> str:
+    """Why what an oracle gives cannot be compared with the rule; empty if it can.
+
+    It is NaN alone; or 0 alone, where the rule is not 0 and the function moves with its arguments.
+    """
+    if any(a.size for a in expected) and all(np.isnan(widened(a)).all() for a in expected):
+        return "automatic differentiation gives NaN here; differences decide"
+    if any(a.any() for a in expected) or not any(max_abs(a) > 1e-6 for a in got):
+        return ""
+    moved = case.with_reals([a * np.asarray(1.25, a.dtype) for a in case.reals]).outputs()
+    if all(np.allclose(widened(a), widened(b), 4 * case.eps) for a, b in zip(moved, case.outputs(), strict=True)):
+        return ""
+    why = "automatic differentiation gives 0 everywhere, as of a function that searches or rounds"
+    return f"{why}; differences decide, or a reference="
+
+
+def where_defined(got: list, expected: list) -> list:
+    """What the oracle expects; what was got where that is finite and the oracle's NaN: some rules exist to avoid it."""
+    if [a.shape for a in got] != [a.shape for a in expected]:
+        return expected
+    return [
+        np.where(np.isnan(widened(b)) & np.isfinite(widened(a)), a, b).astype(b.dtype)
+        for a, b in zip(got, expected, strict=True)
+    ]
 
 
 def raising(case: Case, way: str, run: Callable) -> Any:

@@ -6,7 +6,7 @@ itself. A primitive that only moves elements is applied to their positions. A ne
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,11 +25,15 @@ class Unknown(Exception):
 
 
 class Program:
-    """A function as a jaxpr, to be called with arrays of mpmath numbers, and the constants of 64 bits in it."""
+    """A function as a jaxpr, to be called with arrays of mpmath numbers, and the constants of 64 bits in it.
 
-    def __init__(self, fun: Callable, *args):
+    Arrays that `fun` refers to are constants too, except for `data`.
+    """
+
+    def __init__(self, fun: Callable, *args, data: Sequence = ()):
         self._closed, self._shape = jax.make_jaxpr(fun, return_shape=True)(*args)
-        self.constants = list(_constants(self._closed.jaxpr))
+        own = [const for const in self._closed.consts if not any(const is array for array in data)]
+        self.constants = list(_constants(self._closed.jaxpr, own))
 
     def __call__(self, *args) -> Any:
         """The outputs, exact but for rounding at the last digit."""
@@ -39,17 +43,22 @@ class Program:
         )
 
 
-def _constants(jaxpr: Any) -> Iterator[float]:
+def _constants(jaxpr: Any, consts: Any = ()) -> Iterator[float]:
     """The numbers in a program that are not sums of a few powers of two: those that 64 bits had to round."""
+    for array in consts:
+        if hasattr(array, "dtype") and jnp.issubdtype(array.dtype, jnp.floating):
+            yield from filter(_is_rounded, np.asarray(array, np.float64).ravel().tolist())
     for eqn in jaxpr.eqns:
         for atom in eqn.invars:
             if isinstance(atom, jex.Literal) and jnp.issubdtype(_dtype(atom), jnp.floating):
-                number = float(atom.val)
-                if abs(number) < LARGEST and number and len(f"{number.as_integer_ratio()[0]:b}".rstrip("0")) > 24:
-                    yield number
+                yield from filter(_is_rounded, np.asarray(atom.val, np.float64).ravel().tolist())
         for param in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr):
             if is_jaxpr(param):
-                yield from _constants(jaxpr_and_consts(param)[0])
+                yield from _constants(*jaxpr_and_consts(param))
+
+
+def _is_rounded(number: float) -> bool:
+    return 0 < abs(number) < LARGEST and len(f"{number.as_integer_ratio()[0]:b}".rstrip("0")) > 24
 
 
 def exact(a) -> Any:

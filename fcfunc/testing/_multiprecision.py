@@ -65,7 +65,11 @@ def _at_points(case: Case, programs_of: Callable, message: str) -> Any:
         try:
             programs: Any = programs_of(wide)
             for where, at in _points(wide):
-                for leaf, (got, expected, noise) in enumerate(_slopes(at, *programs)):
+                slopes = _slopes(at, *programs)
+                if not any(expected for _, expected, _ in slopes) and any(abs(got) > 1e-6 for got, _, _ in slopes):
+                    why = "the function does not move with its arguments, like one that searches or rounds"
+                    raise NotApplicable(f"{why}; larger differences decide, or a reference=")
+                for leaf, (got, expected, noise) in enumerate(slopes):
                     if not mpmath.isfinite(expected):
                         continue
                     off, scale = abs(got - expected), abs(expected) + noise / mpmath.mpf(EQUAL)
@@ -120,7 +124,7 @@ def _gradient(case: Case) -> tuple[Program, Program, list]:
     def gradient(*reals):
         return pull(case.fun, case.where, replaced(leaves, case.where, reals), g)[1]
 
-    programs = _programs(case, value, gradient)
+    programs = _programs(case, value, gradient, [*g, *leaves])
     if case.has_reference:
         by_reference = Program(jax.grad(value, argnums=tuple(range(len(case.reals)))), *to_jax(case.reals))
         slopes = _slopes(case, programs[0], by_reference, programs[2])
@@ -132,18 +136,18 @@ def _gradient(case: Case) -> tuple[Program, Program, list]:
 def _second(case: Case) -> tuple[Program, Program, list]:
     """`sum(v * gradient)` and its gradient, both by the rule."""
     rng, g, leaves = case.rng(302), to_jax(case.cotangent(301)), to_jax(case.leaves)
-    v = [normal(rng, a.shape, np.float64) for a in case.reals]
+    v = to_jax([normal(rng, a.shape, np.float64) for a in case.reals])
 
     def value(*reals):
         gradients = pull(case.fun, case.where, replaced(leaves, case.where, reals), g)[1]
         return sum(jnp.sum(a * b) for a, b in zip(gradients, v, strict=True))
 
-    return _programs(case, value, jax.grad(value, argnums=tuple(range(len(v)))))
+    return _programs(case, value, jax.grad(value, argnums=tuple(range(len(v)))), [*g, *leaves, *v])
 
 
-def _programs(case: Case, value: Callable, gradient: Callable) -> tuple[Program, Program, list]:
+def _programs(case: Case, value: Callable, gradient: Callable, data: list) -> tuple[Program, Program, list]:
     reals, rng = to_jax(case.reals), case.rng(303)
-    programs = [raising(case, "traced,", lambda f=f: Program(f, *reals)) for f in (value, gradient)]
+    programs = [raising(case, "traced,", lambda f=f: Program(f, *reals, data=data)) for f in (value, gradient)]
     return programs[0], programs[1], [normal(rng, a.shape, np.float64) for a in case.reals]
 
 
@@ -154,7 +158,7 @@ def _slopes(case: Case, value: Program, derivative: Program, directions: list) -
     for i, (a, v, gradient) in enumerate(zip(reals, map(exact, directions), derivative(*reals), strict=True)):
         right, left = (value(*reals[:i], a + s * h * v, *reals[i + 1 :])[()] for s in (1, -1))
         noise = 1000 * (abs(right) + abs(left) + mpmath.mpf(LARGE)) * mpmath.mpf(10) ** -DIGITS / h
-        along = mpmath.fsum((gradient * v).ravel())
+        along = mpmath.fsum(np.asarray(gradient * v, object).ravel())
         found.append((along, (right - left) / (2 * h), noise))
     return found
 

@@ -11,6 +11,8 @@ import numpy as np
 from fcfunc.testing._case import (
     Case,
     Inconclusive,
+    NotApplicable,
+    RuleRaised,
     first_line,
     in_float64_if_taken,
     normal,
@@ -48,17 +50,24 @@ def vmap_equals_loop(case: Case) -> Iterator[Finding]:
         axes = tuple(0 if batched else None for batched in chosen)
         given = [s if batched else s[0] for s, batched in zip(stacks, chosen, strict=True)]
 
-        def run(axes=axes, given=given):
+        def run(axes=axes, given=given, fun=at.fun):
             with x64_for(at.dtype):
                 leaves = to_jax(at.leaves)
-                return to_numpy(_batched(at.fun, at.where, axes, leaves, to_jax(given[:count]), to_jax(given[count:])))
+                return to_numpy(_batched(fun, at.where, axes, leaves, to_jax(given[:count]), to_jax(given[count:])))
 
         loop = []
         for k in range(3):
             row = [leaf[k] if axis == 0 else leaf for leaf, axis in zip(given, axes, strict=True)]
             loop.append(at.with_reals(row[:count]).by_rule(row[count:]))
         expected = [np.stack(leaf) for leaf in zip(*loop, strict=True)]
-        got = raising(at, f"under vmap over {over}", run)
+        try:
+            got = raising(at, f"under vmap over {over}", run)
+        except RuleRaised:
+            try:
+                run(fun=at.oracle)
+            except Exception as e:
+                raise NotApplicable(f"the function itself cannot be batched: {first_line(e)}") from None
+            raise
         found = list(compare(at, got, expected, rounding(at, expected, g=g), f"vmap over {over} differs from a loop"))
         yield from found
         if found:
