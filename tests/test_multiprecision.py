@@ -127,6 +127,7 @@ FUNCTIONS = {
     "cond": (lambda x: jax.lax.cond(x[0, 0] > 0, jnp.sin, jnp.cos, x), NORMAL),
     "remat": (jax.checkpoint(jnp.sin), NORMAL),
     "map": (lambda x: jax.lax.map(jnp.sin, x), NORMAL),
+    "masked": (lambda x: jnp.tensordot(x, x > 0, 1, preferred_element_type=jnp.float64), NORMAL[0]),
     "random": (lambda x: x * jax.random.bernoulli(jax.random.key(0), 0.5, x.shape).astype(x.dtype), NORMAL),
 }
 

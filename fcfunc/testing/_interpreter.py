@@ -208,6 +208,7 @@ LOOPS = {"scan": _scan, "while": _while, "cond": _cond}
 
 def _dot_general(a, b, *, dimension_numbers, **_):
     (a_sum, b_sum), (a_batch, b_batch) = dimension_numbers
+    a, b = (x if _is_exact(x) else exact(x.astype(np.float64)) for x in (a, b))  # a mask
     a_free = [i for i in range(a.ndim) if i not in (*a_sum, *a_batch)]
     b_free = [i for i in range(b.ndim) if i not in (*b_sum, *b_batch)]
     batch = [a.shape[i] for i in a_batch]
