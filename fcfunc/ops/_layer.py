@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fcfunc import _layout
-from fcfunc._rule import rule, sum_dtype, upcast
+from fcfunc._rule import rule, sum_dtype
 from fcfunc.ops import _activations, _softmax
 from fcfunc.ops._affine import affine_bwd, affine_fwd, check_affine, operand_dtype, place_affine
 
@@ -89,7 +89,7 @@ def layer_bwd(residuals, g, *, activation, compute_dtype=None, **options):
         z, _ = affine_fwd(x, w, saved, compute_dtype=compute_dtype, out_dtype=sums)
         _, saved = activation_fwd(z, **options)
     # dz = g ∘ f′(z), then (dx, dw, db) as for affine
-    (dz,) = activation_bwd(saved, upcast(g), **options)
+    (dz,) = activation_bwd(saved, g.astype(sums), **options)
     return affine_bwd((x, w, has_bias), dz, compute_dtype=compute_dtype)
 
 
