@@ -154,8 +154,8 @@ def test_every_rule_is_equal_to_sixty_digits_or_names_its_rounded_constants(row)
     report = check_vjp(row.fun, draw, only=["multiprecision", "second_multiprecision"])
     assert report.ok, report
     for result in report.results:
-        digits = int(result.reason.split()[2])
-        assert digits >= 60 or (digits >= 15 and "these constants are rounded" in result.reason), result
+        digits, rounded = int(result.reason.split()[2]), 7 if "compute_dtype" in row.name else 15
+        assert digits >= 60 or (digits >= rounded and "these constants are rounded" in result.reason), result
 
 
 def sine_times(factor):
