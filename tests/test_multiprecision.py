@@ -153,7 +153,9 @@ def test_every_rule_is_equal_to_sixty_digits_or_names_its_rounded_constants(row)
     draw = lambda rng, n, d: row.draw(int(rng.integers(2**31)), n, d, np.float32)
     report = check_vjp(row.fun, draw, only=["multiprecision", "second_multiprecision"])
     assert report.ok, report
-    for result in report.results:
+    undefined = row.name == "log_softmax-where"  # its masked outputs are -inf, and so is every sum of outputs
+    for result in report.results[undefined:]:
+        assert result.status == "passed"
         digits, rounded = int(result.reason.split()[2]), 7 if "compute_dtype" in row.name else 15
         assert digits >= 60 or (digits >= rounded and "these constants are rounded" in result.reason), result
 

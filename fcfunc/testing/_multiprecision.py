@@ -119,8 +119,7 @@ def _gradient(case: Case) -> tuple[Program, Program, list]:
 
     def value(*reals):
         outs = case.oracle(*replaced(leaves, case.where, reals))
-        finite = [jnp.where(jnp.isfinite(b), b, 0).astype(jnp.float64) for b in outs]  # a masked output may be -inf
-        return sum(jnp.sum(a.astype(jnp.float64) * b) for a, b in zip(g, finite, strict=True))
+        return sum(jnp.sum(a.astype(jnp.float64) * b.astype(jnp.float64)) for a, b in zip(g, outs, strict=True))
 
     def gradient(*reals):
         return pull(case.fun, case.where, replaced(leaves, case.where, reals), g)[1]
