@@ -288,6 +288,11 @@ def _convert(a, *, new_dtype, **_):
     return np.vectorize(lambda x: int(x) if mpmath.isfinite(x) else 0, otypes=[np.int64])(a).astype(new_dtype)
 
 
+def _bits(a, *, new_dtype, **_):
+    """The bits of the rounded numbers, by which code splits a number in two; the parts add up to it all the same."""
+    return np.asarray(a, f"float{8 * jnp.dtype(new_dtype).itemsize}").view(new_dtype)
+
+
 def _select(which, *cases):
     out = np.empty(cases[0].shape, cases[0].dtype)
     which = np.broadcast_to(np.asarray(which).astype(int), out.shape)
@@ -408,6 +413,7 @@ def _rules() -> dict[str, Callable]:
         "is_finite": lambda a: _each(lambda x: bool(mp.isfinite(x)))(a).astype(bool),
         "polynomial": lambda x, *c, **_: _each(_polynomial)(x, *c),
         "convert_element_type": _convert,
+        "bitcast_convert_type": _bits,
         "select_n": _select,
         "clamp": lambda low, x, high: _each(_clamp)(low, x, high),
         "round": _round,
