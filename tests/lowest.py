@@ -12,6 +12,6 @@ required = list(project["dependencies"])
 for extra in project["optional-dependencies"].values():
     required += extra
 for requirement in sorted(set(required)):
-    bound = re.fullmatch(r"([\w\-]+)(?:\[\w+\])?>=([\d.]+)", requirement)
+    bound = re.fullmatch(r"([\w\-]+)(?:\[\w+\])?>=([\d.]+)(?:,<[\d.]+)?", requirement)
     if bound and bound[1] not in TOOLS:
         print(f"{bound[1]}=={bound[2]}")
