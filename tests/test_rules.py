@@ -33,7 +33,7 @@ def assert_like_reference(row, args, dtype):
     chex.assert_trees_all_equal_shapes_and_dtypes(out, reference_out)
     chex.assert_trees_all_equal_shapes_and_dtypes(grads, reference_grads)
     chex.assert_trees_all_equal_shapes_and_dtypes(grads, split_real(args)[0])
-    tolerance = TOLERANCE[jnp.dtype(dtype).name]
+    tolerance = TOLERANCE["bfloat16" if "compute_dtype=bfloat16" in row.name else jnp.dtype(dtype).name]
     wide = lambda tree: jax.tree.map(lambda a: np.asarray(a, np.float64), tree)
     chex.assert_trees_all_close(wide(out), wide(reference_out), rtol=tolerance, atol=tolerance)
     chex.assert_trees_all_close(wide(grads), wide(reference_grads), rtol=tolerance, atol=tolerance)
