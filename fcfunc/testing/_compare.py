@@ -1,6 +1,7 @@
 """What a check finds, and how two gradients are compared."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -107,9 +108,13 @@ def compare(case: Case, got: list, expected: list, allowed: list | float, messag
         if error.size and excess.max() > 0:
             worst = tuple(int(i) for i in np.unravel_index(np.argmax(excess), a.shape))
             size = abs(b[worst])
-            spacing = case.eps * 2.0 ** np.floor(np.log2(size)) if size and np.isfinite(size) else None
-            ulps = None if spacing is None else float(error[worst] / spacing)
+            ulps = in_ulps(case, float(error[worst]), float(size))
             yield finding(case, message, path, worst, a[worst].item(), b[worst].item(), ulps)
+
+
+def in_ulps(case: Case, error: float, size: float) -> float | None:
+    """An error in distances between neighboring numbers of a size; None where that is 0 or not finite."""
+    return error / (case.eps * 2.0 ** math.floor(math.log2(size))) if size and math.isfinite(size) else None
 
 
 def max_abs(leaf: np.ndarray) -> float:

@@ -18,7 +18,7 @@ from fcfunc.testing._case import (
     replaced,
     widened,
 )
-from fcfunc.testing._compare import Finding, finding, max_abs, truth_and_allowance, underflow
+from fcfunc.testing._compare import Finding, finding, in_ulps, max_abs, truth_and_allowance, underflow
 from fcfunc.testing._contract import different_outputs
 
 
@@ -153,8 +153,7 @@ def _elementwise(case: Case) -> Iterator[Finding]:
         if off.any():
             index = tuple(int(i) for i in np.argwhere(off)[0])
             message = "this element is much less accurate than by automatic differentiation"
-            spacing = case.eps * 2.0 ** np.floor(np.log2(abs(t[index]))) if t[index] else None
-            ulps = float(abs(a[index] - t[index]) / spacing) if spacing else None
+            ulps = in_ulps(case, float(abs(a[index] - t[index])), float(abs(t[index])))
             yield finding(case, message, path, index, float(a[index]), float(t[index]), ulps)
             return
 
