@@ -95,7 +95,7 @@ def _nodes(function: ast.FunctionDef) -> Iterator[tuple[ast.AST, ast.AST, str, i
                 yield node, parent, field, index
                 yield from visit(node)
 
-    yield from visit(ast.Module(function.body[:], []))
+    yield from visit(ast.Module(function.body, []))
 
 
 def _refuses(node: ast.AST) -> bool:

@@ -1,5 +1,7 @@
 """The mutants of proofs/mutation.py: every line has a row, and a mutant is found and leaves no trace."""
 
+import ast
+
 import pytest
 
 from fcfunc import ops
@@ -50,3 +52,9 @@ def test_a_mutant_leaves_the_modules_as_they_were():
 def test_reasons_are_given_for_mutants_that_exist():
     keys = {mutant.key for module in mutants.MODULES for mutant in mutants.mutants_of(module)}
     assert set(mutation.EQUIVALENT) <= keys
+
+
+@pytest.mark.parametrize("module", mutants.MODULES)
+def test_every_mutant_is_another_program_text(module):
+    text = ast.unparse(ast.parse(mutants.MODULES[module].read_text()))
+    assert [mutant.key for mutant in mutants.mutants_of(module) if ast.unparse(mutant.tree) == text] == []

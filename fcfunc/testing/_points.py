@@ -238,16 +238,24 @@ def _same(a: np.ndarray, b: np.ndarray) -> Any:
 
 
 def nan_kept(case: Case) -> Iterator[Finding]:
-    """Where a row of the output is NaN, its gradient is not finite: a loss that is NaN must not train."""
+    """Where a row of the output is NaN, its gradient is not finite: a loss that is NaN must not train.
+
+    Where a reference is NaN for an integer that is out of range, or masked, so is the function.
+    """
     g, tried = case.cotangent(170), 0
     for where, spoiled, leaf, _ in [*_spoiled(case), *_impossible(case)]:
         value = spoiled.reals[leaf]
         if not value.ndim or any(not out.ndim or out.shape[0] != value.shape[0] for out in g):
             continue
         tried += 1
-        row = np.ones(value.shape[0], bool)
-        for out in spoiled.outputs():
+        outs, row = spoiled.outputs(), np.ones(value.shape[0], bool)
+        for out in outs:
             row &= np.isnan(widened(out)).reshape(len(out), -1).all(axis=1)
+        if case.has_reference and not where.startswith("args"):
+            given = spoiled.outputs(spoiled.oracle)
+            if any((np.isnan(b) & ~np.isnan(a)).any() for a, b in zip(map(widened, outs), map(widened, given), strict=True)):
+                yield finding(case, f"{where}: the reference is NaN, and the function is not")
+                return
         # A linear function of a NaN has a finite gradient, and so says automatic differentiation; a label that is not
         # a class has no gradient, whatever automatic differentiation makes of it.
         wrong = row & _finite_rows(spoiled.by_rule(g)[leaf])
@@ -267,9 +275,16 @@ def _finite_rows(a: np.ndarray) -> Any:
 
 
 def _impossible(case: Case) -> Iterator[tuple[str, Case, int, tuple]]:
-    """The case with an integer out of range, with the first real leaf as the one to look at."""
+    """The case with an integer out of range or a mask changed, with the first real leaf as the one to look at."""
     for i, a in enumerate(case.leaves):
-        if i in case.where or is_key(a) or not jnp.issubdtype(a.dtype, jnp.integer) or not a.size:
+        if i in case.where or is_key(a) or not a.size:
+            continue
+        if a.dtype == bool:
+            moved = a.copy()
+            moved.flat[0] = not a.flat[0]
+            leaves = replaced(case.leaves, [i], [moved])
+            yield "a mask with another first element", dataclasses.replace(case, leaves=tuple(leaves)), 0, (0,)
+        if not jnp.issubdtype(a.dtype, jnp.integer):
             continue
         above = int(a.max()) + 1 if a.size else 1
         limits = jnp.iinfo(a.dtype)
