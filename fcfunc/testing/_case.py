@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fcfunc._arguments import first_line
-from fcfunc.testing._oracle import narrowest
+from fcfunc._jax_releases import quick_options
+from fcfunc.testing import _oracle
 
 
 class NotApplicable(Exception):
@@ -95,7 +96,7 @@ class Case:
     def computes_in(self) -> np.dtype:
         """The least precise dtype in which the oracle computes, `dtype` unless it is less precise."""
         with x64_for(self.dtype):
-            found = narrowest(self.oracle, tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in self.leaves))
+            found = _oracle.narrowest(self.oracle, tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in self.leaves))
         dtypes = [self.dtype, *([] if found is None else [real_dtype(found)])]
         return max(dtypes, key=lambda dtype: jnp.finfo(dtype).eps)
 
@@ -151,14 +152,34 @@ class Case:
         rng = self.rng(salt)
         return [normal(rng, out.shape, out.dtype) for out in self.outs]
 
-    def by_rule(self, g: list, *, eager: bool = False) -> list[np.ndarray]:
+    def by_rule(self, g: list) -> list[np.ndarray]:
         """The gradients by the rule; RuleRaised if it raises."""
         self.outs  # noqa: B018  (NotApplicable if the function itself raises)
         try:
             with x64_for(self.dtype):
-                return to_numpy((pull if eager else compiled_pull)(self.fun, self.where, self.leaves, g)[1])
+                return to_numpy(compiled_pull(self.fun, self.where, self.leaves, g)[1])
         except Exception as e:
             raise RuleRaised(self, e) from e
+
+    @functools.cached_property
+    def eager(self) -> tuple[list, list, list]:
+        """The one run that is not compiled: its arguments, its cotangent, and the gradients by the rule."""
+        g = self.cotangent(150)
+        with x64_for(self.dtype):
+            given = to_jax(self.leaves)
+            return given, g, to_numpy(pull(self.fun, self.where, given, g)[1])
+
+    @functools.cached_property
+    def watched(self) -> tuple[list, list, BaseException | None]:
+        """The calls of rules while gradients are traced, the types of the gradients, and what was raised."""
+        g, types = self.cotangent(0), []
+
+        def gradients(leaves, g):
+            types.extend(jax.typeof(a) for a in pull(self.fun, self.where, leaves, g)[1])
+
+        with x64_for(self.dtype):
+            calls, raised = _oracle.watch(gradients, self.leaves, g)
+        return calls, types, raised
 
     def by_oracle(self, g: list) -> list[np.ndarray]:
         """The gradients by the oracle; Inconclusive if it has none."""
@@ -208,6 +229,19 @@ def in_float64_if_taken(case: Case) -> Case:
         return case
 
 
+def compiled(*static_argnums: int) -> Callable:
+    """`jax.jit` for the programs of the checks, which run a few times: compiled quickly."""
+
+    def of(fun):
+        @functools.cache
+        def jitted():  # when it is called: only then is the backend chosen
+            return jax.jit(fun, static_argnums=static_argnums, compiler_options=quick_options())
+
+        return functools.wraps(fun)(lambda *args: jitted()(*args))
+
+    return of
+
+
 def pull(fun: Callable, where: tuple, leaves: Sequence, g: list) -> tuple[list, list]:
     """The outputs of `fun`, and the gradients of the leaves at `where`; the others are not differentiated."""
     leaves = to_jax(leaves)
@@ -215,7 +249,7 @@ def pull(fun: Callable, where: tuple, leaves: Sequence, g: list) -> tuple[list, 
     return outs, list(back([jnp.asarray(a, out.dtype) for a, out in zip(g, outs, strict=True)]))
 
 
-compiled_pull = jax.jit(pull, static_argnums=(0, 1))
+compiled_pull = compiled(0, 1)(pull)
 
 
 def push(fun: Callable, where: tuple, leaves: Sequence, tangents: list) -> list:
@@ -224,10 +258,10 @@ def push(fun: Callable, where: tuple, leaves: Sequence, tangents: list) -> list:
     return jax.jvp(lambda *wrt: fun(*replaced(leaves, where, wrt)), primals, tangents)[1]
 
 
-compiled_push = jax.jit(push, static_argnums=(0, 1))
+compiled_push = compiled(0, 1)(push)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@compiled(0)
 def compiled_outputs(fun: Callable, leaves: list) -> list:
     """The outputs of `fun`, compiled."""
     return fun(*leaves)
@@ -255,8 +289,8 @@ def to_numpy(arrays: Sequence) -> list[np.ndarray]:
 
 
 def to_jax(arrays: Sequence) -> list[jax.Array]:
-    """Arrays on the device."""
-    return [jnp.asarray(a) for a in arrays]
+    """Arrays on the device; what is there or is traced stays as it is."""
+    return [a if isinstance(a, jax.Array) else jax.device_put(a) for a in arrays]
 
 
 def widened(a: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 
 import chex
@@ -24,31 +25,45 @@ from fcfunc.testing._compare import (
 
 
 def repeatable(case: Case) -> Iterator[Finding]:
-    """The same bits the second time and the third, with another case in between: nothing is remembered."""
-    g, other = case.cotangent(130), case.with_reals([a * np.asarray(0.5, a.dtype) for a in case.reals])
-    first = case.by_rule(g, eager=True)
-    second = case.by_rule(g, eager=True)
-    yield from compare(case, second, first, 0.0, "the second call gives other bits than the first")
-    other.by_rule(g, eager=True)
-    third = case.by_rule(g, eager=True)
-    yield from compare(case, third, first, 0.0, "after another case, the third call gives other bits than the first")
+    """The same bits the second time and the third: nothing is remembered.
+
+    Where the rule is traced to the same program each time, that is shown without a run.
+    """
+    g = case.cotangent(130)
+
+    def gradients():
+        with x64_for(case.dtype):
+            return to_numpy(pull(case.fun, case.where, case.leaves, g)[1])
+
+    first, *later = raising(case, "", lambda: [_program(case, g) for _ in range(3)])
+    if all(_same_program(first, program) for program in later):
+        return
+    expected = raising(case, "", gradients)
+    for time in ("second", "third"):
+        yield from compare(case, gradients(), expected, 0.0, f"the {time} call gives other bits than the first")
 
 
-def watched_gradients(case: Case, fun: Callable):
-    """The calls of rules while gradients are traced, the types of the gradients, and what was raised."""
-    g, types = case.cotangent(0), []
-
-    def gradients(leaves, g):
-        types.extend(jax.typeof(a) for a in pull(fun, case.where, leaves, g)[1])
-
+def _program(case: Case, g: list) -> tuple[str, list]:
+    """The text of the program of the gradients, and the arrays in it."""
     with x64_for(case.dtype):
-        calls, raised = _oracle.watch(gradients, case.leaves, g)
-    return calls, types, raised
+        closed = jax.make_jaxpr(lambda leaves, g: pull(case.fun, case.where, leaves, g)[1])(case.leaves, g)
+    return re.sub(r"0x[0-9a-f]+", "", str(closed)), list(_oracle.constants(closed))
+
+
+def _same_program(first: tuple[str, list], second: tuple[str, list]) -> bool:
+    """Whether two programs give the same bits; what one calls outside of JAX can give others each time."""
+    (text, consts), (other, others) = first, second
+    return "callback" not in text and text == other and all(map(_same_array, consts, others))
+
+
+def _same_array(a, b) -> bool:
+    a, b = (jax.random.key_data(x) if _case.is_key(x) else x for x in (a, b))
+    return np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 def cotangent_types(case: Case) -> Iterator[Finding]:
     """Each cotangent has its argument's dtype, shape and tree, as the backward pass itself returns it."""
-    calls, types, raised = watched_gradients(case, case.fun)
+    calls, types, raised = case.watched
     if raised is not None:
         raise _case.RuleRaised(case, raised)
     for path, primal, came in zip(case.paths, case.reals, types, strict=False):
@@ -102,7 +117,7 @@ def _leaf_by_leaf(primal, cotangent) -> list[tuple] | None:
 
 def integer_arguments(case: Case) -> Iterator[Finding]:
     """Integer, boolean and key arguments get None or float0 from the backward pass, and nothing else."""
-    calls, _, _ = watched_gradients(case, case.fun)
+    calls, _, _ = case.watched
     whole = [a for call in calls for a in jax.tree.leaves(call.args) if not is_inexact(jax.typeof(a))]
     if not whole:
         raise NotApplicable("no rule is given an integer, boolean or key argument")
@@ -117,9 +132,9 @@ def integer_arguments(case: Case) -> Iterator[Finding]:
 
 def rule_used(case: Case) -> Iterator[Finding]:
     """Every rule that is called has its backward pass run when the function is differentiated, under remat too."""
-    ways = {"": case.fun, " under jax.checkpoint": jax.checkpoint(case.fun)}
-    for way, fun in ways.items():
-        calls, _, raised = watched_gradients(case, fun)
+    ways = {"": case, " under jax.checkpoint": dataclasses.replace(case, fun=jax.checkpoint(case.fun))}
+    for way, made in ways.items():
+        calls, _, raised = made.watched
         if raised is not None:
             raise _case.RuleRaised(case, raised, way.strip())
         if not calls:
@@ -172,25 +187,41 @@ def partial_cotangents(case: Case) -> Iterator[Finding]:
     g = case.cotangent(90)
     if len(g) < 2 and len(case.reals) < 2:
         raise NotApplicable("there is one output and one argument")
+    alone = [(i, None) for i in range(len(case.reals)) if len(case.reals) > 1]
+    alone += [(None, k) for k in range(len(g)) if len(g) > 1]
+
+    def run(chosen):
+        with x64_for(case.dtype):
+            return list(map(to_numpy, _alone(case.fun, case.where, tuple(chosen), to_jax(case.leaves), to_jax(g))))
+
+    def way(i, k):
+        return f"with output {k} differentiated alone" if i is None else f"differentiated alone, {case.paths[i]}:"
+
+    try:
+        gradients = run(alone)
+    except Exception:  # which one?
+        gradients = [raising(case, way(*one), lambda one=one: run([one])[0]) for one in alone]
     whole = case.by_rule(g)
-    for i, path in enumerate(case.paths if len(case.paths) > 1 else ()):
-        alone = dataclasses.replace(case, where=(case.where[i],), paths=(path,), ranges=(case.ranges[i],))
-        got = raising(alone, f"differentiated alone, {path}:", lambda alone=alone: alone.by_rule(g, eager=True))
-        expected = whole[i : i + 1]
-        message = "differentiated alone, this argument has another gradient than with the others"
-        yield from compare(alone, got, expected, rounding(alone, expected, g=g), message)
-    for i in range(len(g) if len(g) > 1 else 0):
+    for (i, k), got in zip(alone, gradients, strict=True):
+        if i is not None:
+            at = dataclasses.replace(case, where=(case.where[i],), paths=(case.paths[i],), ranges=(case.ranges[i],))
+            expected = whole[i : i + 1]
+            message = "differentiated alone, this argument has another gradient than with the others"
+            yield from compare(at, got, expected, rounding(at, expected, g=g), message)
+        else:
+            expected = case.by_oracle([a if j == k else np.zeros_like(a) for j, a in enumerate(g)])
+            allowed = rounding(case, expected, 64.0 if case.eps < 1e-10 else 4.0e3)
+            yield from compare(case, got, expected, allowed, f"{way(i, k)} the gradient is wrong")
 
-        def pulled(fun, i=i):
-            with x64_for(case.dtype):
-                only = lambda *leaves: [fun(*leaves)[i]]  # noqa: E731
-                return to_numpy(pull(only, case.where, case.leaves, g[i : i + 1])[1])
 
-        got = raising(case, f"with output {i} differentiated alone", lambda pulled=pulled: pulled(case.fun))
-        zeros = [a if j == i else np.zeros_like(a) for j, a in enumerate(g)]
-        expected = case.by_oracle(zeros)
-        message = f"with output {i} differentiated alone the gradient is wrong"
-        yield from compare(case, got, expected, rounding(case, expected, 64.0 if case.eps < 1e-10 else 4.0e3), message)
+@_case.compiled(0, 1, 2)
+def _alone(fun: Callable, where: tuple, alone: tuple, leaves: list, g: list) -> list[list]:
+    """The gradient of argument `i` alone for each `(i, None)`, all gradients of output `k` alone for `(None, k)`."""
+
+    def of_output(k):
+        return pull(lambda *leaves: [fun(*leaves)[k]], where, leaves, [g[k]])[1]
+
+    return [of_output(k) if i is None else pull(fun, (where[i],), leaves, g)[1] for i, k in alone]
 
 
 def forward_output(case: Case) -> Iterator[Finding]:
@@ -232,30 +263,38 @@ def interleaved(case: Case) -> Iterator[Finding]:
     other = case.with_reals(
         [a + _case.normal(rng, a.shape, a.dtype) * np.asarray(0.01, a.dtype) * np.abs(a) for a in case.reals]
     )
-    apart = [c.by_rule(g, eager=True) for c in (case, other)]
-    with x64_for(case.dtype):
-        backs = [_vjp(c) for c in (case, other)]
-        together = [to_numpy(back(to_jax(g))) for back in backs]
-    for got, expected in zip(together, apart, strict=True):
-        yield from compare(case, got, expected, 0.0, "a second forward pass changes the first one's gradient")
+
+    def run():
+        with x64_for(case.dtype):
+            given = map(to_jax, (case.leaves, other.reals, g))
+            return list(map(to_numpy, _twice(case.fun, case.where, *given)))
+
+    *together, first, second = raising(case, "called twice before its backward pass,", run)
+    for got, expected in zip(together, (first, second), strict=True):
+        message = "a second forward pass changes the first one's gradient"
+        yield from compare(case, got, expected, rounding(case, expected, 16.0, g), message)
 
 
-def _vjp(case: Case) -> Callable:
-    leaves = to_jax(case.leaves)
-    wrt = [leaves[i] for i in case.where]
-    return jax.vjp(lambda *wrt: case.fun(*_case.replaced(leaves, case.where, wrt)), *wrt)[1]
+@_case.compiled(0, 1)
+def _twice(fun: Callable, where: tuple, leaves: list, others: list, g: list) -> list[list]:
+    """The gradients at two points with both forward passes first, and then one point after the other."""
+
+    def forward(wrt):
+        outs, back = jax.vjp(lambda *wrt: fun(*_case.replaced(leaves, where, wrt)), *wrt)
+        return lambda: list(back([jnp.asarray(a, out.dtype) for a, out in zip(g, outs, strict=True)]))
+
+    points = ([leaves[i] for i in where], others)
+    backward = [forward(wrt) for wrt in points]
+    return [*(back() for back in backward), *(forward(wrt)() for wrt in points)]
 
 
 def arguments_untouched(case: Case) -> Iterator[Finding]:
     """Neither pass writes into an argument or a cotangent, nor frees one."""
-    g = case.cotangent(150)
-    before = [a.copy() for a in (*case.reals, *g)]
-    with x64_for(case.dtype):
-        given = to_jax(case.leaves)
-        pull(case.fun, case.where, given, g)
-        freed = any(a.is_deleted() for a in given)
-        with contextlib.suppress(Exception):  # NumPy arrays, which a function could write into
-            case.fun(*case.leaves)
+    before = [a.copy() for a in (*case.reals, *case.cotangent(150))]
+    given, g, _ = raising(case, "not compiled,", lambda: case.eager)
+    freed = any(a.is_deleted() for a in given)
+    with x64_for(case.dtype), contextlib.suppress(Exception):  # NumPy arrays, which a function could write into
+        case.fun(*case.leaves)
     try:
         chex.assert_trees_all_equal(before, [*case.reals, *g])
     except AssertionError:

@@ -1,7 +1,8 @@
 """A jaxpr evaluated with the numbers of mpmath, in NumPy arrays of objects.
 
-Real numbers are mpmath's, of as many digits as its context has; integers, booleans and random keys are evaluated by JAX
-itself. A primitive that only moves elements is applied to their positions. A new primitive is a new entry in `RULES`.
+Real numbers are mpmath's, of as many digits as its context has; integers and booleans are NumPy's. What has no entry in
+the tables below is evaluated by JAX itself where it only moves elements, on their positions, or has no real arguments,
+like the drawing of random bits. A new primitive is a new entry in `RULES`.
 """
 
 import functools
@@ -75,13 +76,17 @@ def _each(f: Callable) -> Callable:
     """A function of numbers as one of arrays; the result is an array even of no axes."""
 
     def of_arrays(*arrays):
-        arrays = np.broadcast_arrays(*arrays)
-        out = np.empty(arrays[0].shape, object)
-        for index in np.ndindex(out.shape):
-            out[index] = f(*(a[index] for a in arrays))
-        return out
+        with np.errstate(invalid="ignore"):  # NaN is a number like others here
+            out = np.frompyfunc(f, len(arrays), 1)(*arrays)
+        return out if isinstance(out, np.ndarray) else _scalar(out)
 
     return of_arrays
+
+
+def _scalar(number) -> np.ndarray:
+    out = np.empty((), object)
+    out[()] = number
+    return out
 
 
 def _dtype(atom: Any) -> Any:
@@ -117,8 +122,12 @@ def _apply(eqn: Any, values: list) -> list:
     if name in CALLS and inner:
         jaxpr, consts = jaxpr_and_consts(inner[0])
         return _evaluate(jaxpr, consts, values)
+    if name in BY_POSITION and all(isinstance(a, np.ndarray) for a in values):
+        return [exact(BY_POSITION[name](*values, **params))]
     if not any(jnp.issubdtype(_dtype(v), jnp.floating) for v in eqn.invars):  # exact as it is
-        outs = eqn.primitive.bind(*map(_native, values), **params)
+        if name in OF_INTEGERS and all(isinstance(a, np.ndarray) for a in values):
+            return [exact(OF_INTEGERS[name](*values, **params))]
+        outs = eqn.primitive.bind(*values, **params)
         return list(map(exact, outs if eqn.primitive.multiple_results else [outs]))
     if name in MOVES:
         return _moved(eqn, values)
@@ -128,20 +137,16 @@ def _apply(eqn: Any, values: list) -> list:
     raise Unknown(name)
 
 
-def _native(a):
-    return jnp.asarray(a) if isinstance(a, np.ndarray) else a
-
-
 def _moved(eqn, values: list) -> list:
     """A primitive that only moves elements, by what it makes of their positions."""
     real, start, operands = [], 1, []
     for a, atom in zip(values, eqn.invars, strict=True):
         if jnp.issubdtype(_dtype(atom), jnp.floating):
-            operands.append(jnp.arange(start, start + a.size).reshape(a.shape))
+            operands.append(np.arange(start, start + a.size).reshape(a.shape))
             real.extend(a.ravel())
             start += a.size
         else:
-            operands.append(_native(a))
+            operands.append(a)
     params = dict(eqn.params)
     fill = params.get("fill_value")
     params |= {"fill_value": -1} if "fill_value" in params else {}
@@ -154,17 +159,73 @@ def _moved(eqn, values: list) -> list:
     ]
 
 
-def _scalar(number) -> np.ndarray:
-    out = np.empty((), object)
-    out[()] = number
+MOVES = ("pad", "gather", "scatter", "split", "stack", "unstack")
+
+
+def _broadcast(a, *, shape, broadcast_dimensions, **_):
+    kept = dict(zip(broadcast_dimensions, a.shape, strict=True))
+    return np.broadcast_to(a.reshape([kept.get(i, 1) for i in range(len(shape))]), shape)
+
+
+def _iota(*, dtype, shape, dimension, **_):
+    sizes = [shape[dimension] if i == dimension else 1 for i in range(len(shape))]
+    return np.broadcast_to(np.arange(shape[dimension], dtype=dtype).reshape(sizes), shape)
+
+
+def _window(operand, starts, sizes) -> tuple:
+    """Where a slice lies that is moved until it fits, as XLA moves it."""
+    lows = [int(np.clip(int(i), 0, n - k)) for i, n, k in zip(starts, operand.shape, sizes, strict=True)]
+    return tuple(slice(low, low + k) for low, k in zip(lows, sizes, strict=True))
+
+
+def _update_slice(operand, update, *starts, **_):
+    out = operand.copy()
+    out[_window(operand, starts, update.shape)] = update
     return out
 
 
-MOVES = (
-    "broadcast_in_dim", "reshape", "transpose", "squeeze", "expand_dims", "concatenate", "slice", "dynamic_slice",
-    "dynamic_update_slice", "pad", "rev", "gather", "scatter", "split", "stack",
-    "unstack", "copy", "copy_p",
-)  # fmt: skip
+def _select(which, *cases, **_):
+    out = cases[0]
+    for k, case in enumerate(cases[1:], 1):
+        out = np.where(which == k, case, out)
+    return out
+
+
+BY_POSITION = {
+    "broadcast_in_dim": _broadcast,
+    "reshape": lambda a, *, new_sizes, **_: a.reshape(new_sizes),
+    "transpose": lambda a, *, permutation: a.transpose(permutation),
+    "squeeze": lambda a, *, dimensions: a.squeeze(axis=dimensions),
+    "concatenate": lambda *arrays, dimension: np.concatenate(arrays, dimension),
+    "slice": lambda a, *, start_indices, limit_indices, strides: a[
+        tuple(map(slice, start_indices, limit_indices, strides or [None] * a.ndim))
+    ],
+    "dynamic_slice": lambda a, *starts, slice_sizes: a[_window(a, starts, slice_sizes)],
+    "dynamic_update_slice": _update_slice,
+    "rev": lambda a, *, dimensions: np.flip(a, dimensions),
+    "select_n": _select,
+    "copy": lambda a: a,
+    "copy_p": lambda a: a,
+}
+"""What moves elements of any kind."""
+
+OF_INTEGERS = {
+    "iota": _iota,
+    "convert_element_type": lambda a, *, new_dtype, **_: a.astype(new_dtype),
+    "not": np.invert,
+    "reduce_or": lambda a, *, axes, **_: a.any(axis=axes),
+    "reduce_and": lambda a, *, axes, **_: a.all(axis=axes),
+    "reduce_sum": lambda a, *, axes, **_: a.sum(axis=axes, dtype=a.dtype),
+    **{
+        name: lambda a, b, f=f, **_: f(a, b)
+        for name, f in {
+            "add": np.add, "sub": np.subtract, "mul": np.multiply, "max": np.maximum, "min": np.minimum,
+            "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "eq": np.equal, "ne": np.not_equal,
+            "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+        }.items()
+    },
+}  # fmt: skip
+"""The arithmetic of integers and booleans, which wraps as XLA's does."""
 
 CALLS = (
     "jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call",
@@ -224,13 +285,24 @@ def _dot_general(a, b, *, dimension_numbers, **_):
 
 def _scatter(f: Callable) -> Callable:
     def scatter(operand, indices, updates, *, dimension_numbers, mode, **_):
-        """Each update goes where a one in its place goes."""
-        out, zero, indices = operand.copy(), jnp.zeros(operand.shape), _native(indices)
-        for k, number in enumerate(updates.ravel()):
-            one = jnp.zeros(updates.size).at[k].set(1.0).reshape(updates.shape)
-            for index in np.argwhere(jax.lax.scatter_add(zero, indices, one, dimension_numbers, mode=mode)):
-                out[tuple(index)] = f(out[tuple(index)], number)
-        return out
+        """Each update goes to the position that a gather with the same numbers reads."""
+        of, windows = dimension_numbers, iter(dimension_numbers.update_window_dims)
+        single = (*of.inserted_window_dims, *of.operand_batching_dims)
+        numbers = jax.lax.GatherDimensionNumbers(
+            offset_dims=of.update_window_dims,
+            collapsed_slice_dims=of.inserted_window_dims,
+            start_index_map=of.scatter_dims_to_operand_dims,
+            operand_batching_dims=of.operand_batching_dims,
+            start_indices_batching_dims=of.scatter_indices_batching_dims,
+        )
+        sizes = [1 if i in single else updates.shape[next(windows)] for i in range(operand.ndim)]
+        positions = np.arange(operand.size).reshape(operand.shape)
+        target = jax.lax.gather(positions, indices, numbers, sizes, mode=mode, fill_value=-1)
+        out = operand.flatten()
+        for position, number in zip(np.asarray(target).ravel(), updates.ravel(), strict=True):
+            if position >= 0:
+                out[position] = f(out[position], number)
+        return out.reshape(operand.shape)
 
     return scatter
 
@@ -291,14 +363,6 @@ def _convert(a, *, new_dtype, **_):
 def _bits(a, *, new_dtype, **_):
     """The bits of the rounded numbers, by which code splits a number in two; the parts add up to it all the same."""
     return np.asarray(a, f"float{8 * jnp.dtype(new_dtype).itemsize}").view(new_dtype)
-
-
-def _select(which, *cases):
-    out = np.empty(cases[0].shape, cases[0].dtype)
-    which = np.broadcast_to(np.asarray(which).astype(int), out.shape)
-    for index in np.ndindex(out.shape):
-        out[index] = cases[which[index]][index]
-    return out
 
 
 def _compare(f: Callable) -> Callable:
@@ -414,7 +478,6 @@ def _rules() -> dict[str, Callable]:
         "polynomial": lambda x, *c, **_: _each(_polynomial)(x, *c),
         "convert_element_type": _convert,
         "bitcast_convert_type": _bits,
-        "select_n": _select,
         "clamp": lambda low, x, high: _each(_clamp)(low, x, high),
         "round": _round,
         "reduce_sum": _reduction(lambda x, y: x + y, 0),

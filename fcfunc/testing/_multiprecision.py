@@ -63,9 +63,9 @@ def _at_points(case: Case, programs_of: Callable, message: str) -> Any:
     digits, constants = [], []
     with x64_for(np.float64), mpmath.workdps(DIGITS):
         try:
-            programs: Any = programs_of(wide)
+            value, derivative, directions = programs_of(wide)
             for where, at in _points(wide):
-                slopes = _slopes(at, *programs)
+                slopes = _slopes(at, value, derivative, directions)
                 if not any(expected for _, expected, _ in slopes) and any(abs(got) > 1e-6 for got, _, _ in slopes):
                     why = "the function does not move with its arguments, like one that searches or rounds"
                     raise NotApplicable(f"{why}; larger differences decide, or a reference=")
@@ -74,11 +74,11 @@ def _at_points(case: Case, programs_of: Callable, message: str) -> Any:
                         continue
                     off, scale = abs(got - expected), abs(expected) + noise / mpmath.mpf(EQUAL)
                     if not off <= mpmath.mpf(NEARLY[strict]) * scale + case.rtol * abs(expected) + case.atol:
-                        yield from _located(at, leaf, programs[0], programs[1], f"{message}, {where}")
+                        yield from _located(at, leaf, value, derivative, f"{message}, {where}")
                         return None
                     digits.append(DIGITS // 2 if not off else int(-mpmath.log10(off / scale)))
                     if off > mpmath.mpf(EQUAL) * scale:
-                        constants = [*programs[0].constants, *programs[1].constants]
+                        constants = [*value.constants, *derivative.constants]
                         if strict and not constants:
                             values: tuple = (None, float(got), float(expected))
                             text = f"{message} from digit {digits[-1]} on, {where}"
@@ -152,15 +152,25 @@ def _programs(case: Case, value: Callable, gradient: Callable, data: list) -> tu
 
 
 def _slopes(case: Case, value: Program, derivative: Program, directions: list) -> list[tuple]:
-    """For each leaf the derivative along its direction, the central difference, and the rounding error of that."""
-    reals, h = [exact(a) for a in case.reals], mpmath.mpf(STEP)
-    found = []
-    for i, (a, v, gradient) in enumerate(zip(reals, map(exact, directions), derivative(*reals), strict=True)):
-        right, left = (value(*reals[:i], a + s * h * v, *reals[i + 1 :])[()] for s in (1, -1))
+    """The derivative along a direction, the central difference, and the rounding error of that.
+
+    One along all leaves together where these are equal, otherwise one for each leaf.
+    """
+    reals, v, h = [exact(a) for a in case.reals], [exact(a) for a in directions], mpmath.mpf(STEP)
+    along = [mpmath.fsum(np.asarray(a * b, object).ravel()) for a, b in zip(derivative(*reals), v, strict=True)]
+
+    def slope(leaves):
+        right, left = (
+            value(*(a + s * h * v[i] if i in leaves else a for i, a in enumerate(reals)))[()] for s in (1, -1)
+        )
         noise = 1000 * (abs(right) + abs(left) + mpmath.mpf(LARGE)) * mpmath.mpf(10) ** -DIGITS / h
-        along = mpmath.fsum(np.asarray(gradient * v, object).ravel())
-        found.append((along, (right - left) / (2 * h), noise))
-    return found
+        return mpmath.fsum(along[i] for i in leaves), (right - left) / (2 * h), noise
+
+    every = range(len(reals))
+    got, expected, noise = together = slope(every)
+    if abs(got - expected) <= mpmath.mpf(EQUAL) * abs(expected) + noise:
+        return [together]
+    return [slope([i]) for i in every]
 
 
 def _located(case: Case, leaf: int, value: Program, derivative: Program, message: str) -> Iterator[Finding]:

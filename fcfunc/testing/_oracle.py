@@ -3,7 +3,7 @@
 import functools
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -104,6 +104,16 @@ def _inner(eqn) -> list:
     """The jaxprs that an equation holds."""
     params = jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr)
     return [jaxpr_and_consts(p)[0] for p in params if is_jaxpr(p)]
+
+
+def constants(closed: Any) -> Iterator[Any]:
+    """The arrays in a jaxpr and in those that its equations hold."""
+    jaxpr, consts = jaxpr_and_consts(closed)
+    yield from consts
+    for eqn in jaxpr.eqns:
+        for param in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr):
+            if is_jaxpr(param):
+                yield from constants(param)
 
 
 def other_rules(fun: Callable, *args) -> tuple[list[str], bool]:

@@ -253,7 +253,9 @@ def nan_kept(case: Case) -> Iterator[Finding]:
             row &= np.isnan(widened(out)).reshape(len(out), -1).all(axis=1)
         if case.has_reference and not where.startswith("args"):
             given = spoiled.outputs(spoiled.oracle)
-            if any((np.isnan(b) & ~np.isnan(a)).any() for a, b in zip(map(widened, outs), map(widened, given), strict=True)):
+            if any(
+                (np.isnan(b) & ~np.isnan(a)).any() for a, b in zip(map(widened, outs), map(widened, given), strict=True)
+            ):
                 yield finding(case, f"{where}: the reference is NaN, and the function is not")
                 return
         # A linear function of a NaN has a finite gradient, and so says automatic differentiation; a label that is not
