@@ -164,10 +164,13 @@ def _spoiled(case: Case) -> Iterator[tuple[str, Case, int, tuple]]:
     large = 1e30 if limits.maxexp > 100 else 1e4
     values = (large, -large, np.inf, -np.inf, np.nan, float(limits.tiny) / 8)
     floating = [i for i, a in enumerate(case.reals) if a.size and not is_complex(a)]
+    gradients = case.by_rule(case.cotangent(120))
     for leaf in floating:
         value = case.reals[leaf]
-        for draw in range(2):
-            at = tuple(int(i) for i in case.rng(121 + leaf + 50 * draw).integers(0, value.shape))
+        places = [case.rng(121 + leaf + 50 * draw).integers(0, value.shape) for draw in range(2)]
+        masked = np.argwhere(gradients[leaf] == 0)  # what does not count must not do harm
+        for place in [*places, *masked[:1]]:
+            at = tuple(int(i) for i in place)
             for extreme in values:
                 moved = value.copy()
                 moved[at] = extreme
