@@ -229,3 +229,50 @@ def test_without_mpmath_the_check_says_what_it_needs(monkeypatch):
     monkeypatch.delattr("fcfunc.testing._multiprecision", raising=False)
     (result,) = check_vjp(ops.relu, "n d", only="multiprecision").results
     assert (result.status, result.reason) == ("not applicable", "needs mpmath: pip install mpmath")
+
+
+@pytest.mark.parametrize(
+    ("fun", "slope"),
+    [
+        (lambda x: jnp.exp(-jnp.exp(x)), lambda x: -jnp.exp(x - jnp.exp(x))),
+        (lambda x: jnp.exp(jnp.exp(x)), lambda x: jnp.exp(x + jnp.exp(x))),
+        (lambda x: jnp.sin(x**5), lambda x: 5 * x**4 * jnp.cos(x**5)),
+    ],
+    ids=["exp of -exp", "exp of exp", "sine of a power"],
+)
+def test_a_steep_function_ends_and_is_equal_to_sixty_digits(fun, slope):
+    made = jax.custom_vjp(fun)
+    made.defvjp(lambda x: (fun(x), x), lambda x, g: (g * slope(x),))
+    (result,) = check_vjp(made, "n d", only="multiprecision").results
+    assert result.status == "passed", result
+    assert int(result.reason.split()[2]) >= 60
+
+
+@pytest.mark.parametrize(
+    ("fun", "args"),
+    [
+        (lambda x, k: x * jnp.bitwise_or.reduce(k, axis=-1).astype(jnp.float64), (np.float64(3), np.array([1, 2, 4]))),
+        (lambda x: jnp.where(x.astype(bool), 1.0, 0.0), (np.array([0.0, 0.5, -2.0]),)),
+        (lambda x: jnp.argmax(x).astype(jnp.float64), (np.array([1.0, np.nan, 3, np.nan]),)),
+        (lambda x: jnp.sort(x), (np.array([2.0, np.nan, 1, 3]),)),
+        (lambda x: x[:, :0] @ jnp.ones((0, 2)), (np.ones((3, 4)),)),
+        (lambda x: jnp.tile(x, 2), (np.array([1.0, 2]),)),
+        (lambda x: jnp.zeros(3).at[jnp.array([0, 0, 5])].max(x), (np.array([1.0, 2, 3]),)),
+    ],
+    ids=["or", "to bool", "argmax of NaN", "sort of NaN", "empty product", "tile", "scatter of maxima"],
+)
+def test_the_interpreter_computes_odd_cases_as_jax_does(fun, args):
+    with jax.enable_x64(True):
+        expected = np.asarray(fun(*map(jnp.asarray, args)), np.float64)
+        out = _interpreter.Program(fun, *map(jnp.asarray, args))(*map(_interpreter.exact, args))
+    np.testing.assert_array_equal(np.asarray(out, np.float64), expected)
+
+
+def test_complex_numbers_inside_are_not_evaluated():
+    def power(x):
+        return jnp.sum(jnp.abs(jnp.fft.fft(x)) ** 2, axis=-1)
+
+    made = jax.custom_vjp(power)
+    made.defvjp(lambda x: (power(x), x), lambda x, g: (2 * x.shape[-1] * g[:, None] * x,))
+    (result,) = check_vjp(made, "n 4", only="multiprecision").results
+    assert result.status == "not applicable", result

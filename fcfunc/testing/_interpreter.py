@@ -18,6 +18,9 @@ import numpy as np
 
 from fcfunc._jax_releases import is_jaxpr, jaxpr_and_consts, scan_arguments
 
+FAR = 1e7
+"""Beyond this an exponential counts as 0 or infinite: with more digits in the exponent than in the result."""
+
 LARGEST = float(np.finfo(np.float64).max)  # a bound of a clip, and not a rounded constant
 
 
@@ -122,6 +125,8 @@ def _apply(eqn: Any, values: list) -> list:
     if name in CALLS and inner:
         jaxpr, consts = jaxpr_and_consts(inner[0])
         return _evaluate(jaxpr, consts, values)
+    if any(jnp.issubdtype(_dtype(v), jnp.complexfloating) for v in (*eqn.invars, *eqn.outvars)):
+        raise Unknown(f"{name} of complex numbers" if name in {*RULES, *BY_POSITION, *MOVES} else name)
     if name in BY_POSITION and all(isinstance(a, np.ndarray) for a in values):
         return [exact(BY_POSITION[name](*values, **params))]
     if not any(jnp.issubdtype(_dtype(v), jnp.floating) for v in eqn.invars):  # exact as it is
@@ -159,7 +164,7 @@ def _moved(eqn, values: list) -> list:
     ]
 
 
-MOVES = ("pad", "gather", "scatter", "split", "stack", "unstack")
+MOVES = ("pad", "tile", "gather", "scatter", "split", "stack", "unstack")
 
 
 def _broadcast(a, *, shape, broadcast_dimensions, **_):
@@ -213,8 +218,8 @@ OF_INTEGERS = {
     "iota": _iota,
     "convert_element_type": lambda a, *, new_dtype, **_: a.astype(new_dtype),
     "not": np.invert,
-    "reduce_or": lambda a, *, axes, **_: a.any(axis=axes),
-    "reduce_and": lambda a, *, axes, **_: a.all(axis=axes),
+    "reduce_or": lambda a, *, axes, **_: np.bitwise_or.reduce(a, axis=axes),
+    "reduce_and": lambda a, *, axes, **_: np.bitwise_and.reduce(a, axis=axes),
     "reduce_sum": lambda a, *, axes, **_: a.sum(axis=axes, dtype=a.dtype),
     **{
         name: lambda a, b, f=f, **_: f(a, b)
@@ -275,8 +280,9 @@ def _dot_general(a, b, *, dimension_numbers, **_):
     batch = [a.shape[i] for i in a_batch]
     inner = math.prod(a.shape[i] for i in a_sum)
     shape = (*batch, *(a.shape[i] for i in a_free), *(b.shape[i] for i in b_free))
-    a = a.transpose(*a_batch, *a_free, *a_sum).reshape(math.prod(batch), -1, inner)
-    b = b.transpose(*b_batch, *b_sum, *b_free).reshape(math.prod(batch), inner, -1)
+    rows, columns = math.prod(a.shape[i] for i in a_free), math.prod(b.shape[i] for i in b_free)
+    a = a.transpose(*a_batch, *a_free, *a_sum).reshape(math.prod(batch), rows, inner)
+    b = b.transpose(*b_batch, *b_sum, *b_free).reshape(math.prod(batch), inner, columns)
     out = np.empty((len(a), a.shape[1], b.shape[2]), object)
     for k, i, j in np.ndindex(out.shape):
         out[k, i, j] = mpmath.fdot(zip(a[k, i], b[k, :, j], strict=True)) if inner else mpmath.mpf(0)
@@ -348,7 +354,8 @@ def _sort(*operands, dimension, num_keys, **_):
         raise Unknown("sort by several keys")
     rows = [np.moveaxis(a, dimension, -1).copy() for a in operands]
     for index in np.ndindex(rows[0].shape[:-1]):
-        order = sorted(range(rows[0].shape[-1]), key=lambda k, index=index: rows[0][index][k])
+        keys = [(bool(mpmath.isnan(x)), x) if _is_exact(rows[0]) else (False, x) for x in rows[0][index]]
+        order = sorted(range(len(keys)), key=keys.__getitem__)
         for row in rows:
             row[index] = row[index][order]
     return [np.moveaxis(row, -1, dimension) for row in rows]
@@ -357,11 +364,15 @@ def _sort(*operands, dimension, num_keys, **_):
 def _convert(a, *, new_dtype, **_):
     if jnp.issubdtype(new_dtype, jnp.floating):
         return a if _is_exact(a) else exact(np.asarray(a, np.float64))
+    if jnp.issubdtype(new_dtype, bool):
+        return _each(bool)(a).astype(bool)
     return np.vectorize(lambda x: int(x) if mpmath.isfinite(x) else 0, otypes=[np.int64])(a).astype(new_dtype)
 
 
 def _bits(a, *, new_dtype, **_):
     """The bits of the rounded numbers, by which code splits a number in two; the parts add up to it all the same."""
+    if jnp.dtype(new_dtype).itemsize < 2:
+        raise Unknown(f"bitcast_convert_type to {new_dtype}")
     return np.asarray(a, f"float{8 * jnp.dtype(new_dtype).itemsize}").view(new_dtype)
 
 
@@ -411,12 +422,25 @@ def _real(f: Callable, low=None, high=None) -> Callable:
     return safe
 
 
+def _bounded(f: Callable, below, above) -> Callable:
+    """A function that takes mpmath for ever far from 0, with its values there."""
+
+    def near(x):
+        return f(x) if mpmath.isnan(x) or abs(x) <= FAR else mpmath.mpf(above if x > 0 else below)
+
+    return near
+
+
 def _log(x):
     return -mpmath.inf if not x else mpmath.log(x)
 
 
 def _logistic(x):
-    return 1 / (1 + mpmath.exp(-x)) if x > -1e6 else mpmath.exp(x)
+    return 1 / (1 + mpmath.exp(-x))
+
+
+def _is_pole(x) -> bool:
+    return x <= 0 and x == mpmath.floor(x)
 
 
 def _log1p(x):
@@ -444,27 +468,32 @@ def _round(a, *, rounding_method, **_):
 
 def _rules() -> dict[str, Callable]:
     mp = mpmath
+    infinite, nan = mp.inf, mp.nan
     unary = {
         "neg": lambda x: -x, "sign": mp.sign, "floor": mp.floor, "ceil": mp.ceil, "abs": abs,
-        "exp": mp.exp, "exp2": lambda x: mp.mpf(2) ** x, "expm1": mp.expm1, "log": _real(_log, 0),
-        "log2": _real(lambda x: _log(x) / mp.log(2), 0),
-        "log1p": _real(_log1p, -1), "tanh": mp.tanh, "sinh": mp.sinh, "cosh": mp.cosh, "sin": mp.sin, "cos": mp.cos,
-        "tan": mp.tan, "asin": _real(mp.asin, -1, 1), "acos": _real(mp.acos, -1, 1), "atan": mp.atan,
-        "asinh": mp.asinh, "acosh": _real(mp.acosh, 1), "atanh": _real(mp.atanh, -1, 1), "logistic": _real(_logistic),
-        "erf": mp.erf, "erfc": mp.erfc, "erf_inv": _real(mp.erfinv, -1, 1),
-        "lgamma": lambda x: mp.log(abs(mp.gamma(x))),
-        "digamma": mp.digamma, "sqrt": _real(mp.sqrt, 0), "rsqrt": _real(lambda x: _divide(mp.mpf(1), mp.sqrt(x)), 0),
+        "exp": _bounded(mp.exp, 0, infinite), "exp2": _bounded(lambda x: mp.mpf(2) ** x, 0, infinite),
+        "expm1": _bounded(mp.expm1, -1, infinite), "logistic": _bounded(_logistic, 0, 1),
+        "log": _real(_log, 0), "log2": _real(lambda x: _log(x) / mp.log(2), 0), "log1p": _real(_log1p, -1),
+        "tanh": _bounded(mp.tanh, -1, 1), "sinh": _bounded(mp.sinh, -infinite, infinite),
+        "cosh": _bounded(mp.cosh, infinite, infinite),
+        "sin": _bounded(mp.sin, nan, nan), "cos": _bounded(mp.cos, nan, nan), "tan": _bounded(mp.tan, nan, nan),
+        "asin": _real(mp.asin, -1, 1), "acos": _real(mp.acos, -1, 1), "atan": mp.atan,
+        "asinh": mp.asinh, "acosh": _real(mp.acosh, 1), "atanh": _real(mp.atanh, -1, 1),
+        "erf": _bounded(mp.erf, -1, 1), "erfc": _bounded(mp.erfc, 2, 0), "erf_inv": _real(mp.erfinv, -1, 1),
+        "lgamma": _bounded(lambda x: infinite if _is_pole(x) else mp.re(mp.loggamma(x)), nan, nan),
+        "digamma": _bounded(lambda x: nan if _is_pole(x) else mp.digamma(x), nan, nan),
+        "sqrt": _real(mp.sqrt, 0), "rsqrt": _real(lambda x: _divide(mp.mpf(1), mp.sqrt(x)), 0),
         "cbrt": lambda x: mp.sign(x) * mp.cbrt(abs(x)), "square": lambda x: x * x,
         "one_minus_square": lambda x: 1 - x * x,
     }  # fmt: skip
     binary = {
         "add": lambda x, y: x + y, "add_any": lambda x, y: x + y, "sub": lambda x, y: x - y, "mul": lambda x, y: x * y,
         "div": _divide, "max": _maximum, "min": _minimum, "pow": _power, "atan2": lambda y, x: mp.atan2(y, x),
-        "rem": lambda x, y: mp.sign(x) * mp.fmod(abs(x), abs(y)),
+        "rem": lambda x, y: mp.sign(x) * mp.fmod(abs(x), abs(y)) if y and mp.isfinite(x) else mp.nan,
     }  # fmt: skip
     comparisons = {
         "eq": lambda x, y: x == y, "ne": lambda x, y: x != y, "lt": lambda x, y: x < y, "le": lambda x, y: x <= y,
-        "gt": lambda x, y: x > y, "ge": lambda x, y: x >= y,
+        "gt": lambda x, y: x > y, "ge": lambda x, y: x >= y, "lt_to": lambda x, y: x < y, "le_to": lambda x, y: x <= y,
     }  # fmt: skip
     same = ("stop_gradient", "reduce_precision", "reshard", "sharding_constraint", "pvary", "pcast")
     return {
@@ -484,8 +513,8 @@ def _rules() -> dict[str, Callable]:
         "reduce_prod": _reduction(lambda x, y: x * y, 1),
         "reduce_max": _reduction(_maximum, "-inf"),
         "reduce_min": _reduction(_minimum, "inf"),
-        "argmax": _arg(lambda x, y: x > y or mp.isnan(x)),
-        "argmin": _arg(lambda x, y: x < y or mp.isnan(x)),
+        "argmax": _arg(lambda x, y: x > y or (mp.isnan(x) and not mp.isnan(y))),
+        "argmin": _arg(lambda x, y: x < y or (mp.isnan(x) and not mp.isnan(y))),
         "cumsum": _cumulative(lambda x, y: x + y),
         "cumprod": _cumulative(lambda x, y: x * y),
         "cummax": _cumulative(_maximum),
@@ -495,6 +524,8 @@ def _rules() -> dict[str, Callable]:
         "dot_general": _dot_general,
         **{name: _scatter(lambda x, y: x + y) for name in ("scatter-add", "scatter_add")},
         **{name: _scatter(lambda x, y: x * y) for name in ("scatter-mul", "scatter_mul")},
+        **{name: _scatter(_maximum) for name in ("scatter-max", "scatter_max")},
+        **{name: _scatter(_minimum) for name in ("scatter-min", "scatter_min")},
     }
 
 
