@@ -125,13 +125,20 @@ def _positive(rng, shape, dtype):
     return rng.uniform(0.1, 2, shape).astype(dtype)
 
 
+def _mask(rng, shape):
+    """A mask that leaves something out, and something in, wherever there is more than one element."""
+    mask = rng.uniform(size=shape) < 0.7
+    mask.flat[:1], mask.flat[1:][-1:] = True, False
+    return mask
+
+
 OF_ROWS = {
-    "where": lambda rng, n, classes, dtype: rng.uniform(size=n) < 0.7,
+    "where": lambda rng, n, classes, dtype: _mask(rng, n),
     "weights": lambda rng, n, classes, dtype: _positive(rng, n, dtype),
     "class_weights": lambda rng, n, classes, dtype: _positive(rng, classes, dtype),
 }
 OF_ELEMENTS = {
-    "where": lambda rng, n, classes, dtype: rng.uniform(size=(n, classes)) < 0.7,
+    "where": lambda rng, n, classes, dtype: _mask(rng, (n, classes)),
     "weights": lambda rng, n, classes, dtype: _positive(rng, (n, classes), dtype),
     "positive_weights": lambda rng, n, classes, dtype: _positive(rng, classes, dtype),
 }
