@@ -21,9 +21,10 @@ def describe(x) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The class and the first line of an exception."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:400] if text else ''}"
+    """The class and the first line of an exception, and the next one where the first only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    count = 2 if lines and lines[0].endswith(":") else 1
+    return f"{type(error).__name__}: {' '.join(lines[:count])[:400]}"
 
 
 def array(where: str, /, **arrays) -> None:

@@ -583,3 +583,243 @@ def test_a_function_that_computes_in_bfloat16_is_compared_to_its_precision():
     assert report.ok, report
     assert "to the precision of bfloat16" in report.results[0].reason + report.results[1].reason
     assert not check_vjp(by(0.5), "n d, d m", dtypes=["float32"], only="oracle").ok
+
+
+def bisected(a):
+    def halve(_, ends):
+        low, high = ends
+        middle = (low + high) / 2
+        above = middle**3 + middle > a
+        return jnp.where(above, low, middle), jnp.where(above, middle, high)
+
+    low, high = jax.lax.fori_loop(0, 60, halve, (-1 - jnp.abs(a), 1 + jnp.abs(a)))
+    return (low + high) / 2
+
+
+def cubic_root(slope_at_0):
+    return rule(bisected, lambda a: (bisected(a),) * 2, lambda x, g: (g / (3 * x**2 + slope_at_0),))
+
+
+def test_differences_decide_where_automatic_differentiation_of_a_search_is_not_its_slope():
+    report = check_vjp(cubic_root(1), "n")
+    assert report.ok, report
+    (by_oracle,) = [r for r in report.results if r.check == "oracle"]
+    assert by_oracle.status == "inconclusive"
+    assert "differences of the function agree with the rule" in by_oracle.reason
+    assert check_vjp(cubic_root(2), "n").status == "FAILED"
+
+
+def test_what_is_not_required_does_not_make_a_report_ok():
+    compared = ("oracle", "multiprecision", "projected_differences", "adjoint", "precision_of_dtypes", "kinks")
+    report = check_vjp(half_sine, "n d", skip=(*compared, "shape_sweep", "second_order"))
+    assert report.status == "inconclusive", report
+
+
+def test_a_required_group_of_which_nothing_can_be_checked_makes_a_report_inconclusive():
+    options: dict[str, Any] = {"require": "second_order", "skip": "second_multiprecision"}
+    assert check_vjp(sine, "n d", **options).ok
+    report = check_vjp(sine, "n d", float64=False, **options)
+    assert report.status == "inconclusive"
+    assert "no check of the group second_order, which was required, could be made: float64=False" in str(report)
+
+
+def row_norm(x):
+    return jnp.sqrt(jnp.sum(x**2, axis=-1))
+
+
+def test_a_norm_whose_gradient_is_nan_at_0_fails_the_extremes_only():
+    norm = rule(row_norm, lambda x: (row_norm(x), x), lambda x, g: (g[:, None] * x / row_norm(x)[:, None],))
+    assert check_vjp(norm, "n d").ok
+    (finding,) = check_vjp(norm, "n d", require="extremes").findings
+    assert finding.check == "nan_at_zero"
+
+
+def test_a_backward_pass_that_loses_a_nan_of_the_cotangent_fails_the_extremes():
+    cleaned = rule(jnp.sin, lambda x: (jnp.sin(x), x), lambda x, g: (jnp.nan_to_num(g) * jnp.cos(x),))
+    (finding,) = check_vjp(cleaned, "n d", only="spoiled_cotangents").findings
+    assert "a cotangent of NaN is lost" in finding.message
+
+
+def test_a_rule_that_is_wrong_for_cotangents_of_one_sign_is_found():
+    def bwd(x, g):
+        return (jnp.where(jnp.all(g <= 0), 2 * g, g) * jnp.cos(x),)
+
+    wrong = rule(jnp.sin, lambda x: (jnp.sin(x), x), bwd)
+    (finding,) = check_vjp(wrong, "n d").findings
+    assert finding.check == "linear_in_cotangent"
+
+
+def test_a_number_that_is_not_differentiated_is_drawn_for_nondiff_argnums():
+    scaled = rule(lambda x, c: x * c, lambda x, c: (x * c, None), lambda c, _, g: (g * c,), nondiff_argnums=(1,))
+    report = check_vjp(scaled, "n d, ")
+    assert report.ok, report
+    assert report.statics == ("args[1]",)
+
+
+def test_a_rule_of_the_reference_is_kept():
+    def clipped(limit):
+        return rule(lambda x: x, lambda x: (x, None), lambda _, g: (jnp.clip(g, -limit, limit),))
+
+    options: dict[str, Any] = {"skip": ("linear_in_cotangent", "second_order", "adjoint")}
+    assert check_vjp(clipped(0.5), "n d", reference=clipped(0.5), **options).ok
+    assert check_vjp(clipped(0.5), "n d", reference=clipped(0.6), **options).status == "FAILED"
+
+
+def test_a_straight_through_estimator_passes_against_what_it_stands_for_in_second_order_too():
+    def rounded(x):
+        return jnp.round(x)
+
+    def stands_for(x):
+        return x + jax.lax.stop_gradient(rounded(x) - x)
+
+    through = rule(rounded, lambda x: (rounded(x), None), lambda _, g: (g,))
+    report = check_vjp(through, "n d", reference=stands_for, require="second_order")
+    assert report.ok, report
+    (finding,) = check_vjp(through, "n d", reference=lambda x: x).findings
+    assert "for a straight-through estimator, x + stop_gradient(f(x) - x)" in finding.message
+
+
+def test_an_argument_of_a_rule_that_raises_was_not_compared():
+    raises = rule(jnp.matmul, lambda a, b: (a @ b, (a, b)), lambda r, g: (g @ r[1], r[0].T @ g))
+    report = check_vjp(raises, "n d, d m")
+    assert report.arguments == {"args[0]": "not compared", "args[1]": "not compared"}
+    assert len(report.findings) == 1
+    assert report.notes == ()
+    assert "test_checker.py:" in report.findings[0].message
+
+
+def test_the_range_of_a_shape_is_given_once():
+    with pytest.raises(ValueError, match="the ranges of shapes are part of the string"):
+        check_vjp(sine, "n d", ranges={0: (0.0, 1.0)})
+
+
+@pytest.mark.parametrize(("factor", "dtype"), [(1.05, jnp.bfloat16), (1.01, jnp.float16)])
+def test_a_rule_that_is_a_few_roundings_off_as_a_whole_in_one_dtype_is_found(factor, dtype):
+    def bwd(x, g):
+        return (g * jnp.cos(x) * (jnp.asarray(factor, x.dtype) if x.dtype == dtype else 1),)
+
+    wrong = rule(jnp.sin, lambda x: (jnp.sin(x), x), bwd)
+    (finding,) = check_vjp(wrong, "n d", only="precision_of_dtypes").findings
+    assert "as a whole, by more than rounding" in finding.message
+
+
+def larger(share):
+    def bwd(residuals, g):
+        a, b = residuals
+        return jnp.where(a >= b, g, 0), jnp.where(b >= a if share == "given twice" else b > a, g, 0)
+
+    return rule(jnp.maximum, lambda a, b: (jnp.maximum(a, b), (a, b)), bwd)
+
+
+def test_the_gradient_of_two_equal_arguments_may_be_given_to_one_but_not_to_both():
+    assert check_vjp(larger("to the first"), "n d, n d", only="kinks").ok
+    (finding,) = check_vjp(larger("given twice"), "n d, n d", only="kinks").findings
+    assert "are equal, their sum is off" in finding.message
+
+
+def test_a_backward_pass_that_frees_an_output_is_found():
+    times = jax.jit(lambda g, y: g * y, donate_argnums=0)
+    freeing = rule(jnp.exp, lambda x: (jnp.exp(x),) * 2, lambda y, g: (times(g, y),))
+    (finding,) = check_vjp(freeing, "n d", only="arguments_untouched").findings
+    assert finding.message == "a cotangent was freed by the backward pass"
+
+
+def test_what_leaks_from_one_run_to_the_next_only_where_nothing_is_traced_is_found():
+    last = {}
+
+    def fwd(x):
+        if not isinstance(x, jax.core.Tracer):
+            last["x"] = x
+        return x**3, x
+
+    def bwd(x, g):
+        return (3 * (x if isinstance(x, jax.core.Tracer) else last["x"]) ** 2 * g,)
+
+    assert check_vjp(rule(lambda x: x**3, fwd, bwd), "n d", only="compiled_equals_eager").findings
+
+
+def test_integers_are_batched_too():
+    @jax.custom_batching.custom_vmap
+    def one_hot(labels):
+        return jnp.arange(4)[None] == labels[:, None]
+
+    @one_hot.def_vmap
+    def _(size, batched, labels):
+        return jnp.zeros((*labels.shape, 4), bool), True
+
+    def squares(z, labels):
+        return jnp.sum(jnp.where(jnp.arange(4)[None] == labels[:, None], z**2, 0), axis=-1)
+
+    wrong = rule(
+        squares,
+        lambda z, labels: (squares(z, labels), (z, labels)),
+        lambda residuals, g: (jnp.where(one_hot(residuals[1]), 2 * g[:, None] * residuals[0], 0), None),
+    )
+    (finding,) = check_vjp(wrong, "n 4, n:int<4", only="vmap_equals_loop").findings
+    assert "vmap over everything" in finding.message
+
+
+def test_a_rule_that_is_wrong_for_two_of_three_arguments_is_found():
+    def fwd(a, b, c):
+        factor = 2.0 if (a.perturbed, b.perturbed, c.perturbed) == (True, True, False) else 1.0
+        return a.value * b.value * c.value, (a.value, b.value, c.value, factor)
+
+    def bwd(residuals, g):
+        a, b, c, factor = residuals
+        return factor * g * b * c, g * a * c, g * a * b
+
+    product = jax.custom_vjp(lambda a, b, c: a * b * c)
+    product.defvjp(fwd, bwd, symbolic_zeros=True)
+    (finding,) = check_vjp(product, "n d, n d, n d", only="partial_cotangents").findings
+    assert finding.argument == "args[0]"
+
+
+def test_a_rule_whose_gradient_is_not_needed_is_no_finding():
+    tanh = rule(jnp.tanh, lambda x: (jnp.tanh(x), x), lambda x, g: (g * (1 - jnp.tanh(x) ** 2),))
+    report = check_vjp(lambda x: jnp.where(tanh(x) > 0.1, sine(x), x), "n d")
+    assert report.ok, report
+    (used,) = [r for r in report.results if r.check == "rule_used"]
+    assert used.reason == "the backward pass of tanh never runs, and the gradient is right without it"
+
+
+def test_a_rule_that_is_defined_again_is_checked_again():
+    made = jax.custom_vjp(lambda x: jnp.sin(x))
+    made.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (g,))
+    assert check_vjp(made, "n d").status == "FAILED"
+    made.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (g * jnp.cos(x),))
+    assert check_vjp(made, "n d").ok
+
+
+def test_a_number_of_steps_is_not_set_to_its_largest_value():
+    def power_of(x, k):
+        return jax.lax.fori_loop(0, k, lambda _, product: product * x, jnp.ones_like(x))
+
+    def bwd(residuals, g):
+        x, k = residuals
+        return k.astype(x.dtype) * power_of(x, k - 1) * g, None
+
+    made = rule(power_of, lambda x, k: (power_of(x, k), (x, k)), bwd)
+    args = (jnp.linspace(0.5, 1.5, 6).reshape(2, 3), jnp.array(5))
+    assert check_vjp(made, args, reference=lambda x, k: x ** k.astype(x.dtype), skip="second_order").ok
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8])
+def test_labels_of_narrow_dtypes_are_put_out_of_range(dtype):
+    def at_label(z, labels):
+        is_label = jnp.arange(4)[None] == labels[:, None].astype(jnp.int32)
+        return jnp.where((labels >= 0) & (labels < 4), jnp.sum(jnp.where(is_label, z**2, 0), axis=1), jnp.nan)
+
+    def bwd(residuals, g):
+        z, labels = residuals
+        return jnp.where(jnp.arange(4)[None] == labels[:, None].astype(jnp.int32), 2 * z * g[:, None], 0), None
+
+    made = rule(at_label, lambda z, labels: (at_label(z, labels), (z, labels)), bwd)
+    args = (jnp.linspace(1, 2, 12).reshape(3, 4), jnp.array([3, 0, 1], dtype))
+    (finding,) = check_vjp(made, args, only="nan_kept").findings
+    assert "the output of row 0 is NaN, and its gradient is finite" in finding.message
+
+
+def test_arguments_of_two_precisions_are_taken_as_jax_takes_them():
+    product = rule(lambda a, b: a * b, lambda a, b: (a * b, (a, b)), lambda r, g: (g * r[1], g * r[0]))
+    report = check_vjp(product, (np.random.default_rng(0).standard_normal((3, 2)), jnp.ones((3, 2))))
+    assert report.ok, report

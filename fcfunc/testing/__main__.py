@@ -3,7 +3,7 @@
     python -m fcfunc.testing package.module:function "n d, d m, m"
 
 Prints the report. Exit status: 0 where all is well, 1 where something was found, 2 where the function could not be
-called, 3 where nothing was found and nothing could be compared.
+imported or called, 3 where nothing was found and something could not be compared, 130 on Ctrl-C.
 """
 
 import argparse
@@ -26,6 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--require", nargs="*", choices=(*GROUPS, "all"), default=[], help="groups of further checks")
     parser.add_argument("--only", nargs="*", default=[], help="checks or groups to run")
     parser.add_argument("--skip", nargs="*", default=[], help="checks or groups to leave out")
+    parser.add_argument("--argnums", type=int, nargs="*", help="the arguments to differentiate; all by default")
+    parser.add_argument("--rtol", type=float, default=0.0, help="a relative error to allow, for solvers")
+    parser.add_argument("--atol", type=float, default=0.0, help="an absolute error to allow")
     parser.add_argument("--dtype", default="float32", help="of what is drawn")
     parser.add_argument("--seed", type=int, default=0, help="of every draw")
     parser.add_argument("--budget", type=float, help="seconds after which no further check is started")

@@ -3,8 +3,11 @@
 import contextlib
 import dataclasses
 import functools
+import re
+import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,9 @@ import numpy as np
 from fcfunc._arguments import first_line
 from fcfunc._jax_releases import quick_options
 from fcfunc.testing import _oracle
+
+INSIDE = re.compile(r"[/\\](jax[/\\]_src|fcfunc[/\\](testing|_rule)|contextlib\.py|functools\.py)")
+"""The files of JAX and of this package in a traceback."""
 
 
 class NotApplicable(Exception):
@@ -29,6 +35,12 @@ class RuleRaised(Exception):
     def __init__(self, case: "Case", error: BaseException, way: str = ""):
         super().__init__(first_line(error))
         self.case, self.error, self.way = case, error, way
+
+    @property
+    def place(self) -> str:
+        """The last line of the caller's own code that was running; empty if there is none."""
+        frames = [f for f in traceback.extract_tb(self.error.__traceback__) if not INSIDE.search(f.filename)]
+        return f" ({'/'.join(Path(frames[-1].filename).parts[-2:])}:{frames[-1].lineno})" if frames else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,12 +174,30 @@ class Case:
             raise RuleRaised(self, e) from e
 
     @functools.cached_property
-    def eager(self) -> tuple[list, list, list]:
-        """The one run that is not compiled: its arguments, its cotangent, and the gradients by the rule."""
+    def eager(self) -> "Eager":
+        """The one run that is not compiled: a second forward pass, and only then the backward pass, twice."""
         g = self.cotangent(150)
         with x64_for(self.dtype):
-            given = to_jax(self.leaves)
-            return given, g, to_numpy(pull(self.fun, self.where, given, g)[1])
+            leaves, cotangent = to_jax(self.leaves), to_jax(g)
+            reals = [leaves[i] for i in self.where]
+
+            def of(*reals):
+                return self.fun(*replaced(leaves, self.where, reals))
+
+            outs, back = jax.vjp(of, *reals)
+            jax.vjp(of, *to_jax(self.nearby.reals))
+            first = to_numpy(back(cotangent))
+            given = {"an argument": leaves, "an output": outs, "a cotangent": cotangent}
+            freed = [name for name, arrays in given.items() if any(a.is_deleted() for a in arrays)]
+            second = [] if freed else to_numpy(back(cotangent))
+        return Eager(g, first, second, tuple(freed))
+
+    @functools.cached_property
+    def nearby(self) -> "Case":
+        """The case at other numbers, a few percent away, which are inside a declared range too."""
+        rng = self.rng(141)
+        steps = [normal(rng, a.shape, a.dtype) * np.asarray(0.02, a.dtype) for a in self.reals]
+        return self.with_reals([(a + s * np.abs(a)).astype(a.dtype) for a, s in zip(self.reals, steps, strict=True)])
 
     @functools.cached_property
     def watched(self) -> tuple[list, list, BaseException | None]:
@@ -219,6 +249,22 @@ class Case:
             np.allclose(a, b, rtol=scale, atol=scale * (1 + np.abs(b).max(initial=0)))
             for a, b in zip(narrow, wide, strict=True)
         )
+
+
+class Eager(NamedTuple):
+    """What a run that is not compiled gave.
+
+    Attributes:
+      g: the cotangent.
+      gradients: by the backward pass.
+      again: by the same backward pass a second time.
+      freed: what JAX says is deleted after it: "an argument", "an output", "a cotangent".
+    """
+
+    g: list
+    gradients: list
+    again: list
+    freed: tuple[str, ...]
 
 
 def in_float64_if_taken(case: Case) -> Case:
@@ -320,7 +366,7 @@ def is_complex(a) -> bool:
 
 def is_array(leaf) -> bool:
     """Whether a leaf is an array, and not a number or an object that is held fixed."""
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
+    return isinstance(leaf, jax.Array) or (isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "biufcV")
 
 
 def is_key(leaf) -> bool:
@@ -329,7 +375,7 @@ def is_key(leaf) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def of_leaves(fun: Callable, treedef, positions: tuple, statics: tuple, kwargs: tuple) -> Callable:
+def of_leaves(fun: Callable, treedef, positions: tuple, statics: tuple, kwargs: tuple, rule: tuple = ()) -> Callable:
     """`fun` as a function of the array leaves of its arguments, and only the real or complex leaves of its output.
 
     Args:
@@ -338,6 +384,7 @@ def of_leaves(fun: Callable, treedef, positions: tuple, statics: tuple, kwargs: 
       positions: which of their leaves are arrays.
       statics: the other leaves, with their types: 1, 1.0 and True are equal and are not one argument.
       kwargs: its options, likewise.
+      rule: of `fun`, where it is a rule itself, which can be defined again.
     """
 
     def of_arrays(*arrays):

@@ -41,7 +41,8 @@ CHECKS = {
         _transforms.reverse_over_reverse, _transforms.forward_over_reverse, second_multiprecision,
     ),
     "extremes": (
-        _points.accuracy, _points.extremes, _points.nan_kept, _points.spoiled_cotangents, _points.other_integers,
+        _points.accuracy, _points.nan_at_zero, _points.extremes, _points.nan_kept, _points.spoiled_cotangents,
+        _points.other_integers,
     ),
     "sizes": (_numbers.finite_differences, _numbers.every_size, _numbers.ranks),
     "meshes": (_meshes.sharded_equals_unsharded, _meshes.shard_map_equals_unsharded),

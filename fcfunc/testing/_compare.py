@@ -49,7 +49,9 @@ class Finding:
         where = f" {self.argument}{list(self.index) if self.index else ''}" if self.argument else ""
         values = ""
         if self.got is not None and self.expected is not None:
-            values = f": got {self.got:.9g}, expected {self.expected:.9g}, off by {abs(self.got - self.expected):.2g}"
+            off = abs(self.got - self.expected)
+            values = f": got {self.got:.9g}, expected {self.expected:.9g}"
+            values += f", off by {off:.2g}" if math.isfinite(off) else ""
             values += f" ({self.ulps:.2g} ulp of {self.dtype})" if self.ulps is not None else ""
         sizes = " at " + ", ".join(f"{k}={v}" for k, v in self.sizes.items()) if self.sizes else ""
         also = f"\n    found by {', '.join(self.also)} as well" if self.also else ""
@@ -84,7 +86,7 @@ def attempt(findings: Iterator[Finding]) -> tuple[list[Finding], Exception | str
             if str(by_oracle).endswith(str(e)):
                 return found, Inconclusive(f"the rule and automatic differentiation both raise: {e}")
         way = f"{e.way} " if e.way else ""
-        return [*found, finding(e.case, f"{way}the rule raises: {e}")], None
+        return [*found, finding(e.case, f"{way}the rule raises: {e}{e.place}")], None
     except Exception as e:
         return found, Inconclusive(f"the check ended in an error: {first_line(e)}")
 
@@ -199,6 +201,30 @@ def disagreements(case: Case, directions: int, message: str) -> Iterator[Finding
     if len(undecided) == directions:
         raise Inconclusive(undecided[0])
     yield from findings[:1]  # 0 here but not everywhere
+
+
+def systematic_error(case: Case, message: str) -> Iterator[Finding]:
+    """A leaf that is too large or too small as a whole, by more than a few roundings of one number."""
+    g = case.cotangent(0)
+    wide, wide_g, rng = case.in_float64, [widened(a) for a in g], case.rng(98)
+    if not case.same_function_in_float64:
+        return
+    truth, auto, got = wide.by_oracle(wide_g), case.by_oracle(g), case.by_rule(g)
+    cancels = rounding(case, auto, 8.0, g)  # a sum of larger terms is all rounding
+    moved = [
+        wide.with_reals([a * (1 + case.eps * rng.choice([-1.0, 1.0], a.shape)) for a in wide.reals]).by_oracle(wide_g)
+        for _ in range(3)
+    ]
+    for leaf, (path, t) in enumerate(zip(case.paths, truth, strict=True)):
+        size = float(np.sum(np.abs(t) ** 2))
+        if not np.isfinite(size) or max_abs(t) <= 2 * cancels[leaf]:
+            continue
+        of_auto, of_rule, *of_moved = (
+            abs(float(np.sum((widened(a[leaf]) - t) * np.conj(t)).real)) / size for a in (auto, got, *moved)
+        )
+        allowed = 2 * case.eps + 4 * max(of_auto, *of_moved) + case.rtol
+        if np.isfinite(of_auto) and not of_rule <= allowed:
+            yield finding(case, f"{message}: off by {of_rule:.1%} as a whole, by more than rounding", path)
 
 
 def says_nothing(case: Case, got: list, expected: list) -> str:

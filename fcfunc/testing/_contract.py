@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Iterator
 
@@ -11,10 +12,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from fcfunc.testing import _case, _oracle
-from fcfunc.testing._case import Case, NotApplicable, first_line, is_inexact, pull, to_jax, to_numpy, widened, x64_for
+from fcfunc.testing._case import (
+    Case,
+    Inconclusive,
+    NotApplicable,
+    first_line,
+    is_inexact,
+    pull,
+    to_jax,
+    to_numpy,
+    widened,
+    x64_for,
+)
 from fcfunc.testing._compare import (
     Finding,
     compare,
+    disagreements,
     finding,
     max_abs,
     raising,
@@ -35,7 +48,10 @@ def repeatable(case: Case) -> Iterator[Finding]:
         with x64_for(case.dtype):
             return to_numpy(pull(case.fun, case.where, case.leaves, g)[1])
 
-    first, *later = raising(case, "", lambda: [_program(case, g) for _ in range(3)])
+    try:
+        first, *later = [_program(case, g) for _ in range(3)]
+    except Exception as e:
+        raise NotApplicable(f"the rule raises: {first_line(e)}") from None
     if all(_same_program(first, program) for program in later):
         return
     expected = raising(case, "", gradients)
@@ -141,8 +157,10 @@ def rule_used(case: Case) -> Iterator[Finding]:
             raise NotApplicable("no custom_vjp function is called")
         outer = {call.name for call in calls if not call.inner}
         for name in sorted(outer - {call.name for call in calls if call.cotangents}):
-            message = f"the backward pass of {name} never runs{way}: its gradient comes from elsewhere, or is lost"
-            yield finding(case, message)
+            message = f"the backward pass of {name} never runs{way}"
+            if not list(disagreements(made, 1, "")):  # the function may need no gradient of it
+                raise Inconclusive(f"{message}, and the gradient is right without it")
+            yield finding(case, f"{message}: its gradient comes from elsewhere, or is lost")
 
 
 def zero_cotangent(case: Case) -> Iterator[Finding]:
@@ -171,6 +189,10 @@ def linear_in_cotangent(case: Case) -> Iterator[Finding]:
         if found:
             yield from found
             return
+    ones = [np.ones_like(a) for a in g]
+    negative, opposite = case.by_rule([-a for a in ones]), [-widened(a) for a in case.by_rule(ones)]
+    allowed = [underflow(case) + case.rtol * max_abs(a) + case.atol for a in opposite]
+    yield from compare(case, negative, opposite, allowed, "a cotangent of -1 must give the gradient of 1 times -1")
     parts = [widened(a) + widened(b) for a, b in zip(base, case.by_rule(h), strict=True)]
     summed = case.by_rule([a + b for a, b in zip(g, h, strict=True)])
     try:
@@ -187,41 +209,51 @@ def partial_cotangents(case: Case) -> Iterator[Finding]:
     g = case.cotangent(90)
     if len(g) < 2 and len(case.reals) < 2:
         raise NotApplicable("there is one output and one argument")
-    alone = [(i, None) for i in range(len(case.reals)) if len(case.reals) > 1]
+    every, count = range(len(case.reals)), len(case.reals)
+    some = [*itertools.combinations(every, 1)] if count > 1 else []
+    some += [*itertools.combinations(every, count - 1)] if count > 2 else []
+    alone: list[tuple] = [(arguments, None) for arguments in some]
     alone += [(None, k) for k in range(len(g)) if len(g) > 1]
 
     def run(chosen):
         with x64_for(case.dtype):
             return list(map(to_numpy, _alone(case.fun, case.where, tuple(chosen), to_jax(case.leaves), to_jax(g))))
 
-    def way(i, k):
-        return f"with output {k} differentiated alone" if i is None else f"differentiated alone, {case.paths[i]}:"
+    def way(arguments, k):
+        if arguments is None:
+            return f"with output {k} differentiated alone"
+        return f"differentiated without the others, {', '.join(case.paths[i] for i in arguments)}:"
 
     try:
         gradients = run(alone)
     except Exception:  # which one?
         gradients = [raising(case, way(*one), lambda one=one: run([one])[0]) for one in alone]
     whole = case.by_rule(g)
-    for (i, k), got in zip(alone, gradients, strict=True):
-        if i is not None:
-            at = dataclasses.replace(case, where=(case.where[i],), paths=(case.paths[i],), ranges=(case.ranges[i],))
-            expected = whole[i : i + 1]
-            message = "differentiated alone, this argument has another gradient than with the others"
+    for (arguments, k), got in zip(alone, gradients, strict=True):
+        if arguments is not None:
+            parts = ([of[i] for i in arguments] for of in (case.where, case.paths, case.ranges))
+            where, paths, ranges = map(tuple, parts)
+            at = dataclasses.replace(case, where=where, paths=paths, ranges=ranges)
+            expected = [whole[i] for i in arguments]
+            message = "differentiated without the others, this argument has another gradient than with them"
             yield from compare(at, got, expected, rounding(at, expected, g=g), message)
         else:
             expected = case.by_oracle([a if j == k else np.zeros_like(a) for j, a in enumerate(g)])
             allowed = rounding(case, expected, 64.0 if case.eps < 1e-10 else 4.0e3)
-            yield from compare(case, got, expected, allowed, f"{way(i, k)} the gradient is wrong")
+            yield from compare(case, got, expected, allowed, f"{way(None, k)} the gradient is wrong")
 
 
 @_case.compiled(0, 1, 2)
 def _alone(fun: Callable, where: tuple, alone: tuple, leaves: list, g: list) -> list[list]:
-    """The gradient of argument `i` alone for each `(i, None)`, all gradients of output `k` alone for `(None, k)`."""
+    """The gradients of some arguments for each `(arguments, None)`, all of output `k` alone for `(None, k)`."""
 
     def of_output(k):
         return pull(lambda *leaves: [fun(*leaves)[k]], where, leaves, [g[k]])[1]
 
-    return [of_output(k) if i is None else pull(fun, (where[i],), leaves, g)[1] for i, k in alone]
+    def of_arguments(arguments):
+        return pull(fun, tuple(where[i] for i in arguments), leaves, g)[1]
+
+    return [of_output(k) if arguments is None else of_arguments(arguments) for arguments, k in alone]
 
 
 def forward_output(case: Case) -> Iterator[Finding]:
@@ -238,13 +270,18 @@ def forward_output(case: Case) -> Iterator[Finding]:
             yield finding(case, message)
             return
     plain, ruled = case.outputs(), to_numpy(ruled)
-    yield from different_outputs(case, ruled, plain, 16.0, "under differentiation the output is another")
+    message = "the forward pass of the rule returns another value than the function"
+    yield from different_outputs(case, ruled, plain, 16.0, message)
     if case.has_reference:
         try:
             given = case.outputs(case.oracle)
         except Exception as e:
             raise _case.Inconclusive(f"the reference raises: {first_line(e)}") from None
-        yield from different_outputs(case, plain, given, 64.0, "the function differs from the reference")
+        message = (
+            "the value of the function is not that of the reference, which must have the same values and the gradient "
+            "that is meant: for a straight-through estimator, x + stop_gradient(f(x) - x)"
+        )
+        yield from different_outputs(case, plain, given, 64.0, message)
 
 
 def different_outputs(case: Case, got: list, expected: list, factor: float, message: str) -> Iterator[Finding]:
@@ -259,14 +296,15 @@ def different_outputs(case: Case, got: list, expected: list, factor: float, mess
 
 def interleaved(case: Case) -> Iterator[Finding]:
     """Two forward passes, then two backward passes, first in first out: nothing leaks from one to the other."""
-    g, rng = case.cotangent(140), case.rng(141)
-    other = case.with_reals(
-        [a + _case.normal(rng, a.shape, a.dtype) * np.asarray(0.01, a.dtype) * np.abs(a) for a in case.reals]
-    )
+    g = case.cotangent(140)
+    eager = raising(case, "not compiled,", lambda: case.eager)
+    if not eager.freed:
+        message = "a second backward pass gives other bits than the first"
+        yield from compare(case, eager.again, eager.gradients, 0.0, message)
 
     def run():
         with x64_for(case.dtype):
-            given = map(to_jax, (case.leaves, other.reals, g))
+            given = map(to_jax, (case.leaves, case.nearby.reals, g))
             return list(map(to_numpy, _twice(case.fun, case.where, *given)))
 
     *together, first, second = raising(case, "called twice before its backward pass,", run)
@@ -289,15 +327,14 @@ def _twice(fun: Callable, where: tuple, leaves: list, others: list, g: list) -> 
 
 
 def arguments_untouched(case: Case) -> Iterator[Finding]:
-    """Neither pass writes into an argument or a cotangent, nor frees one."""
+    """Neither pass writes into an argument or a cotangent, nor frees one or an output."""
     before = [a.copy() for a in (*case.reals, *case.cotangent(150))]
-    given, g, _ = raising(case, "not compiled,", lambda: case.eager)
-    freed = any(a.is_deleted() for a in given)
+    eager = raising(case, "not compiled,", lambda: case.eager)
     with x64_for(case.dtype), contextlib.suppress(Exception):  # NumPy arrays, which a function could write into
         case.fun(*case.leaves)
     try:
-        chex.assert_trees_all_equal(before, [*case.reals, *g])
+        chex.assert_trees_all_equal(before, [*case.reals, *eager.g])
     except AssertionError:
-        freed = True
-    if freed:
-        yield finding(case, "an argument or a cotangent was freed or written into")
+        yield finding(case, "an argument or a cotangent was written into")
+    for name in eager.freed:
+        yield finding(case, f"{name} was freed by the backward pass")

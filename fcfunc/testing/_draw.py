@@ -33,8 +33,8 @@ class Shapes:
             match = TOKEN.fullmatch(part.strip())
             if match is None or not text.strip():
                 raise ValueError(
-                    "check_vjp: cannot read this shape; expected are names or numbers of sizes, then at most one of "
-                    f"{KINDS}\n  {text}\n  {' ' * position}{'^' * max(len(part), 1)}"
+                    f"check_vjp: cannot read the shape {part.strip()!r}; expected are names or numbers of sizes, then "
+                    f"at most one of {KINDS}\n  {text}\n  {' ' * position}{'^' * max(len(part), 1)}"
                 )
             dims, kind = match["dims"].split(), match["kind"] or "real"
             if kind == "positive":

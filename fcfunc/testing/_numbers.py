@@ -34,6 +34,7 @@ from fcfunc.testing._compare import (
     max_abs,
     rounding,
     says_nothing,
+    systematic_error,
     where_defined,
 )
 
@@ -62,6 +63,8 @@ def precision_of_dtypes(case: Case) -> Iterator[Finding]:
             narrow.outs  # noqa: B018  (NotApplicable if the function does not take this dtype)
             yield from _contract.cotangent_types(narrow)
             found, ended = attempt(disagreements(narrow, 1, message))
+            if not found and ended is None:
+                found, _ = attempt(systematic_error(narrow, f"in {name} the gradient is wrong"))
         except NotApplicable as e:
             found, ended = [], e
         yield from found
@@ -139,6 +142,30 @@ def against_differences(case: Case, directions_of: Callable) -> Iterator[Finding
             yield finding(wide, message, path, index, float(along(gradient)[k]), float(slopes[k]))
     if not kept:
         raise Inconclusive("every difference stepped over a kink, there is no element, or the reference is a surrogate")
+
+
+def oracle_misleads(case: Case) -> bool:
+    """Whether the function's slopes are those of the rule, and not those of automatic differentiation."""
+    if case.has_reference or case.is_complex:
+        return False
+    try:
+        wide = case.in_float64
+        g = wide.cotangent(20)
+        rule, auto = wide.by_rule(g), wide.by_oracle(g)
+    except Exception:  # said by other checks
+        return False
+    off = False
+    for leaf, (a, b) in enumerate(zip(rule, auto, strict=True)):
+        if not a.size:
+            continue
+        directions = wide.rng(29 + leaf).choice([-1.0, 1.0], (3, *a.shape))
+        slopes, errors = central_differences(wide, g, leaf, directions)
+        by_rule, by_auto = (np.abs(np.tensordot(directions, x, axes=x.ndim) - slopes) for x in (a, b))
+        scale = np.abs(slopes) + max_abs(a)
+        if not (by_rule <= 1e-5 * scale + 20 * errors).all():
+            return False
+        off |= bool((by_auto > 1e-3 * scale + 40 * errors).any())
+    return off
 
 
 def finite_differences(case: Case) -> Iterator[Finding]:
@@ -243,13 +270,28 @@ def _sweep(case: Case, sizes_of: Callable, message: str) -> Iterator[Finding]:
         raise reasons[0]
 
 
+def _takes(case: Case, fun: Callable, sizes: dict) -> bool:
+    """Whether a function returns something at other sizes."""
+    try:
+        other = case.at(sizes)
+        with x64_for(other.dtype):
+            jax.eval_shape(fun, *other.leaves)
+    except Exception:
+        return False
+    return True
+
+
 def _at_sizes(case: Case, sizes: dict, message: str) -> Iterator[Finding]:
     try:
         other = in_float64_if_taken(case.at(sizes))  # one dtype to compile
         other.outs  # noqa: B018  (NotApplicable if the function does not take these sizes)
         jax.block_until_ready(other.outputs())
-    except NotApplicable:
-        raise
     except Exception as e:
+        if "sizes" in case.required and case.has_reference and _takes(case, case.oracle, sizes):
+            message = f"the function raises at these sizes, and the reference does not: {first_line(e)}"
+            yield finding(case.at(sizes), message)
+            return
+        if isinstance(e, NotApplicable):
+            raise
         raise NotApplicable(f"the function does not take these sizes: {first_line(e)}") from None
     yield from disagreements(other, 1, message)

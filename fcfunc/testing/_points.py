@@ -1,6 +1,7 @@
 """The checks at points that matter: kinks, tails, extremes, NaN, and integers out of range."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -62,6 +63,7 @@ def kinks(case: Case) -> Iterator[Finding]:
             index = tuple(int(i) for i in off[0])
             message = f"at {point:g} the derivative was declared to be {slope:g}"
             yield finding(at, message, case.paths[0], index, float(got[index]), float(slope))
+    yield from _tied_arguments(wide)
     ties = False
     for name, at in special_points(wide):
         g = at.cotangent(110)
@@ -82,20 +84,52 @@ def kinks(case: Case) -> Iterator[Finding]:
                     return
 
 
-def _at_kink(case, g, leaf, index, got, expected, ties) -> tuple[Finding | None, bool]:
-    """Whether a gradient that is not the oracle's is wrong, and whether there is a kink."""
-    h, base = 1e-6, case.reals[leaf]
+def _tied_arguments(case: Case) -> Iterator[Finding]:
+    """Where two arguments are equal, as in a maximum, their gradients may be shared at will, but not given twice."""
+    for first, second in itertools.combinations(range(len(case.reals)), 2):
+        a, b = case.reals[first], case.reals[second]
+        if a.shape != b.shape or is_complex(a) or not (inside(case, first, b).all() and inside(case, second, a).all()):
+            continue
+        tied = case.with_real(second, a.copy())
+        g = tied.cotangent(111)
+        try:
+            expected = tied.by_oracle(g)
+        except Inconclusive:
+            return
+        got = tied.by_rule(g)
+        # Along both, the function has a slope that automatic differentiation knows.
+        got_sum, expected_sum = got[first] + got[second], expected[first] + expected[second]
+        size = 1e-9 * (max_abs(expected[first]) + max_abs(expected[second]) + 1)
+        off = np.isfinite(expected_sum) & ~(np.abs(got_sum - expected_sum) <= size + case.rtol * size * 1e9 + case.atol)
+        for index in map(tuple, np.argwhere(off)[:1]):
+            left, right = _slopes_along(tied, g, (first, second), index)
+            near = 1e-4 * (1 + abs(left))
+            if abs(left - right) < near < abs(left - got_sum[index]):
+                message = f"where {case.paths[first]} and {case.paths[second]} are equal, their sum is off"
+                values = tuple(int(i) for i in index), float(got_sum[index]), float(expected_sum[index])
+                yield finding(tied, message, case.paths[first], *values)
+                return
+
+
+def _slopes_along(case: Case, g: list, leaves: tuple[int, ...], index: tuple) -> tuple[float, float]:
+    """The slopes to the left and right where one element of several leaves moves."""
 
     def value(delta):
-        moved = base.copy()
-        moved[index] += delta
-        outs = case.with_real(leaf, moved).outputs()
-        return sum(float(np.sum(a * b).real) for a, b in zip(outs, g, strict=True))
+        reals = [a.copy() for a in case.reals]
+        for leaf in leaves:
+            reals[leaf][index] += delta
+        return sum(float(np.sum(a * b).real) for a, b in zip(case.with_reals(reals).outputs(), g, strict=True))
 
-    center = value(0.0)
-    left, right = (center - value(-h)) / h, (value(h) - center) / h
+    h, center = 1e-6, value(0.0)
+    return (center - value(-h)) / h, (value(h) - center) / h
+
+
+def _at_kink(case, g, leaf, index, got, expected, ties) -> tuple[Finding | None, bool]:
+    """Whether a gradient that is not the oracle's is wrong, and whether there is a kink."""
+    left, right = _slopes_along(case, g, (leaf,), index)
     if not np.isfinite(left + right):
         return None, False  # outside the function's domain
+    center = sum(float(np.sum(a * b).real) for a, b in zip(case.outputs(), g, strict=True))
     size = max(abs(left), abs(right), 1.0) + abs(center)
     low, high = min(left, right), max(left, right)
     least = 0.0 if low <= 0 <= high else (low if low > 0 else high)
@@ -107,8 +141,28 @@ def _at_kink(case, g, leaf, index, got, expected, ties) -> tuple[Finding | None,
         return finding(case, "the function is smooth here, and the rule is wrong", path, index, a, b), False
     if abs(a - least) < near or (ties and low - near < a < high + near) or case.at_kink:
         return None, True
-    message = f"at a kink (slopes {left:.4g} and {right:.4g}) neither the oracle's derivative nor the one of least norm"
+    message = (
+        f"at a kink, where the slopes on both sides are {left:.4g} and {right:.4g}, this is neither automatic "
+        "differentiation's derivative nor the one of least norm; if it is meant, declare it with at_kink="
+    )
     return finding(case, message, path, index, a, b), True
+
+
+def nan_at_zero(case: Case) -> Iterator[Finding]:
+    """Where all elements of an argument are 0 and the function is finite, the gradient is not NaN, as of a norm."""
+    for leaf, value in enumerate(case.reals):
+        zeros = np.zeros_like(value)
+        if not value.size or not inside(case, leaf, np.real(zeros)).all():
+            continue
+        at = case.with_real(leaf, zeros)
+        if not all(np.isfinite(widened(out)).all() for out in at.outputs()):
+            continue
+        for path, a in zip(case.paths, map(widened, at.by_rule(case.cotangent(165))), strict=True):
+            if np.isnan(a).any():
+                index = tuple(int(i) for i in np.argwhere(np.isnan(a))[0])
+                message = f"{case.paths[leaf]} is 0 everywhere: the function is finite, and this gradient is NaN"
+                yield finding(case, message, path, index)
+                return
 
 
 def accuracy(case: Case) -> Iterator[Finding]:
@@ -182,13 +236,13 @@ def _spoiled(case: Case) -> Iterator[tuple[str, Case, int, tuple]]:
             if first == second or case.reals[first].shape[:1] != case.reals[second].shape[:1]:
                 continue
             row = (0,) * case.reals[first].ndim, (0,) * case.reals[second].ndim
-            for a in (np.inf, -np.inf):
+            for a, b in itertools.product((np.inf, -np.inf), (0, 1)):
                 pair = [case.reals[first].copy(), case.reals[second].copy()]
-                pair[0][row[0]], pair[1][row[1]] = a, 0.0
+                pair[0][row[0]], pair[1][row[1]] = a, b
                 if not (inside(case, second, pair[1]).all() and (a in case.ranges[first])):
                     continue
                 moved = case.with_real(first, pair[0]).with_real(second, pair[1])
-                yield f"{case.paths[first]} = {a:g} and {case.paths[second]} = 0 in row 0", moved, first, row[0]
+                yield f"{case.paths[first]} = {a:g} and {case.paths[second]} = {b} in row 0", moved, first, row[0]
 
 
 def extremes(case: Case) -> Iterator[Finding]:
@@ -229,10 +283,10 @@ def extremes(case: Case) -> Iterator[Finding]:
 
 
 def _infinite_beside(case: Case, where: str) -> bool:
-    """Whether an output that is 0 · inf = 0 becomes infinite as soon as the 0 is moved."""
+    """Whether an output that is 0 · inf = 0 becomes infinite as soon as the 0 or 1 is moved."""
     if " and " not in where:
         return False
-    moved = case.with_reals([np.where(a == 0, np.asarray(1e-3, a.dtype), a) for a in case.reals])
+    moved = case.with_reals([np.where((a == 0) | (a == 1), a + np.asarray(1e-3, a.dtype), a) for a in case.reals])
     return any(not np.isfinite(widened(out)).all() for out in moved.outputs())
 
 
@@ -284,17 +338,20 @@ def _impossible(case: Case) -> Iterator[tuple[str, Case, int, tuple]]:
     for i, a in enumerate(case.leaves):
         if i in case.where or is_key(a) or not a.size:
             continue
-        if a.dtype == bool:
+        if a.dtype == bool and a.ndim:
             moved = a.copy()
             moved.flat[0] = not a.flat[0]
             leaves = replaced(case.leaves, [i], [moved])
-            yield "a mask with another first element", dataclasses.replace(case, leaves=tuple(leaves)), 0, (0,)
-        if not jnp.issubdtype(a.dtype, jnp.integer):
+            if moved[(0,) * (a.ndim - 1)].any():  # a row of which nothing counts may be 0 / 0
+                yield "a mask with another first element", dataclasses.replace(case, leaves=tuple(leaves)), 0, (0,)
+        if not jnp.issubdtype(a.dtype, jnp.integer) or not a.ndim:  # a single one may be a number of steps
             continue
-        above = int(a.max()) + 1 if a.size else 1
+        above = int(a.max()) + 1
         limits = jnp.iinfo(a.dtype)
         largest = [int(n) for n in (case.sizes.values() if case.sizes else ()) if isinstance(n, int) and n >= above]
         for value in (-1, limits.max, *sorted({above, *largest})):
+            if not limits.min <= value <= limits.max:
+                continue
             moved = a.copy()
             moved.flat[0] = value
             leaves = replaced(case.leaves, [i], [moved])
@@ -363,6 +420,13 @@ def spoiled_cotangents(case: Case) -> Iterator[Finding]:
             moved = kept & ~_same(got[i], clean[i])
             moved &= ~(np.abs(widened(got[i]) - widened(clean[i])) <= 64 * case.eps * max_abs(clean[i]))
             moved[0] = False  # its own row
+            if np.isnan(value):
+                erased = np.isnan(widened(expected[i][0])) & np.isfinite(widened(got[i][0])) & (clean_oracle[i][0] != 0)
+                if erased.any():
+                    index = (0, *(int(j) for j in np.argwhere(erased)[0]))
+                    message = "a cotangent of NaN is lost: the gradient of its row is finite"
+                    yield finding(case, message, case.paths[i], index, got[i][index].item(), expected[i][index].item())
+                    return
             if moved.any():
                 index = tuple(int(j) for j in np.argwhere(moved)[0])
                 message = f"a cotangent of {value:g} in row 0 reaches the gradient of another row"
