@@ -4,7 +4,8 @@ A network is `net = fcfunc.mlp([784, 128, 10])`, with `params = net.init(key)` a
 needs only `fcfunc.init(key, dims)` and `fcfunc.apply(params, x)`.
 
 `fcfunc.ops` holds the operations and `fcfunc.losses` the losses, `fcfunc.train` the training loops and `fcfunc.testing`
-the checker of backward rules, `check_vjp`. `fcfunc.reference` has a plain JAX implementation of each rule.
+the checker of backward rules, `check_vjp`. `fcfunc.reference` has a plain JAX implementation of each rule, and
+`fcfunc.per_example` what can be computed from the gradients of single examples.
 `fcfunc.sharding` places arrays on several devices; `fcfunc.data`, `params_file` and `checkpoint` read and write files.
 """
 
@@ -12,15 +13,15 @@ import importlib
 import importlib.metadata
 from typing import TYPE_CHECKING
 
-from fcfunc import losses, ops, reference, sharding, train
+from fcfunc import losses, ops, per_example, reference, sharding, train
 from fcfunc.network import Network, apply, init, mlp, stack, unstack
 
 if TYPE_CHECKING:
     from fcfunc import checkpoint, data, params_file, testing
 
 __all__ = [
-    "Network", "apply", "checkpoint", "data", "init", "losses", "mlp", "ops", "params_file", "reference", "sharding",
-    "stack", "testing", "train", "unstack",
+    "Network", "apply", "checkpoint", "data", "init", "losses", "mlp", "ops", "params_file", "per_example", "reference",
+    "sharding", "stack", "testing", "train", "unstack",
 ]  # fmt: skip
 
 

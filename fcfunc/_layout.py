@@ -89,3 +89,11 @@ def match_varying(args):
     missing = [tuple(sorted(axes - of_leaf)) for of_leaf in varying]
     lifted = [jax.lax.pcast(a, m, to="varying") if m else a for a, m in zip(leaves, missing, strict=True)]
     return jax.tree.unflatten(treedef, lifted)
+
+
+def zeros(like: Any) -> jax.Array:
+    """Zeros of the shape, dtype and, on an Explicit mesh, the sharding of a `jax.ShapeDtypeStruct`."""
+    sharding = getattr(like, "sharding", None)
+    explicit = isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types
+    a = jnp.zeros(like.shape, like.dtype)
+    return jax.sharding.reshard(a, sharding) if explicit else a

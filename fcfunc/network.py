@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcfunc import _arguments, _layout, ops, reference
+from fcfunc import _arguments, _layout, ops, per_example, reference
 from fcfunc._arguments import as_array
-from fcfunc._rule import sum_dtype
+from fcfunc._rule import sum_dtype, upcast
 from fcfunc.ops._layer import packed_layer
 
 Params = list[dict[str, jax.Array]]
@@ -32,6 +32,9 @@ NORMS = {"batch_norm": ("scale", "offset"), "layer_norm": ("scale", "offset"), "
 NAMES = ("elu", "gelu", "leaky_relu", "log_softmax", "relu", "sigmoid", "silu", "softmax", "softplus", "tanh")
 ACTIVATIONS = {name: (name, {}) for name in NAMES} | {"gelu_exact": ("gelu", {"approximate": False})}
 """The operation and its options for each name of an activation."""
+
+PROBED = ("affine", "norm")
+"""The values of a layer whose cotangents its parameters need."""
 
 NUMBERS = {"elu": "alpha", "leaky_relu": "negative_slope"}
 """The option that the number in `("elu", 0.5)` stands for."""
@@ -270,6 +273,69 @@ class Network:
         h, state = self._hidden_layers(where, params, x, key, state=state, **options)
         return self._last_layer(params, h), state
 
+    def example_gradients(
+        self, params: Params, x: jax.Array, loss_fn: Callable, *, key: jax.Array | None = _MISSING
+    ) -> tuple[jax.Array, list[dict[str, Any]]]:
+        """The loss of each example and its gradient by the parameters, in factors, from one backward pass.
+
+        The gradient of one example's loss by the weights of a layer is the outer product of the layer's input and the
+        cotangent of its affine output. The two factors are returned instead of the product; `fcfunc.per_example` has
+        what can be computed from them.
+
+        Args:
+          params, key: as for `apply`.
+          x: inputs, `[batch, dims[0]]`.
+          loss_fn: `loss_fn(outputs) -> losses`, `[batch]`; each loss depends on its own row of the outputs alone.
+
+        Returns:
+          `(losses, gradients)`. The gradients have the structure of `params`, with `per_example.Outer` for `w` and
+          `per_example.Rows` for the other leaves. They are those of the losses, not of their mean.
+
+        Raises:
+          ValueError: `x` is not `[batch, dims[0]]`; `loss_fn` does not return one loss per example, or a loss depends
+            on other examples (in a compiled function losses and gradients are NaN then); batch normalization, which
+            mixes examples; otherwise as for `apply`.
+          TypeError: as for `apply`.
+
+        Source: derived in docs/derivations.md#gradients-of-single-examples.
+
+        Example:
+          >>> net = mlp([3, 4, 2])
+          >>> params = net.init(jax.random.key(0))
+          >>> losses, gradients = net.example_gradients(params, jnp.ones((5, 3)), lambda y: jnp.sum(y**2, axis=-1))
+          >>> losses.shape, gradients[1]["w"].inputs.shape, gradients[1]["w"].cotangents.shape
+          ((5,), (5, 4), (5, 2))
+        """
+        where = "example_gradients"
+        _arguments.function(where, loss_fn=loss_fn)
+        if self.norm == "batch_norm":
+            raise ValueError(f"{where}: batch normalization mixes examples; a single one has no gradient of its own")
+        if jnp.ndim(x) != 2:
+            raise ValueError(f"{where}: x must be [batch, {self.dims[0]}], got {list(jnp.shape(x))}")
+
+        def outputs_of(probes):
+            h, taps = self._hidden_layers(where, params, x, key, probes=probes)
+            outputs, tap = self._last_layer(params, h, probes[-1])
+            return outputs, [*taps, tap]
+
+        # The derivative by a zero that is added to an affine output is the cotangent of that output.
+        _, shapes = jax.eval_shape(outputs_of, [{} for _ in params])
+        probes = [{name: _layout.zeros(tap[name]) for name in PROBED if name in tap} for tap in shapes]
+        outputs, pull, taps = jax.vjp(outputs_of, probes, has_aux=True)
+        losses, g = per_example.losses_and_cotangents(where, loss_fn, outputs)
+        (cotangents,) = pull(g)
+        gradients = []
+        for p, tap, of in zip(params, taps, cotangents, strict=True):
+            leaves: dict[str, Any] = {"w": per_example.Outer(tap["inputs"], of["affine"])}
+            if "b" in p:
+                leaves["b"] = per_example.Rows(of["affine"])
+            if "scale" in p:
+                leaves["scale"] = per_example.Rows(upcast(tap["normalized"]) * upcast(of["norm"]))
+            if "offset" in p:
+                leaves["offset"] = per_example.Rows(of["norm"])
+            gradients.append(leaves)
+        return losses, gradients
+
     def init_batch_norm_state(self, params: Params) -> list[dict[str, jax.Array]]:
         """The running statistics of `apply_batch_norm` before the first step: mean 0, variance 1.
 
@@ -305,8 +371,8 @@ class Network:
         several = isinstance(self.activation, tuple) and not _has_number(self.activation)
         return self.activation[i] if several else self.activation  # type: ignore[index,return-value]
 
-    def _hidden_layers(self, where, params, x, key, *, state=None, **batch_norm_options):
-        """`(h, state)` after all layers but the last."""
+    def _hidden_layers(self, where, params, x, key, *, state=None, probes=None, **batch_norm_options):
+        """`(h, state)` after all layers but the last; with probes `(h, taps)`, what `example_gradients` needs."""
         if self.norm == "batch_norm" and state is None:
             advice = "use apply_batch_norm(params, state, x, training=...)"
             advice = "its features are not offered" if where == "features" else advice
@@ -321,24 +387,31 @@ class Network:
             _check_leaves(f"{where}, state {i}", given, dict.fromkeys(("mean", "var"), jnp.shape(params[i]["scale"])))
         h, layer, new_state = as_array(x), 0, []
         params = jax.tree.map(as_array, params)
-        for p, s, depth in zip(params, state or [None] * len(depths), depths, strict=False):
+        nothing = [None] * len(depths)
+        for p, s, probe, depth in zip(params, state or nothing, probes or nothing, depths, strict=False):
             activation = self._activation_of(layer)
             if any(self._activation_of(layer + i) != activation for i in range(depth)):
                 raise ValueError(f"{where}: the {depth} layers of one stack must have one activation")
             options = {"where": where, "activation": activation, "key": None if key is _MISSING else key}
             options["batch_norm_options"] = batch_norm_options
             run = _scanned_layers if p["w"].ndim == 3 else _hidden_layer
-            h, s = run(self, p, s, h, layer, **options)
+            h, s = run(self, p, s, h, layer, probe=probe, **options)
             new_state.append(s)
             layer += depth
         return h, new_state
 
-    def _last_layer(self, params, h):
+    def _last_layer(self, params, h, probe=None) -> Any:
+        """The outputs; with a probe `(outputs, tap)`."""
         out_dtype = None if self.compute_dtype is None else sum_dtype(self.compute_dtype)
-        y = _affine_activation(self, self.final_activation, jax.tree.map(as_array, params[-1]), h, out_dtype)
+        p, tap = jax.tree.map(as_array, params[-1]), {"inputs": h}
+        if probe is None:
+            y = _affine_activation(self, self.final_activation, p, h, out_dtype)
+        else:
+            tap["affine"] = _affine(self, p, h, probe, out_dtype)
+            y = _function(self, self.final_activation)(tap["affine"])
         if callable(self.final_activation):
             _check_activated("apply: final_activation", y, (*h.shape[:-1], self.dims[-1]))
-        return y
+        return y if probe is None else (y, tap)
 
     def _check_params(self, where: str, params) -> list[int]:
         """The number of layers that each hidden entry stands for, after the check that the params fit the network."""
@@ -561,20 +634,22 @@ def _init(key, shapes, w_init, b_init, param_dtype):
 _compiled_init = jax.jit(_init, static_argnums=(1, 2, 3, 4), compiler_options={"xla_backend_optimization_level": 1})
 
 
-def _hidden_layer(net, p, state, x, index, *, where, activation, key: Any, batch_norm_options, scanned=False):
-    """The output of a hidden layer, and its running statistics."""
+def _hidden_layer(
+    net, p, state, x, index, *, where, activation, key: Any, batch_norm_options, probe=None, scanned=False
+):
+    """The output of a hidden layer, and its running statistics; with a probe, in their place its tap."""
     namespace, drops = NAMESPACES[net.ops], key is not None and net.dropout_rate > 0
-    if net.norm is None:
+    if probe is not None:
+        y, state = _tapped(net, activation, p, x, probe)
+    elif net.norm is None:
         # In one program the output is the next layer's input, and kept; not so in a scan, nor if more follows.
         y = _affine_activation(net, activation, p, x, pack=scanned or net.residual or drops)
     else:
-        leaves = [p[name] for name in NORMS[net.norm]]
-        z = namespace.affine(x, p["w"], p.get("b"), compute_dtype=net.compute_dtype)
-        eps = {} if net.norm_eps is None else {"eps": net.norm_eps}
+        z = _affine(net, p, x)
         if net.norm == "batch_norm":
-            z, state = namespace.batch_norm(z, *leaves, state, **eps, **batch_norm_options)
+            z, state = _norm(net, p, z, state, **batch_norm_options)
         else:
-            z = getattr(namespace, net.norm)(z, *leaves, **eps)
+            z = _norm(net, p, z)
         y = _function(net, activation)(z)
     if callable(activation):
         _check_activated(f"{where}: the activation of a hidden layer", y, (*x.shape[:-1], p["w"].shape[-1]))
@@ -584,22 +659,46 @@ def _hidden_layer(net, p, state, x, index, *, where, activation, key: Any, batch
     return (x.astype(y.dtype) + y if net.residual and x.shape == y.shape else y), state
 
 
-def _scanned_layers(net: Network, p, state, x, first, **options):
+def _scanned_layers(net: Network, p, state, x, first, *, probe, **options):
     """As many hidden layers as `p` holds: compiled once, and nothing is kept that a rule does not save."""
 
     def step(x, slices):
-        p, state, index = slices
-        y, state = _hidden_layer(net, p, state, x, index, scanned=True, **options)
+        p, state, index, probe = slices
+        y, state = _hidden_layer(net, p, state, x, index, probe=probe, scanned=True, **options)
         return _layout.reshard_like(y, x), state  # a layer with sharded weights shards its output differently
 
     x = x if net.compute_dtype is None else x.astype(net.compute_dtype)
-    return jax.lax.scan(step, x, (p, state, first + jnp.arange(len(p["w"]))))
+    return jax.lax.scan(step, x, (p, state, first + jnp.arange(len(p["w"])), probe))
+
+
+def _tapped(net: Network, activation: Activation, p, x, probe):
+    """The output of a layer before dropout, to whose affine output and norm the probe is added, and its tap."""
+    z = _affine(net, p, x, probe)
+    tap = {"inputs": x, "affine": z}
+    if net.norm is not None:
+        identity = {"scale": jnp.ones_like(p["scale"]), "offset": jnp.zeros_like(p["scale"])}
+        tap["normalized"] = jax.lax.stop_gradient(_norm(net, identity, z))
+        z = _norm(net, p, z)
+        z = z + probe.get("norm", jnp.zeros((), z.dtype))
+        tap["norm"] = z
+    return _function(net, activation)(z), tap
+
+
+def _affine(net: Network, p, x, probe=None, out_dtype=None):
+    z = NAMESPACES[net.ops].affine(x, p["w"], p.get("b"), compute_dtype=net.compute_dtype, out_dtype=out_dtype)
+    return z if probe is None else z + probe.get("affine", jnp.zeros((), z.dtype))
+
+
+def _norm(net: Network, p, z, *state, **options):
+    eps = {} if net.norm_eps is None else {"eps": net.norm_eps}
+    leaves = [p[name] for name in NORMS[str(net.norm)]]
+    return getattr(NAMESPACES[net.ops], str(net.norm))(z, *leaves, *state, **eps, **options)
 
 
 def _affine_activation(net: Network, activation: Activation, p, x, out_dtype=None, *, pack=True):
-    options: dict[str, Any] = {"compute_dtype": net.compute_dtype, "out_dtype": out_dtype}
     if activation is None or callable(activation):
-        return _function(net, activation)(NAMESPACES[net.ops].affine(x, p["w"], p.get("b"), **options))
+        return _function(net, activation)(_affine(net, p, x, out_dtype=out_dtype))
+    options: dict[str, Any] = {"compute_dtype": net.compute_dtype, "out_dtype": out_dtype}
     name, more = _operation(activation)
     if net.ops == "reference":
         return reference.layer(x, p["w"], p.get("b"), activation=name, **options, **more)

@@ -1,0 +1,373 @@
+"""What can be computed from the gradients of single examples without forming any of them.
+
+`Network.example_gradients` returns, for each example of a batch, its gradient in factors: an `Outer` for the weights of
+a layer and `Rows` for the other leaves, in the structure of the parameters. Nothing of the size of batch times
+parameters is formed here, except by `materialized`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fcfunc import _arguments, _layout
+from fcfunc._rule import sum_dtype, upcast
+
+
+class Outer(NamedTuple):
+    """Gradients by the weights of a layer: those of example `i` are `inputs[i] ⊗ cotangents[i]`.
+
+    Attributes:
+      inputs: of the layer, `[batch, fan_in]`; for stacked layers `[layers, batch, width]`.
+      cotangents: of its affine output, `[batch, fan_out]`, with `layers` in front likewise.
+    """
+
+    inputs: jax.Array
+    cotangents: jax.Array
+
+
+class Rows(NamedTuple):
+    """Gradients by a bias, a scale or an offset, which are as small as the outputs of their layer.
+
+    Attributes:
+      values: `[batch, fan_out]`; for stacked layers `[layers, batch, width]`.
+    """
+
+    values: jax.Array
+
+
+def leaf_squared_norms(gradients) -> Any:
+    r"""The squared norm of each example's gradient, leaf by leaf: :math:`|h_i|^2 |g_i|^2` for weights.
+
+    Args:
+      gradients: from `Network.example_gradients`.
+
+    Returns:
+      The structure of the parameters, with `[batch]` for each leaf, `[layers, batch]` for stacked layers, in at least
+      float32.
+
+    Raises:
+      TypeError: `gradients` holds something that is not an `Outer` or `Rows`.
+
+    Source: derived in docs/derivations.md#gradients-of-single-examples.
+
+    Example:
+      >>> outer = Outer(jnp.array([[1.0, 2.0]]), jnp.array([[3.0]]))
+      >>> leaf_squared_norms([{"w": outer, "b": Rows(outer.cotangents)}])
+      [{'b': Array([9.], dtype=float32), 'w': Array([45.], dtype=float32)}]
+    """
+    # |h gᵀ|² = |h|² |g|²
+    of_rows = lambda a: jnp.sum(upcast(a) ** 2, axis=-1)  # noqa: E731
+    return _by_leaf("leaf_squared_norms", lambda h, g: of_rows(h) * of_rows(g), of_rows, gradients)
+
+
+def squared_norms(gradients) -> jax.Array:
+    """The squared norm of each example's whole gradient.
+
+    Args:
+      gradients: from `Network.example_gradients`.
+
+    Returns:
+      `[batch]`, in at least float32.
+
+    Raises:
+      TypeError: `gradients` holds something that is not an `Outer` or `Rows`.
+
+    Example:
+      >>> squared_norms([{"w": Outer(jnp.array([[1.0, 2.0]]), jnp.array([[3.0]]))}])
+      Array([45.], dtype=float32)
+    """
+    norms = jax.tree.leaves(leaf_squared_norms(gradients))
+    return sum(jnp.sum(a, axis=0) if a.ndim > 1 else a for a in norms)  # type: ignore[return-value]
+
+
+def weighted_sum(gradients, weights: jax.Array) -> Any:
+    r"""The sum of the gradients, each times a weight of its own: :math:`\sum_i c_i h_i ⊗ g_i = H^T (c ∘ G)`.
+
+    Args:
+      gradients: from `Network.example_gradients`.
+      weights: `c`, `[batch]`.
+
+    Returns:
+      The structure and the shapes of the parameters, in at least float32.
+
+    Raises:
+      TypeError: `gradients` holds something that is not an `Outer` or `Rows`.
+      ValueError: `weights` is not `[batch]`.
+
+    Example:
+      >>> outer = Outer(jnp.array([[1.0, 2.0], [0.0, 1.0]]), jnp.array([[3.0], [1.0]]))
+      >>> weighted_sum([{"w": outer}], jnp.array([1.0, 10.0]))
+      [{'w': Array([[ 3.],
+             [16.]], dtype=float32)}]
+    """
+    where = "weighted_sum"
+    count = batch_size(where, gradients)
+    if jnp.shape(weights) != (count,):
+        raise ValueError(f"{where}: weights must be [{count}], one per example, got {list(jnp.shape(weights))}")
+
+    def of_outer(h, g):
+        # dW = Hᵀ (c ∘ G), with the operands in the dtype of H, as in the backward pass of `ops.affine`
+        return _matmul(jnp.swapaxes(h, -1, -2), of_each(g).astype(g.dtype))
+
+    def of_rows(r):
+        return jnp.sum(of_each(r), axis=-2)
+
+    def of_each(a):
+        return upcast(a) * jnp.broadcast_to(weights[:, None].astype(sum_dtype(a.dtype)), a.shape)
+
+    return _by_leaf(where, of_outer, of_rows, gradients)
+
+
+def clipped_sum(gradients, max_norm: float) -> Any:
+    r"""The sum of the gradients, each scaled down to a norm of at most `max_norm`: :math:`c_i = \min(1, C / |∇_i|)`.
+
+    Args:
+      gradients: from `Network.example_gradients`.
+      max_norm: `C`, above 0: what one example can move the sum by, however large its gradient is.
+
+    Returns:
+      The structure and the shapes of the parameters, in at least float32. An example whose gradient is not finite makes
+      the sum NaN.
+
+    Raises:
+      TypeError: `gradients` holds something that is not an `Outer` or `Rows`.
+      ValueError: `max_norm` is not above 0.
+
+    Source: Goodfellow 2015, Efficient Per-Example Gradient Computations; Abadi et al. 2016, Deep Learning with
+    Differential Privacy.
+
+    Example:
+      >>> outer = Outer(jnp.array([[3.0], [1.0]]), jnp.array([[1.0], [1.0]]))
+      >>> clipped_sum([{"w": outer}], 2.0)
+      [{'w': Array([[3.]], dtype=float32)}]
+    """
+    return weighted_sum(gradients, clip_factors(squared_norms(gradients), max_norm))
+
+
+def clip_factors(squared: jax.Array, max_norm: float) -> jax.Array:
+    r"""By what each gradient is scaled down: :math:`\min(1, C / |∇_i|)`, and NaN where the norm is not finite.
+
+    Args:
+      squared: squared norms, `[batch]`.
+      max_norm: `C`, above 0.
+
+    Returns:
+      `[batch]`.
+
+    Raises:
+      ValueError: `max_norm` is not above 0.
+
+    Example:
+      >>> clip_factors(jnp.array([0.0, 16.0]), 2.0)
+      Array([1. , 0.5], dtype=float32)
+    """
+    if not _layout.is_tracer(max_norm) and not _arguments.number("clip_factors", max_norm=max_norm) > 0:
+        raise ValueError(f"clip_factors: max_norm must be above 0, got {max_norm}")
+    factors = jnp.minimum(1, max_norm * jax.lax.rsqrt(jnp.maximum(squared, jnp.finfo(squared.dtype).tiny)))
+    return jnp.where(jnp.isfinite(squared), factors, jnp.nan)
+
+
+def dot_products(gradients, others) -> jax.Array:
+    r"""The dot product of each example's gradient with each of the others': :math:`(h_i · h_j) (g_i · g_j)`.
+
+    With itself this is the empirical neural tangent kernel of the losses; between training and test examples, their
+    similarity, or the first-order influence of a step on one on the loss of the other.
+
+    Args:
+      gradients, others: from `Network.example_gradients`, at the same parameters.
+
+    Returns:
+      `[batch, others]`, in at least float32.
+
+    Raises:
+      TypeError: `gradients` holds something that is not an `Outer` or `Rows`.
+      ValueError: the two are not of one network.
+
+    Example:
+      >>> outer = Outer(jnp.array([[3.0], [1.0]]), jnp.array([[1.0], [2.0]]))
+      >>> dot_products([{"w": outer}], [{"w": outer}])
+      Array([[9., 6.],
+             [6., 4.]], dtype=float32)
+    """
+    where = "dot_products"
+    for given in (gradients, others):
+        batch_size(where, given)
+    widths = [jax.tree.map(lambda a: (*a.shape[:-2], a.shape[-1]), tree) for tree in (gradients, others)]
+    if widths[0] != widths[1]:
+        raise ValueError(f"{where}: the gradients are not of one network, or one of them is of stacked layers")
+    flat, rest = (jax.tree.leaves(tree, is_leaf=_is_factored) for tree in (gradients, others))
+    total: Any = 0
+    for a, b in zip(flat, rest, strict=True):
+        # (h gᵀ) · (h' g'ᵀ) = (h · h') (g · g')
+        products = [_matmul(upcast(x), jnp.swapaxes(upcast(y), -1, -2)) for x, y in zip(a, b, strict=True)]
+        product = products[0] if len(products) == 1 else products[0] * products[1]
+        total = total + (jnp.sum(product, axis=0) if product.ndim > 2 else product)
+    return total
+
+
+def along(gradients, direction) -> jax.Array:
+    r"""The dot product of each example's gradient with one direction: :math:`h_i^T V g_i` for weights.
+
+    It is the change of each loss for a small step in that direction.
+
+    Args:
+      gradients: from `Network.example_gradients`.
+      direction: in the structure and shapes of the parameters.
+
+    Returns:
+      `[batch]`, in at least float32.
+
+    Raises:
+      TypeError: `gradients` holds something that is not an `Outer` or `Rows`.
+      ValueError: `direction` is not in the structure of the parameters.
+
+    Example:
+      >>> outer = Outer(jnp.array([[1.0, 2.0]]), jnp.array([[3.0]]))
+      >>> along([{"w": outer}], [{"w": jnp.array([[1.0], [1.0]])}])
+      Array([9.], dtype=float32)
+    """
+    where = "along"
+    batch_size(where, gradients)
+    flat, treedef = jax.tree.flatten(gradients, is_leaf=_is_factored)
+    if jax.tree.structure(direction) != treedef:
+        raise ValueError(f"{where}: direction must have the structure of the parameters, {treedef!s:.200}")
+    total: Any = 0
+    for a, v in zip(flat, jax.tree.leaves(direction), strict=True):
+        if isinstance(a, Outer):
+            product = jnp.sum(_matmul(upcast(a.inputs), upcast(v)) * upcast(a.cotangents), axis=-1)
+        else:
+            product = jnp.sum(upcast(a.values) * upcast(v)[..., None, :], axis=-1)
+        total = total + (jnp.sum(product, axis=0) if product.ndim > 1 else product)
+    return total
+
+
+def materialized(gradients) -> Any:
+    """The gradients themselves, with a leading axis of the examples: for small networks, and to compare.
+
+    Args:
+      gradients: from `Network.example_gradients`.
+
+    Returns:
+      The structure of the parameters, `[batch, ...]` for each leaf, as `jax.vmap(jax.grad(...))` returns it.
+
+    Raises:
+      TypeError: `gradients` holds something that is not an `Outer` or `Rows`.
+
+    Example:
+      >>> materialized([{"w": Outer(jnp.array([[1.0, 2.0]]), jnp.array([[3.0]]))}])
+      [{'w': Array([[[3.],
+              [6.]]], dtype=float32)}]
+    """
+
+    def of_outer(h, g):
+        return jnp.moveaxis(upcast(h)[..., :, None] * upcast(g)[..., None, :], -3, 0)
+
+    return _by_leaf("materialized", of_outer, lambda r: jnp.moveaxis(upcast(r), -2, 0), gradients)
+
+
+class NoiseScale(NamedTuple):
+    """The size of the gradient and of its noise, as one batch shows them.
+
+    Attributes:
+      noise_scale: tr Σ / |G|², the batch size at which the noise of a mean gradient is as large as the gradient. It is
+        negative or very large where the batch is too small to see the gradient at all.
+      squared_gradient: |G|² of the expected gradient, estimated without bias.
+      variance: tr Σ, the sum of the variances of one example's gradient, estimated without bias.
+      signal_to_noise: |G|² / tr Σ of each leaf, in the structure of the parameters.
+    """
+
+    noise_scale: jax.Array
+    squared_gradient: jax.Array
+    variance: jax.Array
+    signal_to_noise: Any
+
+
+def noise_scale(gradients) -> NoiseScale:
+    r"""The simple gradient noise scale: :math:`\text{tr} Σ / |G|^2`.
+
+    With `n` examples of gradients `∇_i` and mean `M`: :math:`\text{tr} Σ = (\sum |∇_i|^2 - n |M|^2) / (n - 1)` and
+    :math:`|G|^2 = |M|^2 - \text{tr} Σ / n`, both unbiased.
+
+    Args:
+      gradients: from `Network.example_gradients`, of at least two examples.
+
+    Returns:
+      A `NoiseScale`.
+
+    Raises:
+      TypeError: `gradients` holds something that is not an `Outer` or `Rows`.
+      ValueError: fewer than two examples.
+
+    Source: McCandlish et al. 2018, An Empirical Model of Large-Batch Training, appendix A.
+
+    Example:
+      >>> outer = Outer(jnp.array([[1.0], [3.0]]), jnp.array([[1.0], [1.0]]))
+      >>> noise_scale([{"w": outer}]).variance
+      Array(2., dtype=float32)
+    """
+    n = batch_size("noise_scale", gradients)
+    if n < 2:
+        raise ValueError(f"noise_scale: a variance needs at least two examples, got {n}")
+    total = weighted_sum(gradients, jnp.ones(n))
+    squared_mean = jax.tree.map(lambda a: jnp.sum((a / n) ** 2), total)
+    squared = jax.tree.map(jnp.sum, leaf_squared_norms(gradients))
+    # tr Σ = (Σ |∇|² − n |M|²) / (n − 1),  |G|² = |M|² − tr Σ / n
+    variance = jax.tree.map(lambda s, m: (s - n * m) / (n - 1), squared, squared_mean)
+    signal = jax.tree.map(lambda m, v: m - v / n, squared_mean, variance)
+    whole_signal, whole_variance = (sum(jax.tree.leaves(tree)) for tree in (signal, variance))
+    ratio = jax.tree.map(jnp.divide, signal, variance)
+    return NoiseScale(whole_variance / whole_signal, whole_signal, whole_variance, ratio)  # type: ignore[arg-type]
+
+
+def losses_and_cotangents(where: str, loss_fn: Callable, outputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One loss per row of the outputs, and the derivative of each by its row; NaN or an error if they mix rows."""
+    losses, pull = jax.vjp(loss_fn, outputs)
+    batch = outputs.shape[0]
+    if not isinstance(losses, jax.Array) or losses.shape != (batch,):
+        given = _arguments.describe(losses) if isinstance(losses, jax.Array) else type(losses).__name__
+        raise ValueError(f"{where}: loss_fn must return one loss per example, [{batch}], got {given}")
+    (g,) = pull(jnp.ones_like(losses))
+    # If each loss depends on its own row alone, cotangents c give c_i g_i: exactly, for powers of two.
+    rng = np.random.default_rng(0)
+    signs = np.where(np.arange(batch) % 2, -1.0, 1.0) * 2.0 ** rng.integers(0, 3, batch)
+    c = jnp.asarray(signs, losses.dtype)
+    (scaled,) = pull(c)
+    expected = upcast(g) * c[:, None].astype(sum_dtype(g.dtype))
+    off = jnp.abs(upcast(scaled) - expected) > 1e-3 * jnp.max(jnp.abs(expected), axis=-1, keepdims=True)
+    if _layout.is_tracer(off):
+        nan = jnp.where(jnp.any(off), jnp.nan, 0)
+        return losses + nan.astype(losses.dtype), g + nan.astype(g.dtype)
+    if bool(jnp.any(off)):
+        row = int(jnp.argmax(jnp.any(off, axis=-1)))
+        raise ValueError(f"{where}: loss_fn mixes examples: row {row} of the outputs changes the loss of another row")
+    return losses, g
+
+
+def batch_size(where: str, gradients) -> int:
+    """The number of examples of factored gradients; TypeError or ValueError if they are not."""
+    leaves = jax.tree.leaves(gradients, is_leaf=_is_factored)
+    if not leaves or not all(map(_is_factored, leaves)):
+        wrong = next((type(a).__name__ for a in leaves if not _is_factored(a)), "nothing")
+        raise TypeError(f"{where}: gradients must come from Network.example_gradients, got {wrong} among the leaves")
+    counts = {a.shape[-2] for leaf in leaves for a in leaf}
+    if len(counts) > 1:
+        raise ValueError(f"{where}: the leaves of gradients differ in the number of examples: {sorted(counts)}")
+    return counts.pop()
+
+
+def _is_factored(a) -> bool:
+    return isinstance(a, Outer | Rows)
+
+
+def _by_leaf(where: str, of_outer: Callable, of_rows: Callable, gradients) -> Any:
+    batch_size(where, gradients)
+    return jax.tree.map(
+        lambda a: of_outer(*a) if isinstance(a, Outer) else of_rows(*a), gradients, is_leaf=_is_factored
+    )
+
+
+def _matmul(a, b):
+    return jnp.matmul(a, b, preferred_element_type=sum_dtype(a.dtype))
