@@ -27,7 +27,7 @@ class Shapes:
     numbers, `n d:-1..1` numbers in that range, `n d:complex`, `:key` a random key; without one, normal numbers.
     """
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, ranges: dict | None = None):
         self.tokens, self.letters, self.ranges, position = [], [], {}, 0
         for i, part in enumerate(text.split(",")):
             match = TOKEN.fullmatch(part.strip())
@@ -41,6 +41,8 @@ class Shapes:
                 self.ranges[i] = (0.0, math.inf)
             elif match["low"]:
                 self.ranges[i], kind = (float(match["low"]), float(match["high"])), "range"
+            if i in (ranges or {}) and kind == "real":
+                self.ranges[i], kind = tuple(map(float, (ranges or {})[i])), "range"
             self.tokens.append((dims, kind))
             names = [*dims, kind.partition("<")[2]]
             self.letters += [n for n in names if n and not n.isdigit() and n not in self.letters]

@@ -201,7 +201,8 @@ def check_vjp(
       rtol: an error to allow besides rounding, relative to the largest element of each gradient: for solvers.
       atol: an absolute error to allow besides.
       sizes: the sizes by name, instead of a sweep.
-      ranges: `{i: (low, high)}`, the open range in which argument `i` is defined; no check leaves it.
+      ranges: `{i: (low, high)}`, the open range in which argument `i` is defined; no check leaves it, and shapes are
+        drawn from it.
       at_kink: the derivative that the rule declares at a kink, by the point: `{0.0: 0.0}` for ReLU. The first real
         argument is set to the point everywhere.
       seed: of every draw; the same seed gives the same report.
@@ -226,15 +227,13 @@ def check_vjp(
     every = {check.__name__: (group, check) for group, checks in CHECKS.items() for check in checks}
     only, skip = (_names(name, given, (*every, *GROUPS)) for name, given in (("only", only), ("skip", skip)))
     _check_options(seed, at_kink, (dtype, *dtypes), rtol, atol, budget)
-    source = _draw.Shapes(args) if isinstance(args, str) else _draw.DrawnBy(args) if callable(args) else None
+    source = _draw.Shapes(args, ranges) if isinstance(args, str) else _draw.DrawnBy(args) if callable(args) else None
     if source is None and not isinstance(args, tuple):
         raise TypeError(f"check_vjp: args must be a tuple, a string of shapes or a function, got {type(args).__name__}")
     letters = tuple(source.letters) if source else ()
     for name, size in (sizes or {}).items():
         if name not in letters or not isinstance(size, int) or size < 0:
             raise ValueError(f"check_vjp: sizes must give {', '.join(letters) or 'none'} as integers, got {sizes}")
-    if ranges and isinstance(args, str):
-        raise ValueError("check_vjp: the ranges of shapes are part of the string, as in 'n:positive' and 'n d:-1..1'")
 
     names = [name for name, (group, _) in every.items() if not only or name in only or group in only]
     names = [name for name in names if name not in skip and every[name][0] not in skip]
@@ -242,7 +241,7 @@ def check_vjp(
         "required": frozenset({*required, *(group for name, (group, _) in every.items() if name in only and group)}),
         "at_kink": at_kink or {}, "dtypes": tuple(dtypes), "float64": float64, "rtol": rtol, "atol": atol,
     }  # fmt: skip
-    ranges = (source.ranges if source else {}) | (ranges or {})
+    given_ranges, ranges = ranges, (source.ranges if source else {}) | (ranges or {})
     make = functools.partial(
         _case_of, fun, args, source, reference, kwargs or {}, argnums, ranges, seed, dtype, options
     )
@@ -257,7 +256,7 @@ def check_vjp(
         swept = () if sizes is not None else letters
         case = dataclasses.replace(case, redraw=redraw, letters=swept, draws_ranks=isinstance(args, str))
     shown = {"reference": reference, "kwargs": kwargs, "argnums": argnums, "dtype": dtype, "rtol": rtol, "atol": atol,
-             "float64": float64, "ranges": None if isinstance(args, str) else ranges, "at_kink": at_kink}  # fmt: skip
+             "float64": float64, "ranges": given_ranges, "at_kink": at_kink}  # fmt: skip
     results: list[Result] = []
     start, spent = time.monotonic(), f"the time budget of {budget} s was spent"
     try:
