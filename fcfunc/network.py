@@ -310,6 +310,8 @@ class Network:
         _arguments.function(where, loss_fn=loss_fn)
         if self.norm == "batch_norm":
             raise ValueError(f"{where}: batch normalization mixes examples; a single one has no gradient of its own")
+        self._check_params(where, params)
+        _arguments.floating(where, x=x)
         if jnp.ndim(x) != 2:
             raise ValueError(f"{where}: x must be [batch, {self.dims[0]}], got {list(jnp.shape(x))}")
 

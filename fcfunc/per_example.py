@@ -15,6 +15,11 @@ import numpy as np
 from fcfunc import _arguments, _layout
 from fcfunc._rule import sum_dtype, upcast
 
+__all__ = [
+    "NoiseScale", "Outer", "Rows", "along", "clipped_sum", "dot_products", "leaf_squared_norms", "materialized",
+    "noise_scale", "squared_norms", "weighted_sum",
+]  # fmt: skip
+
 
 class Outer(NamedTuple):
     """Gradients by the weights of a layer: those of example `i` are `inputs[i] ⊗ cotangents[i]`.
@@ -104,7 +109,8 @@ def weighted_sum(gradients, weights: jax.Array) -> Any:
              [16.]], dtype=float32)}]
     """
     where = "weighted_sum"
-    count = batch_size(where, gradients)
+    _arguments.floating(where, weights=weights)
+    count = _batch_size(where, gradients=gradients)
     if jnp.shape(weights) != (count,):
         raise ValueError(f"{where}: weights must be [{count}], one per example, got {list(jnp.shape(weights))}")
 
@@ -144,28 +150,13 @@ def clipped_sum(gradients, max_norm: float) -> Any:
       >>> clipped_sum([{"w": outer}], 2.0)
       [{'w': Array([[3.]], dtype=float32)}]
     """
-    return weighted_sum(gradients, clip_factors(squared_norms(gradients), max_norm))
+    return weighted_sum(gradients, _clip_factors(squared_norms(gradients), max_norm))
 
 
-def clip_factors(squared: jax.Array, max_norm: float) -> jax.Array:
-    r"""By what each gradient is scaled down: :math:`\min(1, C / |∇_i|)`, and NaN where the norm is not finite.
-
-    Args:
-      squared: squared norms, `[batch]`.
-      max_norm: `C`, above 0.
-
-    Returns:
-      `[batch]`.
-
-    Raises:
-      ValueError: `max_norm` is not above 0.
-
-    Example:
-      >>> clip_factors(jnp.array([0.0, 16.0]), 2.0)
-      Array([1. , 0.5], dtype=float32)
-    """
-    if not _layout.is_tracer(max_norm) and not _arguments.number("clip_factors", max_norm=max_norm) > 0:
-        raise ValueError(f"clip_factors: max_norm must be above 0, got {max_norm}")
+def _clip_factors(squared: jax.Array, max_norm: float) -> jax.Array:
+    """`min(1, C / |∇|)`, and NaN where the norm is not finite."""
+    if not _layout.is_tracer(max_norm) and not _arguments.number("clipped_sum", max_norm=max_norm) > 0:
+        raise ValueError(f"clipped_sum: max_norm must be above 0, got {max_norm}")
     factors = jnp.minimum(1, max_norm * jax.lax.rsqrt(jnp.maximum(squared, jnp.finfo(squared.dtype).tiny)))
     return jnp.where(jnp.isfinite(squared), factors, jnp.nan)
 
@@ -193,8 +184,8 @@ def dot_products(gradients, others) -> jax.Array:
              [6., 4.]], dtype=float32)
     """
     where = "dot_products"
-    for given in (gradients, others):
-        batch_size(where, given)
+    for name, given in {"gradients": gradients, "others": others}.items():
+        _batch_size(where, **{name: given})
     widths = [jax.tree.map(lambda a: (*a.shape[:-2], a.shape[-1]), tree) for tree in (gradients, others)]
     if widths[0] != widths[1]:
         raise ValueError(f"{where}: the gradients are not of one network, or one of them is of stacked layers")
@@ -230,7 +221,7 @@ def along(gradients, direction) -> jax.Array:
       Array([9.], dtype=float32)
     """
     where = "along"
-    batch_size(where, gradients)
+    _batch_size(where, gradients=gradients)
     flat, treedef = jax.tree.flatten(gradients, is_leaf=_is_factored)
     if jax.tree.structure(direction) != treedef:
         raise ValueError(f"{where}: direction must have the structure of the parameters, {treedef!s:.200}")
@@ -308,7 +299,7 @@ def noise_scale(gradients) -> NoiseScale:
       >>> noise_scale([{"w": outer}]).variance
       Array(2., dtype=float32)
     """
-    n = batch_size("noise_scale", gradients)
+    n = _batch_size("noise_scale", gradients=gradients)
     if n < 2:
         raise ValueError(f"noise_scale: a variance needs at least two examples, got {n}")
     total = weighted_sum(gradients, jnp.ones(n))
@@ -346,15 +337,16 @@ def losses_and_cotangents(where: str, loss_fn: Callable, outputs: jax.Array) -> 
     return losses, g
 
 
-def batch_size(where: str, gradients) -> int:
+def _batch_size(where: str, **trees) -> int:
     """The number of examples of factored gradients; TypeError or ValueError if they are not."""
+    ((name, gradients),) = trees.items()
     leaves = jax.tree.leaves(gradients, is_leaf=_is_factored)
     if not leaves or not all(map(_is_factored, leaves)):
         wrong = next((type(a).__name__ for a in leaves if not _is_factored(a)), "nothing")
-        raise TypeError(f"{where}: gradients must come from Network.example_gradients, got {wrong} among the leaves")
+        raise TypeError(f"{where}: {name} must come from Network.example_gradients, got {wrong} among the leaves")
     counts = {a.shape[-2] for leaf in leaves for a in leaf}
     if len(counts) > 1:
-        raise ValueError(f"{where}: the leaves of gradients differ in the number of examples: {sorted(counts)}")
+        raise ValueError(f"{where}: the leaves of {name} differ in the number of examples: {sorted(counts)}")
     return counts.pop()
 
 
@@ -363,7 +355,7 @@ def _is_factored(a) -> bool:
 
 
 def _by_leaf(where: str, of_outer: Callable, of_rows: Callable, gradients) -> Any:
-    batch_size(where, gradients)
+    _batch_size(where, gradients=gradients)
     return jax.tree.map(
         lambda a: of_outer(*a) if isinstance(a, Outer) else of_rows(*a), gradients, is_leaf=_is_factored
     )

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import fcfunc
-from fcfunc import checkpoint, data, losses, ops, params_file, sharding, testing, train
+from fcfunc import checkpoint, data, losses, ops, params_file, per_example, sharding, testing, train
 
 FAST = {f"testing.{name}": {"only": ("oracle",)} for name in ("check_vjp", "assert_vjp")}
 UNCHECKED = {"digits"}
@@ -30,6 +30,13 @@ OPTIMIZER = optax.sgd(0.1)
 TRAIN_STATE = train.init_state(PARAMS, OPTIMIZER, KEY)
 DATA = (X, LABELS.astype(np.int32))
 MESH = sharding.make_mesh(model=2)
+
+
+def first_output(outputs):
+    return outputs[:, 0]
+
+
+_, FACTORS = NET.example_gradients(PARAMS, X, first_output)
 
 
 def loss_fn(params, batch, key):
@@ -270,6 +277,27 @@ CALLS = {
         {"key": KEYED, "w_init": [text], "b_init": [text], "param_dtype": [word, seven]},
     ),
     "net.apply": ({"params": PARAMS, "x": X}, {"params": [text, nothing, seven], "x": TOGETHER}),
+    "net.example_gradients": (
+        {"params": PARAMS, "x": X, "loss_fn": first_output},
+        {"params": [text, nothing, seven], "x": TOGETHER, "loss_fn": [text, nothing]},
+    ),
+    **{
+        f"per_example.{name}": ({"gradients": FACTORS}, {"gradients": KEYED})
+        for name in ("squared_norms", "leaf_squared_norms", "noise_scale", "materialized")
+    },
+    "per_example.weighted_sum": (
+        {"gradients": FACTORS, "weights": ROWS},
+        {"gradients": KEYED, "weights": [text, nothing, integers, wider]},
+    ),
+    "per_example.clipped_sum": (
+        {"gradients": FACTORS, "max_norm": 1.0},
+        {"gradients": KEYED, "max_norm": [word, nought]},
+    ),
+    "per_example.dot_products": ({"gradients": FACTORS, "others": FACTORS}, {"gradients": KEYED, "others": KEYED}),
+    "per_example.along": (
+        {"gradients": FACTORS, "direction": PARAMS},
+        {"gradients": KEYED, "direction": [word, seven]},
+    ),
     "net.features": ({"params": PARAMS, "x": X}, {"params": [text, nothing, seven], "x": TOGETHER}),
     "normed_net.apply_batch_norm": (
         {"params": NORMED, "state": STATE, "x": X, "training": True, "decay": 0.9},
@@ -422,7 +450,7 @@ CALLS = {
 
 MODULES = {
     module.__name__.rpartition(".")[2]: module
-    for module in (fcfunc, checkpoint, data, losses, ops, params_file, sharding, testing, train)
+    for module in (fcfunc, checkpoint, data, losses, ops, params_file, per_example, sharding, testing, train)
 }
 HOLDERS = MODULES | {"net": NET, "normed_net": NORMED_NET}
 """What the functions of the table belong to."""
