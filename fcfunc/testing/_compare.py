@@ -146,6 +146,11 @@ def rounding(case: Case, leaves: list, factor: float = 1024.0, g: list | None = 
     ]
 
 
+def moved_by_rounding(case: Case, arrays: list, rng: np.random.Generator) -> list:
+    """Each element up or down by the rounding error of the case's dtype."""
+    return [a * (1 + case.eps * rng.choice([-1.0, 1.0], a.shape)) for a in arrays]
+
+
 def truth_and_allowance(case: Case, g: list) -> tuple[list, list]:
     """The gradient in float64, and what a gradient in the case's own dtype may be off by.
 
@@ -172,9 +177,8 @@ def truth_and_allowance(case: Case, g: list) -> tuple[list, list]:
         return auto, [4 * t for t in least]
     rng = case.rng(99)
     for _ in range(3):
-        moved = wide.with_reals([a * (1 + case.eps * rng.choice([-1.0, 1.0], a.shape)) for a in wide.reals])
-        moved_g = [a * (1 + case.eps * rng.choice([-1.0, 1.0], a.shape)) for a in wide_g]
-        shifted = moved.by_oracle(moved_g)
+        moved = wide.with_reals(moved_by_rounding(case, wide.reals, rng))
+        shifted = moved.by_oracle(moved_by_rounding(case, wide_g, rng))
         allowed = [max(t, 8 * max_abs(s - u)) for t, s, u in zip(allowed, shifted, truth, strict=True)]
     # Where automatic differentiation overflows in this dtype too, that is accepted.
     truth = [np.where(np.isfinite(widened(a)), t, widened(a)) for a, t in zip(auto, truth, strict=True)]
@@ -211,10 +215,7 @@ def systematic_error(case: Case, message: str) -> Iterator[Finding]:
         return
     truth, auto, got = wide.by_oracle(wide_g), case.by_oracle(g), case.by_rule(g)
     cancels = rounding(case, auto, 8.0, g)  # a sum of larger terms is all rounding
-    moved = [
-        wide.with_reals([a * (1 + case.eps * rng.choice([-1.0, 1.0], a.shape)) for a in wide.reals]).by_oracle(wide_g)
-        for _ in range(3)
-    ]
+    moved = [wide.with_reals(moved_by_rounding(case, wide.reals, rng)).by_oracle(wide_g) for _ in range(3)]
     for leaf, (path, t) in enumerate(zip(case.paths, truth, strict=True)):
         size = float(np.sum(np.abs(t) ** 2))
         if not np.isfinite(size) or max_abs(t) <= 2 * cancels[leaf]:

@@ -19,7 +19,15 @@ from fcfunc.testing._case import (
     replaced,
     widened,
 )
-from fcfunc.testing._compare import Finding, finding, in_ulps, max_abs, truth_and_allowance, underflow
+from fcfunc.testing._compare import (
+    Finding,
+    finding,
+    in_ulps,
+    max_abs,
+    moved_by_rounding,
+    truth_and_allowance,
+    underflow,
+)
 from fcfunc.testing._contract import different_outputs
 
 
@@ -196,9 +204,8 @@ def _elementwise(case: Case) -> Iterator[Finding]:
         for a, t in zip(auto, truth, strict=True)
     ]
     for _ in range(6):
-        moved = wide.with_reals([a * (1 + case.eps * rng.choice([-1.0, 1.0], a.shape)) for a in wide.reals])
-        moved_g = [a * (1 + case.eps * rng.choice([-1.0, 1.0], a.shape)) for a in wide_g]
-        shifted = moved.by_oracle(moved_g)
+        moved = wide.with_reals(moved_by_rounding(case, wide.reals, rng))
+        shifted = moved.by_oracle(moved_by_rounding(case, wide_g, rng))
         allowed = [np.maximum(t, 16 * np.abs(s - u)) for t, s, u in zip(allowed, shifted, truth, strict=True)]
     for path, a, t, auto_a, bound in zip(
         case.paths, map(widened, got), truth, map(widened, auto), allowed, strict=True
