@@ -74,6 +74,19 @@ def test_the_reference_gelu_keeps_the_digits_of_its_left_tail_in_value_and_slope
 
 
 @pytest.mark.parametrize("name", [*SMOOTH, "relu", "leaky_relu"])
+@pytest.mark.parametrize("x", [100.0, 1e4, 3e38, np.inf])
+def test_far_out_the_second_derivative_is_zero_and_not_nan(name, x):
+    second = jax.vmap(jax.grad(jax.grad(getattr(ops, name))))
+    np.testing.assert_allclose(second(jnp.float32([x, -x])), 0, atol=1e-30)
+
+
+@pytest.mark.parametrize("x", [3e38, np.inf])
+def test_far_out_the_second_derivative_of_the_exact_gelu_is_zero(x):
+    second = jax.vmap(jax.grad(jax.grad(functools.partial(ops.gelu, approximate=False))))
+    np.testing.assert_array_equal(second(jnp.float32([x, -x])), 0)
+
+
+@pytest.mark.parametrize("name", [*SMOOTH, "relu", "leaky_relu"])
 def test_references_take_python_floats_and_refuse_integers_as_the_rules_do(name):
     np.testing.assert_allclose(getattr(reference, name)(-0.75), getattr(ops, name)(-0.75), rtol=1e-6)
     with pytest.raises(TypeError, match=f"{name}: x must be of dtype"):

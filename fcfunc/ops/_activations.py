@@ -246,8 +246,11 @@ def elu_fwd(x, *, alpha=1.0):
 def elu_bwd(x, g, *, alpha=1.0):
     """Cotangent `(dx,)` of `elu`."""
     z = upcast(x)
-    # dx = g where x > 0, g α e^x elsewhere; y + α is the same number without its digits, where x is far below 0
-    return (jnp.where(z > 0, g, (upcast(g) * (alpha * jnp.exp(z))).astype(g.dtype)),)
+    positive = z > 0
+    # dx = g where x > 0, g α e^x elsewhere; y + α is the same number without its digits, where x is far below 0.
+    # e^0 in the branch that is not taken: an infinite one makes the derivative of this gradient NaN.
+    slope = alpha * jnp.exp(jnp.where(positive, 0, z))
+    return (jnp.where(positive, g, (upcast(g) * slope).astype(g.dtype)),)
 
 
 _elu = rule(elu_fwd, elu_bwd)
@@ -328,7 +331,7 @@ def gelu_fwd(x, *, approximate=True):
 
 def gelu_bwd(x, g, *, approximate=True):
     """Cotangent `(dx,)` of `gelu`."""
-    z = _clip_finite(upcast(x))
+    z = _gelu_clipped(upcast(x))
     if approximate:
         # dx = g (σ(2u) + x σ(2u) σ(−2u) 2u′), u′ = √(2/π) (1 + 3 · 0.044715 x²)
         u, slope = _gelu_u(z)
@@ -342,9 +345,14 @@ def gelu_bwd(x, g, *, approximate=True):
 _gelu = rule(gelu_fwd, gelu_bwd)
 
 
+def _gelu_clipped(z):
+    """`z` up to ±40: beyond, Φ and the sigmoid of 2u are 0 or 1 in float64 too, and a cube of z would overflow."""
+    return jnp.clip(z, -40, 40)
+
+
 def _gelu_u(z):
-    """`u` and its derivative; beyond ±40 the sigmoid of 2u is 0 or 1 in float64 too, and a cube would overflow."""
-    c = jnp.clip(z, -40, 40)
+    """`u` and its derivative."""
+    c = _gelu_clipped(z)
     root = math.sqrt(2 / math.pi)
     return root * (c + 0.044715 * c**3), root * (1 + 3 * 0.044715 * c**2)
 
