@@ -159,7 +159,7 @@ def rule_used(case: Case) -> Iterator[Finding]:
         for name in sorted(outer - {call.name for call in calls if call.cotangents}):
             message = f"the backward pass of {name} never runs{way}"
             if not list(disagreements(made, 1, "")):  # the function may need no gradient of it
-                raise Inconclusive(f"{message}, and the gradient is right without it")
+                raise Inconclusive(f"{message}, and automatic differentiation gives the same gradient")
             yield finding(case, f"{message}: its gradient comes from elsewhere, or is lost")
 
 
@@ -307,10 +307,17 @@ def interleaved(case: Case) -> Iterator[Finding]:
             given = map(to_jax, (case.leaves, case.nearby.reals, g))
             return list(map(to_numpy, _twice(case.fun, case.where, *given)))
 
+    message = "a second forward pass changes the first one's gradient"
     *together, first, second = raising(case, "called twice before its backward pass,", run)
     for got, expected in zip(together, (first, second), strict=True):
-        message = "a second forward pass changes the first one's gradient"
         yield from compare(case, got, expected, rounding(case, expected, 16.0, g), message)
+
+    expected = case.by_rule(eager.g)
+    found = list(compare(case, eager.gradients, expected, rounding(case, expected, 256.0, eager.g), message))
+    if found:  # unless one forward pass alone differs from the compiled program too
+        with x64_for(case.dtype):
+            alone = to_numpy(pull(case.fun, case.where, case.leaves, eager.g)[1])
+        yield from compare(case, eager.gradients, alone, 0.0, message)
 
 
 @_case.compiled(0, 1)
