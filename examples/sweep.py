@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 import fcfunc
+from examples.pictures import picture
 from fcfunc import data, losses, train
 
 DIMS = [64, 128, 10]
@@ -81,22 +82,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 def draw(out: Path, rates, best, tested) -> None:
     """The best validation accuracy and the test accuracy by learning rate, a point for each seed."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    figure, panel = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for values, name, marker in ((best, "validation, best epoch", "o"), (tested, "test, at that epoch", "x")):
-        (line,) = panel.plot(rates, values.mean(axis=0), label=name)
-        panel.plot(np.broadcast_to(rates, values.shape), values, marker, color=line.get_color(), alpha=0.4, ms=4)
-    panel.set(xscale="log", xlabel="learning rate", ylabel="accuracy", title=f"{len(best)} seeds, digits")
-    panel.grid(alpha=0.3)
-    panel.legend()
-    out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out / "sweep.png", dpi=120)
-    plt.close(figure)
-    print(f"wrote {out / 'sweep.png'}")
+    with picture(out / "sweep.png", figsize=(6, 3.6)) as panel:
+        for values, name, marker in ((best, "validation, best epoch", "o"), (tested, "test, at that epoch", "x")):
+            (line,) = panel.plot(rates, values.mean(axis=0), label=name)
+            panel.plot(np.broadcast_to(rates, values.shape), values, marker, color=line.get_color(), alpha=0.4, ms=4)
+        panel.set(xscale="log", xlabel="learning rate", ylabel="accuracy", title=f"{len(best)} seeds, digits")
+        panel.grid(alpha=0.3)
+        panel.legend()
 
 
 if __name__ == "__main__":

@@ -308,6 +308,35 @@ class Network:
         """
         where = "example_gradients"
         _arguments.function(where, loss_fn=loss_fn)
+        outputs, pull = self._example_vjp(where, params, x, key)
+        losses, g = per_example.losses_and_cotangents(where, loss_fn, outputs)
+        return losses, pull(g)
+
+    def example_vjp(
+        self, params: Params, x: jax.Array, *, key: jax.Array | None = _MISSING
+    ) -> tuple[jax.Array, Callable]:
+        """The outputs and their backward pass, as from `jax.vjp`, which keeps the gradients of the examples apart.
+
+        Args:
+          params, x, key: as for `example_gradients`.
+
+        Returns:
+          `(outputs, pull)`, where `pull(g)` returns, for cotangents `[batch, dims[-1]]` in the dtype of the outputs,
+          each example's gradient of `sum(g[i] * outputs[i])`, in factors as from `example_gradients`.
+
+        Raises:
+          ValueError, TypeError: as for `example_gradients`.
+
+        Example:
+          >>> net = mlp([3, 4, 2])
+          >>> outputs, pull = net.example_vjp(net.init(jax.random.key(0)), jnp.ones((5, 3)))
+          >>> of_the_first_output = pull(jnp.zeros((5, 2)).at[:, 0].set(1))
+          >>> of_the_first_output[1]["b"].values.shape
+          (5, 2)
+        """
+        return self._example_vjp("example_vjp", params, x, key)
+
+    def _example_vjp(self, where: str, params: Params, x: jax.Array, key) -> tuple[jax.Array, Callable]:
         if self.norm == "batch_norm":
             raise ValueError(f"{where}: batch normalization mixes examples; a single one has no gradient of its own")
         self._check_params(where, params)
@@ -324,19 +353,22 @@ class Network:
         _, shapes = jax.eval_shape(outputs_of, [{} for _ in params])
         probes = [{name: _layout.zeros(tap[name]) for name in PROBED if name in tap} for tap in shapes]
         outputs, pull, taps = jax.vjp(outputs_of, probes, has_aux=True)
-        losses, g = per_example.losses_and_cotangents(where, loss_fn, outputs)
-        (cotangents,) = pull(g)
-        gradients = []
-        for p, tap, of in zip(params, taps, cotangents, strict=True):
-            leaves: dict[str, Any] = {"w": per_example.Outer(tap["inputs"], of["affine"])}
-            if "b" in p:
-                leaves["b"] = per_example.Rows(of["affine"])
-            if "scale" in p:
-                leaves["scale"] = per_example.Rows(upcast(tap["normalized"]) * upcast(of["norm"]))
-            if "offset" in p:
-                leaves["offset"] = per_example.Rows(of["norm"])
-            gradients.append(leaves)
-        return losses, gradients
+
+        def factors(g):
+            (cotangents,) = pull(g)
+            gradients = []
+            for p, tap, of in zip(params, taps, cotangents, strict=True):
+                leaves: dict[str, Any] = {"w": per_example.Outer(tap["inputs"], of["affine"])}
+                if "b" in p:
+                    leaves["b"] = per_example.Rows(of["affine"])
+                if "scale" in p:
+                    leaves["scale"] = per_example.Rows(upcast(tap["normalized"]) * upcast(of["norm"]))
+                if "offset" in p:
+                    leaves["offset"] = per_example.Rows(of["norm"])
+                gradients.append(leaves)
+            return gradients
+
+        return outputs, factors
 
     def init_batch_norm_state(self, params: Params) -> list[dict[str, jax.Array]]:
         """The running statistics of `apply_batch_norm` before the first step: mean 0, variance 1.

@@ -17,7 +17,7 @@ from fcfunc._rule import sum_dtype, upcast
 
 __all__ = [
     "NoiseScale", "Outer", "Rows", "along", "clipped_sum", "dot_products", "leaf_squared_norms", "materialized",
-    "noise_scale", "squared_norms", "weighted_sum",
+    "mean_with_noise_scale", "noise_scale", "squared_norms", "weighted_sum",
 ]  # fmt: skip
 
 
@@ -189,7 +189,7 @@ def dot_products(gradients, others) -> jax.Array:
     widths = [jax.tree.map(lambda a: (*a.shape[:-2], a.shape[-1]), tree) for tree in (gradients, others)]
     if widths[0] != widths[1]:
         raise ValueError(f"{where}: the gradients are not of one network, or one of them is of stacked layers")
-    flat, rest = (jax.tree.leaves(tree, is_leaf=_is_factored) for tree in (gradients, others))
+    flat, rest = (jax.tree.leaves(tree, is_leaf=is_factored) for tree in (gradients, others))
     total: Any = 0
     for a, b in zip(flat, rest, strict=True):
         # (h gᵀ) · (h' g'ᵀ) = (h · h') (g · g')
@@ -222,7 +222,7 @@ def along(gradients, direction) -> jax.Array:
     """
     where = "along"
     _batch_size(where, gradients=gradients)
-    flat, treedef = jax.tree.flatten(gradients, is_leaf=_is_factored)
+    flat, treedef = jax.tree.flatten(gradients, is_leaf=is_factored)
     if jax.tree.structure(direction) != treedef:
         raise ValueError(f"{where}: direction must have the structure of the parameters, {treedef!s:.200}")
     total: Any = 0
@@ -299,18 +299,61 @@ def noise_scale(gradients) -> NoiseScale:
       >>> noise_scale([{"w": outer}]).variance
       Array(2., dtype=float32)
     """
-    n = _batch_size("noise_scale", gradients=gradients)
+    return _mean_and_noise("noise_scale", gradients)[1]
+
+
+def mean_with_noise_scale(losses: jax.Array, gradients, batch: Any, key: Any) -> tuple[jax.Array, Any, dict]:
+    """The mean gradient, and its noise as metrics: the `aggregate` of a `train.make_train_step` that reports them.
+
+    The training is that of the mean of the losses.
+
+    Args:
+      losses, gradients: from `Network.example_gradients`, of at least two examples.
+      batch, key: not used.
+
+    Returns:
+      `(loss, gradient, metrics)`; the metrics are the fields of `NoiseScale`, the signal-to-noise ratio of each leaf
+      under a name such as `signal_to_noise[0]['w']`. A single batch gives a noisy `noise_scale`: divide the mean of
+      `variance` over some steps by that of `squared_gradient`.
+
+    Raises:
+      ValueError, TypeError: as for `noise_scale`.
+
+    Example:
+      >>> import optax
+      >>> from fcfunc import train
+      >>> net, optimizer = fcfunc.mlp([2, 1], use_bias=False), optax.sgd(0.1)
+      >>> def loss_fn(params, batch, key):
+      ...     x, y = batch
+      ...     return net.example_gradients(params, x, lambda outputs: (outputs[:, 0] - y) ** 2)
+      >>> step = train.make_train_step(loss_fn, optimizer, aggregate=mean_with_noise_scale)
+      >>> state = train.init_state(net.init(jax.random.key(0)), optimizer, jax.random.key(1))
+      >>> state, metrics = step(state, (jnp.eye(2), jnp.ones(2)))
+      >>> sorted(metrics)
+      ['loss', 'noise_scale', "signal_to_noise[0]['w']", 'squared_gradient', 'variance']
+    """
+    del batch, key
+    mean, noise = _mean_and_noise("mean_with_noise_scale", gradients)
+    of_leaves = jax.tree.leaves_with_path(noise.signal_to_noise)
+    metrics = {f"signal_to_noise{jax.tree_util.keystr(path)}": ratio for path, ratio in of_leaves}
+    names = ("noise_scale", "squared_gradient", "variance")
+    metrics |= {name: getattr(noise, name) for name in names}
+    return jnp.mean(upcast(losses)), mean, metrics
+
+
+def _mean_and_noise(where: str, gradients) -> tuple[Any, NoiseScale]:
+    n = _batch_size(where, gradients=gradients)
     if n < 2:
-        raise ValueError(f"noise_scale: a variance needs at least two examples, got {n}")
-    total = weighted_sum(gradients, jnp.ones(n))
-    squared_mean = jax.tree.map(lambda a: jnp.sum((a / n) ** 2), total)
+        raise ValueError(f"{where}: a variance needs at least two examples, got {n}")
+    mean = jax.tree.map(lambda a: a / n, weighted_sum(gradients, jnp.ones(n)))
+    squared_mean = jax.tree.map(lambda a: jnp.sum(a**2), mean)
     squared = jax.tree.map(jnp.sum, leaf_squared_norms(gradients))
     # tr Σ = (Σ |∇|² − n |M|²) / (n − 1),  |G|² = |M|² − tr Σ / n
     variance = jax.tree.map(lambda s, m: (s - n * m) / (n - 1), squared, squared_mean)
     signal = jax.tree.map(lambda m, v: m - v / n, squared_mean, variance)
     whole_signal, whole_variance = (sum(jax.tree.leaves(tree)) for tree in (signal, variance))
     ratio = jax.tree.map(jnp.divide, signal, variance)
-    return NoiseScale(whole_variance / whole_signal, whole_signal, whole_variance, ratio)  # type: ignore[arg-type]
+    return mean, NoiseScale(whole_variance / whole_signal, whole_signal, whole_variance, ratio)  # type: ignore[arg-type]
 
 
 def losses_and_cotangents(where: str, loss_fn: Callable, outputs: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -340,9 +383,9 @@ def losses_and_cotangents(where: str, loss_fn: Callable, outputs: jax.Array) -> 
 def _batch_size(where: str, **trees) -> int:
     """The number of examples of factored gradients; TypeError or ValueError if they are not."""
     ((name, gradients),) = trees.items()
-    leaves = jax.tree.leaves(gradients, is_leaf=_is_factored)
-    if not leaves or not all(map(_is_factored, leaves)):
-        wrong = next((type(a).__name__ for a in leaves if not _is_factored(a)), "nothing")
+    leaves = jax.tree.leaves(gradients, is_leaf=is_factored)
+    if not leaves or not all(map(is_factored, leaves)):
+        wrong = next((type(a).__name__ for a in leaves if not is_factored(a)), "nothing")
         raise TypeError(f"{where}: {name} must come from Network.example_gradients, got {wrong} among the leaves")
     counts = {a.shape[-2] for leaf in leaves for a in leaf}
     if len(counts) > 1:
@@ -350,15 +393,13 @@ def _batch_size(where: str, **trees) -> int:
     return counts.pop()
 
 
-def _is_factored(a) -> bool:
+def is_factored(a) -> bool:
     return isinstance(a, Outer | Rows)
 
 
 def _by_leaf(where: str, of_outer: Callable, of_rows: Callable, gradients) -> Any:
     _batch_size(where, gradients=gradients)
-    return jax.tree.map(
-        lambda a: of_outer(*a) if isinstance(a, Outer) else of_rows(*a), gradients, is_leaf=_is_factored
-    )
+    return jax.tree.map(lambda a: of_outer(*a) if isinstance(a, Outer) else of_rows(*a), gradients, is_leaf=is_factored)
 
 
 def _matmul(a, b):

@@ -25,7 +25,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 def test_docstring_examples_print_what_they_say(module):
     finder = doctest.DocTestFinder(exclude_empty=True)
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
-    for test in finder.find(module, extraglobs={"jax": jax, "jnp": jnp, "np": np}):
+    for test in finder.find(module, extraglobs={"fcfunc": fcfunc, "jax": jax, "jnp": jnp, "np": np}):
         runner.run(test)
     assert runner.summarize(verbose=False).failed == 0
 

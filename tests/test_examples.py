@@ -11,7 +11,18 @@ import numpy as np
 import pytest
 
 import fcfunc
-from examples import layer_list, layers_by_hand, one_neuron, sigmoid_network, sweep, train_classifier
+from examples import (
+    laplace_uncertainty,
+    layer_list,
+    layers_by_hand,
+    mislabeled_digits,
+    noise_scale,
+    one_neuron,
+    private_digits,
+    sigmoid_network,
+    sweep,
+    train_classifier,
+)
 from fcfunc import data, params_file
 from tests.rules import slow
 
@@ -259,3 +270,36 @@ def test_the_sweep_finds_a_learning_rate_that_recognises_the_digits_and_draws(tm
     assert 0.05 < figures["rate"] < 0.2  # between one that is too small and one that is too large
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
     assert len(re.findall(r"^ +\d\.\d{4} ", capsys.readouterr().out, re.MULTILINE)) == 3
+
+
+def test_the_private_digits_have_the_epsilon_asked_for_and_are_recognized(tmp_path):
+    figures = private_digits.main(["--out", str(tmp_path)])
+    assert 2.9 < figures["epsilon"] <= 3
+    assert figures["private"] > 0.9
+    assert figures["plain"] > 0.97
+    assert (tmp_path / "private_digits.png").stat().st_size > 10_000
+
+
+def test_influence_finds_twenty_of_thirty_wrong_labels_among_sixty(tmp_path):
+    figures = mislabeled_digits.main(["--out", str(tmp_path)])
+    assert figures["found"] >= 20
+    assert (tmp_path / "mislabeled_digits.png").stat().st_size > 10_000
+
+
+def test_the_laplace_approximation_is_unsure_where_there_are_no_data(tmp_path):
+    figures = laplace_uncertainty.main(["--out", str(tmp_path)])
+    assert figures["gap"] > 4 * figures["near"]
+    assert figures["far"] > figures["gap"]
+    assert figures["covered"] > 0.9
+    assert figures["plain confidence at 90"] > 0.95
+    assert figures["laplace confidence at 90"] < 0.85
+    assert figures["laplace loss at 90"] < figures["plain loss at 90"] / 3
+    assert (tmp_path / "laplace_uncertainty.png").stat().st_size > 10_000
+
+
+def test_the_noise_scale_grows_and_is_that_of_all_examples(tmp_path):
+    figures = noise_scale.main(["--out", str(tmp_path)])
+    assert figures["last"] > 5 * figures["first"]
+    assert 0.5 < figures["first"] / figures["first_exact"] < 2
+    assert 0.3 < figures["last"] / figures["last_exact"] < 3
+    assert (tmp_path / "noise_scale.png").stat().st_size > 10_000

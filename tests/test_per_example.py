@@ -5,10 +5,11 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import fcfunc
-from fcfunc import losses, per_example
+from fcfunc import losses, per_example, train
 from tests.rules import slow
 
 BATCH = 7
@@ -248,3 +249,46 @@ def test_gradients_of_another_network_are_refused():
         per_example.weighted_sum(one, jnp.ones(4))
     with pytest.raises(ValueError, match="max_norm must be above 0, got 0"):
         per_example.clipped_sum(one, 0)
+
+
+def step_of_examples(net, aggregate, **options):
+    def loss_fn(params, batch, key):
+        x, labels = batch
+        return net.example_gradients(params, x, cross_entropy(labels))
+
+    return train.make_train_step(loss_fn, optax.adam(0.01), aggregate=aggregate, donate=False, **options)
+
+
+def test_a_step_that_reports_the_noise_trains_as_one_that_does_not(x64):
+    net = fcfunc.mlp([3, 5, 4], norm="layer_norm")
+    params, x, labels = made(net)
+    state = train.init_state(params, optax.adam(0.01), jax.random.key(0))
+    plain = train.make_train_step(
+        lambda params, batch, key: jnp.mean(cross_entropy(batch[1])(net.apply(params, batch[0]))),
+        optax.adam(0.01),
+        donate=False,
+    )
+    expected, expected_metrics = plain(state, (x, labels))
+    got, metrics = step_of_examples(net, per_example.mean_with_noise_scale)(state, (x, labels))
+    jax.tree.map(close, got.params, expected.params)
+    close(metrics["loss"], expected_metrics["loss"])
+    noise = per_example.noise_scale(net.example_gradients(params, x, cross_entropy(labels))[1])
+    close(metrics["noise_scale"], noise.noise_scale)
+    close(metrics["signal_to_noise[1]['w']"], noise.signal_to_noise[1]["w"])
+
+
+def test_an_aggregate_needs_all_examples_at_once_and_no_model_state():
+    net = fcfunc.mlp([3, 4])
+    with pytest.raises(ValueError, match="make_train_step: aggregate needs all examples at once: accumulate=1, got 2"):
+        step_of_examples(net, per_example.mean_with_noise_scale, accumulate=2)
+    step = step_of_examples(net, per_example.mean_with_noise_scale)
+    params = net.init(jax.random.key(0))
+    batch = jnp.ones((5, 3)), jnp.zeros(5, jnp.int32)
+    state = train.init_state(params, optax.adam(0.01), jax.random.key(0), model_state=jnp.zeros(2))
+    with pytest.raises(ValueError, match="aggregate does not go with a model_state, which mixes examples"):
+        step(state, batch)
+    wrong = train.make_train_step(
+        lambda params, batch, key: jnp.mean(net.apply(params, batch[0])), optax.adam(0.01), aggregate=lambda *a: a
+    )
+    with pytest.raises(TypeError, match=r"loss_fn with aggregate must return \(losses, gradients\) as"):
+        wrong(train.init_state(params, optax.adam(0.01), jax.random.key(0)), batch)

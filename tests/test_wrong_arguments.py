@@ -11,7 +11,20 @@ import optax
 import pytest
 
 import fcfunc
-from fcfunc import checkpoint, data, losses, ops, params_file, per_example, sharding, testing, train
+from fcfunc import (
+    checkpoint,
+    curvature,
+    data,
+    laplace,
+    losses,
+    ops,
+    params_file,
+    per_example,
+    privacy,
+    sharding,
+    testing,
+    train,
+)
 
 FAST = {f"testing.{name}": {"only": ("oracle",)} for name in ("check_vjp", "assert_vjp")}
 UNCHECKED = {"digits"}
@@ -37,6 +50,8 @@ def first_output(outputs):
 
 
 _, FACTORS = NET.example_gradients(PARAMS, X, first_output)
+OF_NET = {"net": NET, "params": PARAMS, "x": X, "loss_fn": first_output}
+POSTERIOR = laplace.last_layer(**OF_NET, prior_precision=1.0)
 
 
 def loss_fn(params, batch, key):
@@ -298,6 +313,56 @@ CALLS = {
         {"gradients": FACTORS, "direction": PARAMS},
         {"gradients": KEYED, "direction": [word, seven]},
     ),
+    "per_example.mean_with_noise_scale": (
+        {"losses": ROWS, "gradients": FACTORS, "batch": None, "key": None},
+        {"gradients": KEYED},
+    ),
+    "net.example_vjp": ({"params": PARAMS, "x": X}, {"params": [text, nothing, seven], "x": TOGETHER}),
+    **{
+        f"{module}.{name}": (
+            OF_NET | more,
+            {"net": [text, nothing], "params": [text, nothing, seven], "x": TOGETHER, "loss_fn": [text, nothing]}
+            | wrong,
+        )
+        for module, names, more, wrong in (
+            ("curvature", ("ggn_diagonal", "kronecker_factors"), {}, {}),
+            (
+                "curvature",
+                ("ggn_vector_product", "hessian_vector_product"),
+                {"direction": PARAMS},
+                {"direction": [word, seven]},
+            ),
+            ("laplace", ("last_layer", "kronecker"), {"prior_precision": 1.0}, {"prior_precision": [word, nought]}),
+        )
+        for name in names
+    },
+    "laplace.predict": ({"net": NET, "posterior": POSTERIOR, "x": X}, {"posterior": [text, nothing], "x": TOGETHER}),
+    "laplace.log_marginal_likelihood": (
+        {"posterior": POSTERIOR, "prior_precision": 1.0},
+        {"posterior": [text, nothing], "prior_precision": [word, nought]},
+    ),
+    "laplace.sample": ({"key": KEY, "posterior": POSTERIOR}, {"key": KEYED, "posterior": [text, nothing]}),
+    "laplace.probabilities": (
+        {"outputs": X, "covariance": np.ones((4, 3, 3), np.float32)},
+        {"outputs": [text, nothing, integers], "covariance": [text, nothing, integers]},
+    ),
+    "privacy.batch_capacity": ({"count": 10, "rate": 0.5}, {"count": [below], "rate": [word, nought, above]}),
+    "privacy.poisson_batch": (
+        {"key": KEY, "data": DATA, "rate": 0.5},
+        {"key": KEYED, "data": [seven], "rate": [word, nought, above]},
+    ),
+    "privacy.private_mean": (
+        {"max_norm": 1.0, "noise_multiplier": 1.0, "expected_batch_size": 4},
+        {"max_norm": [word, nought], "expected_batch_size": [word, nought], "noise_multiplier": [word, below]},
+    ),
+    "privacy.epsilon": (
+        {"rate": 0.5, "noise_multiplier": 1.0, "steps": 3, "delta": 0.1},
+        {"rate": [word, nought, above], "noise_multiplier": [word, nought], "steps": [below], "delta": [word, nought]},
+    ),
+    "privacy.noise_multiplier": (
+        {"epsilon": 8.0, "rate": 0.5, "steps": 3, "delta": 0.1},
+        {"epsilon": [word, nought], "rate": [word, nought, above], "steps": [below], "delta": [word, nought]},
+    ),
     "net.features": ({"params": PARAMS, "x": X}, {"params": [text, nothing, seven], "x": TOGETHER}),
     "normed_net.apply_batch_norm": (
         {"params": NORMED, "state": STATE, "x": X, "training": True, "decay": 0.9},
@@ -450,7 +515,21 @@ CALLS = {
 
 MODULES = {
     module.__name__.rpartition(".")[2]: module
-    for module in (fcfunc, checkpoint, data, losses, ops, params_file, per_example, sharding, testing, train)
+    for module in (
+        fcfunc,
+        checkpoint,
+        curvature,
+        data,
+        laplace,
+        losses,
+        ops,
+        params_file,
+        per_example,
+        privacy,
+        sharding,
+        testing,
+        train,
+    )
 }
 HOLDERS = MODULES | {"net": NET, "normed_net": NORMED_NET}
 """What the functions of the table belong to."""

@@ -15,7 +15,12 @@ from fcfunc.train._state import TrainState, step_key
 
 
 def make_train_step(
-    loss_fn: Callable, optimizer: optax.GradientTransformation, *, accumulate: int = 1, donate: bool = True
+    loss_fn: Callable,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    aggregate: Callable | None = None,
+    donate: bool = True,
 ) -> Callable:
     """A compiled step of training.
 
@@ -29,6 +34,11 @@ def make_train_step(
         gradients, and a single sum over the devices follows. Loss and metrics must be plain means over the examples,
         not over the rows that count (`losses.mean`). Each microbatch, and each device's share of it, has its own random
         key and its own batch statistics; a `model_state` is averaged over the devices.
+      aggregate: how the gradients of single examples become that of the step:
+        `aggregate(losses, gradients, batch, key) -> (loss, gradient, metrics)`, where `loss_fn(params, batch, key)`
+        returns `(losses, gradients)` as `net.example_gradients` does. `per_example.mean_with_noise_scale` reports the
+        noise of the gradient, and `privacy.private_mean` trains with differential privacy. None: `loss_fn` is
+        differentiated.
       donate: let the step reuse the memory of the state that it is given, which must not be used afterwards ("Array
         has been deleted"). False keeps the old state valid, at the cost of a second copy.
 
@@ -36,7 +46,8 @@ def make_train_step(
       `step(state, batch) -> (state, metrics)`, with the loss before the update as `metrics["loss"]`.
 
     Raises:
-      ValueError: `accumulate` below 1; while tracing: a loss that is not a scalar, a batch that cannot be split evenly.
+      ValueError: `accumulate` below 1, or above 1 with `aggregate`; while tracing: a loss that is not a scalar, a batch
+        that cannot be split evenly, a `model_state` with `aggregate`.
 
     Example:
       >>> import optax
@@ -50,7 +61,11 @@ def make_train_step(
     _arguments.function("make_train_step", loss_fn=loss_fn)
     _arguments.optimizer("make_train_step", optimizer)
     _arguments.positive("make_train_step", accumulate=accumulate)
-    step = step_of(loss_fn, optimizer)
+    if aggregate is not None:
+        _arguments.function("make_train_step", aggregate=aggregate)
+        if accumulate > 1:
+            raise ValueError(f"make_train_step: aggregate needs all examples at once: accumulate=1, got {accumulate}")
+    step = step_of(loss_fn, optimizer, aggregate)
 
     def train_step(state, batch, layouts):
         n = _arguments.count("make_train_step", batch, 1)
@@ -61,11 +76,15 @@ def make_train_step(
     return jit_on_mesh("make_train_step", train_step, donate=bool(donate))
 
 
-def step_of(loss_fn: Callable, optimizer: optax.GradientTransformation) -> Callable:
+def step_of(loss_fn: Callable, optimizer: optax.GradientTransformation, aggregate: Callable | None = None) -> Callable:
     """`step(state, batch, layouts, accumulate) -> (state, metrics)`, the metrics being those before the update."""
-    loss = uniform(loss_fn)
     update = optax.with_extra_args_support(optimizer).update
-    gradient = jax.value_and_grad(loss, has_aux=True)
+    if aggregate is None:
+        loss = uniform(loss_fn)
+        gradient = jax.value_and_grad(loss, has_aux=True)
+    else:
+        gradient = of_examples(loss_fn, aggregate)
+        loss = lambda *args: gradient(*args)[0]  # noqa: E731
 
     def step(state: TrainState, batch: Any, layouts: Layouts, accumulate: int) -> tuple[TrainState, dict]:
         key = step_key(state)
@@ -118,6 +137,27 @@ def uniform(loss_fn: Callable) -> Callable:
         return loss, (metrics, model_state)
 
     return loss_and_metrics
+
+
+def of_examples(loss_fn: Callable, aggregate: Callable) -> Callable:
+    """As `jax.value_and_grad` of `uniform(loss_fn)`, for a loss function that returns the gradients of its examples."""
+
+    def gradient(params, batch, key, model_state):
+        if jax.tree.leaves(model_state):
+            raise ValueError("make_train_step: aggregate does not go with a model_state, which mixes examples")
+        _check_signature(loss_fn, False)
+        result = loss_fn(params, batch, key)
+        if not isinstance(result, tuple) or len(result) != 2 or jnp.ndim(result[0]) != 1:
+            raise TypeError(
+                "loss_fn with aggregate must return (losses, gradients) as net.example_gradients does, "
+                f"got {result!r:.100}"
+            )
+        # A key of its own, which no layer has.
+        loss, grads, metrics = aggregate(*result, batch, jax.random.fold_in(key, 2**32 - 1))
+        grads = jax.tree.map(lambda a, p: a.astype(p.dtype), grads, params)
+        return (loss, (metrics, model_state)), grads
+
+    return gradient
 
 
 def finite_guards(opt_state) -> list[optax.ApplyIfFiniteState]:

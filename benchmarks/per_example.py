@@ -1,0 +1,321 @@
+"""Gradients of single examples and curvature beside opacus, BackPACK, jax_privacy, curvlinops and laplax, in one run.
+
+    python -m benchmarks.per_example            # needs: pip install "fcfunc[per-example-bench]"
+
+784-1024-1024-10 with ReLU and softmax cross-entropy in float32. Each result is compared with ours; times are medians
+of runs in turns, as ratios to an ordinary gradient by fcfunc, and memory is the growth of the peak of a process of its
+own.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+import fcfunc
+from benchmarks.memory import in_turns, ratio
+from fcfunc import curvature, losses, per_example
+
+DIMS, BATCH, MAX_NORM = [784, 1024, 1024, 10], 4096, 1.0
+NET = fcfunc.mlp(DIMS)
+
+
+def problem(batch: int):
+    """Parameters, inputs, labels and a direction."""
+    rng = np.random.default_rng(0)
+    params = NET.init(jax.random.key(0))
+    x = jnp.asarray(rng.standard_normal((batch, DIMS[0])), jnp.float32)
+    labels = jnp.asarray(rng.integers(0, DIMS[-1], batch), jnp.int32)
+    direction = jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape), jnp.float32), params)
+    return params, x, labels, direction
+
+
+def cross_entropy(outputs, labels):
+    """The losses of the examples."""
+    return losses.softmax_cross_entropy_with_integer_labels(outputs, labels)
+
+
+def one_loss(params, x, labels):
+    """The loss of one example, in plain JAX."""
+    h = x
+    for p in params[:-1]:
+        h = jax.nn.relu(h @ p["w"] + p["b"])
+    outputs = h @ params[-1]["w"] + params[-1]["b"]
+    return jax.nn.logsumexp(outputs) - outputs[labels]
+
+
+def by_fcfunc(what: str, batch: int) -> Callable:
+    """One of our own quantities, compiled, as a function of nothing."""
+    params, x, labels, direction = problem(batch)
+    loss_fn = lambda labels: lambda outputs: cross_entropy(outputs, labels)  # noqa: E731
+
+    def gradient(params, x, labels, v):
+        return jax.grad(lambda params: jnp.sum(cross_entropy(NET.apply(params, x), labels)))(params)
+
+    def clipped(params, x, labels, v):
+        return per_example.clipped_sum(NET.example_gradients(params, x, loss_fn(labels))[1], MAX_NORM)
+
+    def norms(params, x, labels, v):
+        return per_example.squared_norms(NET.example_gradients(params, x, loss_fn(labels))[1])
+
+    def both(params, x, labels, v):  # what BackPACK's backward pass returns: the gradient and the norms
+        gradients = NET.example_gradients(params, x, loss_fn(labels))[1]
+        return per_example.weighted_sum(gradients, jnp.ones(len(x))), per_example.squared_norms(gradients)
+
+    def ggn(params, x, labels, v):
+        return curvature.ggn_vector_product(NET, params, x, loss_fn(labels), v)
+
+    def hessian(params, x, labels, v):
+        return curvature.hessian_vector_product(NET, params, x, loss_fn(labels), v)
+
+    made = {f.__name__: f for f in (gradient, clipped, norms, both, ggn, hessian)}[what]
+    compiled = jax.jit(made)
+    return lambda: jax.block_until_ready(compiled(params, x, labels, direction))
+
+
+def by_vmap(batch: int) -> Callable:
+    """`vmap(grad)`, then clipping: every gradient in memory at once."""
+    params, x, labels, _ = problem(batch)
+
+    @jax.jit
+    def clipped(params, x, labels):
+        gradients = jax.vmap(jax.grad(one_loss), in_axes=(None, 0, 0))(params, x, labels)
+        squared = sum(jnp.sum(a.reshape(batch, -1) ** 2, axis=1) for a in jax.tree.leaves(gradients))
+        factors = jnp.minimum(1, MAX_NORM / jnp.sqrt(squared))
+        return jax.tree.map(lambda a: jnp.tensordot(factors, a, 1), gradients)
+
+    return lambda: jax.block_until_ready(clipped(params, x, labels))
+
+
+def by_jax_privacy(batch: int, microbatch: int) -> Callable:
+    """`jax_privacy.clipped_grad`, in microbatches."""
+    import jax_privacy
+
+    params, x, labels, _ = problem(batch)
+    clipped = jax.jit(
+        jax_privacy.clipped_grad(
+            one_loss, l2_clip_norm=MAX_NORM, batch_argnums=(1, 2), keep_batch_dim=False, microbatch_size=microbatch
+        )
+    )
+    return lambda: jax.block_until_ready(clipped(params, x, labels))
+
+
+def by_laplax(batch: int) -> Callable:
+    """Laplax: its product with the generalized Gauss-Newton matrix, for the sum of the losses."""
+    from laplax.curv.ggn import create_ggn_mv_without_data
+
+    params, x, labels, direction = problem(batch)
+
+    def model_fn(input, params):
+        h = input
+        for p in params[:-1]:
+            h = jax.nn.relu(h @ p["w"] + p["b"])
+        return h @ params[-1]["w"] + params[-1]["b"]
+
+    @jax.jit
+    def product(params, x, labels, v):
+        data = {"input": x, "target": labels}
+        return create_ggn_mv_without_data(model_fn, params, "cross_entropy", 1.0)(v, data)
+
+    return lambda: jax.block_until_ready(product(params, x, labels, direction))
+
+
+def torch_network(params):
+    """The same network in torch."""
+    import torch
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    layers = []
+    for p in params:
+        linear = torch.nn.Linear(*p["w"].shape)
+        with torch.no_grad():
+            linear.weight.copy_(torch.from_numpy(np.asarray(p["w"]).T.copy()))
+            linear.bias.copy_(torch.from_numpy(np.asarray(p["b"]).copy()))
+        layers += [linear, torch.nn.ReLU()]
+    return torch.nn.Sequential(*layers[:-1])
+
+
+def torch_problem(batch: int):
+    """The network, its inputs and its labels in torch."""
+    import torch
+
+    params, x, labels, direction = problem(batch)
+    x, labels = torch.from_numpy(np.array(x)), torch.from_numpy(np.array(labels, np.int64))
+    return torch_network(params), x, labels, direction
+
+
+def like_ours(tensors) -> np.ndarray:
+    """Torch's gradients, weight and bias of each layer, flattened as ours: b and w by layer, w as [fan_in, fan_out]."""
+    tensors = list(tensors)
+    parts = [
+        a for w, b in zip(tensors[::2], tensors[1::2], strict=True) for a in (b.numpy().ravel(), w.numpy().T.ravel())
+    ]
+    return np.concatenate(parts)
+
+
+def by_torch(batch: int) -> Callable:
+    """An ordinary gradient in torch."""
+    import torch
+
+    network, x, labels, _ = torch_problem(batch)
+
+    def run():
+        network.zero_grad()
+        torch.nn.functional.cross_entropy(network(x), labels, reduction="sum").backward()
+        return [p.grad for p in network.parameters()]
+
+    return run
+
+
+def by_opacus(batch: int) -> Callable:
+    """Ghost clipping: a backward pass for the norms, and another one with the losses reweighted."""
+    import torch
+    from opacus.grad_sample import GradSampleModuleFastGradientClipping
+
+    network, x, labels, _ = torch_problem(batch)
+    module = GradSampleModuleFastGradientClipping(
+        network, max_grad_norm=MAX_NORM, use_ghost_clipping=True, loss_reduction="sum"
+    )
+
+    def run():
+        module.zero_grad()
+        module.enable_hooks()
+        values = torch.nn.functional.cross_entropy(module(x), labels, reduction="none")
+        values.sum().backward(retain_graph=True)
+        factors = module.get_clipping_coef()
+        module.zero_grad()
+        module.disable_hooks()
+        (factors * values).sum().backward()
+        return [p.grad for p in network.parameters()]
+
+    return run
+
+
+def by_backpack(batch: int) -> Callable:
+    """BackPACK's batch L2 norms beside the gradient."""
+    import torch
+    from backpack import backpack, extend
+    from backpack.extensions import BatchL2Grad
+
+    network, x, labels, _ = torch_problem(batch)
+    network, loss_fn = extend(network), extend(torch.nn.CrossEntropyLoss(reduction="sum"))
+
+    def run():
+        network.zero_grad()
+        with backpack(BatchL2Grad()):
+            loss_fn(network(x), labels).backward()
+        return sum(p.batch_l2 for p in network.parameters())
+
+    return run
+
+
+def by_curvlinops(what: str, batch: int) -> Callable:
+    """Curvlinops: its products, for the sum of the losses."""
+    import torch
+    from curvlinops import GGNLinearOperator, HessianLinearOperator
+
+    network, x, labels, direction = torch_problem(batch)
+    parameters = list(network.parameters())
+    operator = {"ggn": GGNLinearOperator, "hessian": HessianLinearOperator}[what](
+        network, torch.nn.CrossEntropyLoss(reduction="sum"), parameters, [(x, labels)], check_deterministic=False
+    )
+    vectors = [torch.from_numpy(np.array(a).T.copy()) for p in direction for a in (p["w"], p["b"])]
+
+    def run():
+        return operator @ vectors
+
+    return run
+
+
+WAYS: dict[str, Callable[[], Callable]] = {
+    "gradient, fcfunc": lambda: by_fcfunc("gradient", BATCH),
+    "gradient, torch": lambda: by_torch(BATCH),
+    "clipped sum, fcfunc": lambda: by_fcfunc("clipped", BATCH),
+    "clipped sum, opacus ghost clipping": lambda: by_opacus(BATCH),
+    "clipped sum, jax_privacy in microbatches of 64": lambda: by_jax_privacy(BATCH, 64),
+    "gradient and squared norms, fcfunc": lambda: by_fcfunc("both", BATCH),
+    "gradient and squared norms, BackPACK": lambda: by_backpack(BATCH),
+    "GGN product, fcfunc": lambda: by_fcfunc("ggn", BATCH),
+    "GGN product, curvlinops": lambda: by_curvlinops("ggn", BATCH),
+    "GGN product, laplax": lambda: by_laplax(BATCH),
+    "Hessian product, fcfunc": lambda: by_fcfunc("hessian", BATCH),
+    "Hessian product, curvlinops": lambda: by_curvlinops("hessian", BATCH),
+}
+SMALL = 1024
+"""The largest batch of which 24 GiB of memory hold every gradient, with one copy."""
+
+SMALL_WAYS: dict[str, Callable[[], Callable]] = {
+    f"gradient, fcfunc, batch {SMALL}": lambda: by_fcfunc("gradient", SMALL),
+    f"clipped sum, fcfunc, batch {SMALL}": lambda: by_fcfunc("clipped", SMALL),
+    f"clipped sum, vmap(grad), batch {SMALL}": lambda: by_vmap(SMALL),
+}
+
+
+def flat(result) -> np.ndarray:
+    """A result as one vector, without the gradient that comes beside norms."""
+    if hasattr(result, "numpy"):  # norms by torch
+        return result.numpy()
+    if all(hasattr(a, "numpy") for a in result):
+        return like_ours(result)
+    return np.asarray(ravel_pytree(result[-1] if isinstance(result, tuple) else result)[0])
+
+
+def megabytes(way: str) -> float:
+    """The growth of the peak memory of a process that computes one way twice."""
+    output = subprocess.run(
+        [sys.executable, "-m", "benchmarks.per_example", "--memory", way], check=True, capture_output=True, text=True
+    ).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def compare(ways: dict[str, Callable[[], Callable]], rounds: int) -> None:
+    """A table of one batch size."""
+    runs = {name: (made(), ()) for name, made in ways.items()}
+    results = {name: flat(run()) for name, (run, _) in runs.items()}
+    seconds = in_turns(runs, rounds)
+    ordinary = next(iter(ways))
+    print("| | seconds | times a gradient by fcfunc | off from fcfunc | MB at the peak |\n|---|---|---|---|---|")
+    for name in ways:
+        ours = results.get(f"{name.split(',')[0]}, fcfunc{name[name.find(', batch') :] if ', batch' in name else ''}")
+        off = np.linalg.norm(results[name] - ours) / np.linalg.norm(ours)
+        times = ratio(seconds[name], seconds[ordinary])
+        print(
+            f"| {name} | {statistics.median(seconds[name]):.3f} | {times} | {off:.1e} | {megabytes(name):.0f} |",
+            flush=True,
+        )
+
+
+def main(argv=None) -> None:
+    """The tables, or the memory of one way."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--memory", metavar="WAY", help="print the growth of the peak memory of one way, in MB")
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args(argv)
+    if options.memory:
+        run = (WAYS | SMALL_WAYS)[options.memory]()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        run(), run()
+        print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+        return
+    warnings.filterwarnings("ignore", message="Full backward hook")  # torch's, of inputs without a gradient
+    start = time.perf_counter()
+    print(f"784-1024-1024-10, batch {BATCH}")
+    compare(WAYS, options.rounds)
+    print(f"\nbatch {SMALL}")
+    compare(SMALL_WAYS, 3)
+    print(f"\n{time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""Curvature of the losses of a network: the Hessian, the generalized Gauss-Newton matrix and its Kronecker factors.
+
+All are those of the sum of the losses of the examples, as in `Network.example_gradients`; divide by the batch size for
+the mean. The generalized Gauss-Newton matrix is split at the outputs: `Σᵢ Jᵢᵀ Hᵢ Jᵢ`, with the Jacobian `J` of the
+outputs by the parameters and the Hessian `H` of the loss by the outputs. Where the loss is convex in the outputs, as
+cross-entropy and squared error are, it is positive semidefinite, and it is the Fisher information of losses that are
+negative log-likelihoods of an exponential family in its natural parameters.
+"""
+
+from __future__ import annotations  # short signatures in help()
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fcfunc import _arguments
+from fcfunc._rule import sum_dtype, upcast
+from fcfunc.network import _MISSING, Network, Params
+from fcfunc.per_example import Outer, Rows, is_factored, losses_and_cotangents
+
+__all__ = [
+    "Full", "Kronecker", "ggn_diagonal", "ggn_vector_product", "hessian_vector_product", "kronecker_factors",
+]  # fmt: skip
+
+
+class Kronecker(NamedTuple):
+    """The block of the weights of a layer, `[fan_in, fan_out]` flattened row by row, as `inputs ⊗ cotangents`.
+
+    Attributes:
+      inputs: the mean of `h hᵀ` over the examples, `[fan_in, fan_in]`; for stacked layers with `layers` in front.
+      cotangents: the sum of `Gᵀ H G` over the examples, `[fan_out, fan_out]`, where `G` has a row for each output of
+        the network: its derivative by the affine output of the layer.
+    """
+
+    inputs: jax.Array
+    cotangents: jax.Array
+
+
+class Full(NamedTuple):
+    """The whole block of a bias, a scale or an offset, without an approximation.
+
+    Attributes:
+      matrix: `[width, width]`; for stacked layers with `layers` in front.
+    """
+
+    matrix: jax.Array
+
+
+def hessian_vector_product(
+    net: Network, params: Params, x: jax.Array, loss_fn: Callable, direction: Any, *, key: Any = _MISSING
+) -> Any:
+    r"""The Hessian of the summed losses times a direction, :math:`∇^2 (\sum_i ℓ_i) v`, without the Hessian.
+
+    It differentiates the backward rules: three to four times the work of a gradient.
+
+    Args:
+      net, params, x, loss_fn, key: as for `Network.example_gradients`.
+      direction: `v`, in the structure, shapes and dtypes of `params`.
+
+    Returns:
+      The structure of `params`.
+
+    Raises:
+      ValueError: `direction` does not have the structure and shapes of `params`; otherwise as for
+        `Network.example_gradients`.
+      TypeError: as for `Network.example_gradients`.
+
+    Source: Pearlmutter 1994, Fast Exact Multiplication by the Hessian; derived in docs/derivations.md#curvature.
+
+    Example:
+      >>> net = fcfunc.mlp([1, 1], use_bias=False)
+      >>> squared = lambda outputs: jnp.sum(outputs**2, axis=-1)
+      >>> hessian_vector_product(net, [{"w": jnp.ones((1, 1))}], jnp.array([[3.0]]), squared, [{"w": jnp.ones((1, 1))}])
+      [{'w': Array([[18.]], dtype=float32)}]
+    """
+    where = "hessian_vector_product"
+    _linearized(where, net, params, x, loss_fn, key)  # its checks
+    _check_direction(where, direction, params)
+
+    def gradient(params):
+        return jax.grad(lambda params: jnp.sum(loss_fn(net.apply(params, x, key=key))))(params)
+
+    # The Hessian is symmetric: the transposed product is the product.
+    return jax.vjp(gradient, params)[1](direction)[0]
+
+
+def ggn_vector_product(
+    net: Network, params: Params, x: jax.Array, loss_fn: Callable, direction: Any, *, key: Any = _MISSING
+) -> Any:
+    r"""The generalized Gauss-Newton matrix times a direction, :math:`\sum_i J_i^T H_i J_i v`.
+
+    It needs no forward mode: `J v` is the transpose of the backward pass, about twice the work of a gradient in all.
+
+    Args:
+      net, params, x, loss_fn, key: as for `Network.example_gradients`.
+      direction: `v`, in the structure, shapes and dtypes of `params`.
+
+    Returns:
+      The structure of `params`.
+
+    Raises:
+      ValueError, TypeError: as for `hessian_vector_product`.
+
+    Source: Schraudolph 2002, Fast Curvature Matrix-Vector Products; derived in docs/derivations.md#curvature.
+
+    Example:
+      >>> net = fcfunc.mlp([1, 1], use_bias=False)
+      >>> squared = lambda outputs: jnp.sum(outputs**2, axis=-1)
+      >>> ggn_vector_product(net, [{"w": jnp.ones((1, 1))}], jnp.array([[3.0]]), squared, [{"w": jnp.ones((1, 1))}])
+      [{'w': Array([[18.]], dtype=float32)}]
+    """
+    where = "ggn_vector_product"
+    _, _, times_hessian = _linearized(where, net, params, x, loss_fn, key)
+    _check_direction(where, direction, params)
+    outputs, pull = jax.vjp(lambda params: net.apply(params, x, key=key), params)
+    # g ↦ Jᵀ g is linear, and its derivative by g in the direction of the cotangent v is J v
+    (tangents,) = jax.vjp(pull, jnp.zeros_like(outputs))[1]((direction,))
+    return pull(times_hessian(tangents))[0]
+
+
+def ggn_diagonal(net: Network, params: Params, x: jax.Array, loss_fn: Callable, *, key: Any = _MISSING) -> Any:
+    r"""The diagonal of the generalized Gauss-Newton matrix, exactly: :math:`\sum_i \text{diag}(J_i^T H_i J_i)`.
+
+    One backward pass for each output of the network, all at once; no array of the size of batch times parameters.
+
+    Args:
+      net, params, x, loss_fn, key: as for `Network.example_gradients`.
+
+    Returns:
+      The structure and shapes of `params`, in at least float32.
+
+    Raises:
+      ValueError, TypeError: as for `Network.example_gradients`.
+
+    Source: Martens et al. 2012, Estimating the Hessian by Back-propagating Curvature; derived in
+    docs/derivations.md#curvature.
+
+    Example:
+      >>> net = fcfunc.mlp([1, 1], use_bias=False)
+      >>> squared = lambda outputs: jnp.sum(outputs**2, axis=-1)
+      >>> ggn_diagonal(net, [{"w": jnp.ones((1, 1))}], jnp.array([[3.0]]), squared)
+      [{'w': Array([[18.]], dtype=float32)}]
+    """
+
+    def of_outer(h, g, hg):
+        # Σᵢ hᵢₐ² (Gᵢᵀ Hᵢ Gᵢ)𝒸𝒸
+        return _matmul(jnp.swapaxes(h**2, -1, -2), jnp.sum(g * hg, axis=0))
+
+    return _by_leaf(
+        of_outer, lambda v, hv: jnp.sum(v * hv, axis=(0, -2)), *columns("ggn_diagonal", net, params, x, loss_fn, key)
+    )
+
+
+def kronecker_factors(net: Network, params: Params, x: jax.Array, loss_fn: Callable, *, key: Any = _MISSING) -> Any:
+    r"""The blocks of the generalized Gauss-Newton matrix, leaf by leaf, those of weights in Kronecker factors.
+
+    The block of the weights of a layer is :math:`\sum_i h_i h_i^T ⊗ G_i^T H_i G_i`, approximated by the mean of the
+    first factors and the sum of the second: exactly for one example, or where the inputs do not vary.
+
+    Args:
+      net, params, x, loss_fn, key: as for `Network.example_gradients`.
+
+    Returns:
+      The structure of `params`, with `Kronecker` for `w` and `Full` for the other leaves, in at least float32.
+
+    Raises:
+      ValueError, TypeError: as for `Network.example_gradients`.
+
+    Source: Martens and Grosse 2015, Optimizing Neural Networks with Kronecker-factored Approximate Curvature; Botev et
+    al. 2017, Practical Gauss-Newton Optimisation for Deep Learning; derived in docs/derivations.md#curvature.
+
+    Example:
+      >>> net = fcfunc.mlp([1, 1], use_bias=False)
+      >>> squared = lambda outputs: jnp.sum(outputs**2, axis=-1)
+      >>> kronecker_factors(net, [{"w": jnp.ones((1, 1))}], jnp.array([[3.0]]), squared)[0]["w"].inputs
+      Array([[9.]], dtype=float32)
+    """
+
+    def of_outer(h, g, hg):
+        return Kronecker(_matmul(jnp.swapaxes(h, -1, -2), h) / max(h.shape[-2], 1), second_moment(g, hg))
+
+    return _by_leaf(
+        of_outer, lambda v, hv: Full(second_moment(v, hv)), *columns("kronecker_factors", net, params, x, loss_fn, key)
+    )
+
+
+def columns(where: str, net: Network, params: Params, x: jax.Array, loss_fn: Callable, key) -> tuple[Any, Any]:
+    """The derivatives of each output of the network in factors, with the outputs in front, and these times `H`."""
+    outputs, pull, loss_hessian = _linearized(where, net, params, x, loss_fn, key)
+    jacobian, hessians = output_columns(outputs, pull), jax.vmap(loss_hessian)(_basis(outputs))
+
+    def times_hessian(g):  # Σ_d H_bcd G_d for each example b
+        return jnp.einsum("cbd,d...bo->c...bo", hessians.astype(g.dtype), g)
+
+    return jacobian, jax.tree.map(
+        lambda a: (
+            Outer(a.inputs, times_hessian(a.cotangents)) if isinstance(a, Outer) else Rows(times_hessian(a.values))
+        ),
+        jacobian,
+        is_leaf=is_factored,
+    )
+
+
+def output_columns(outputs: jax.Array, pull: Callable) -> Any:
+    """The derivatives of each output in factors: `[outputs, ..., batch, fan_out]` for cotangents and rows."""
+    shapes = jax.eval_shape(pull, outputs)
+    by_kind = {Outer: Outer(None, 0), Rows: Rows(0)}  # type: ignore[arg-type]  (the inputs are those of every output)
+    axes = jax.tree.map(lambda a: by_kind[type(a)], shapes, is_leaf=is_factored)
+    return jax.tree.map(upcast, jax.vmap(pull, out_axes=axes)(_basis(outputs)))
+
+
+def _basis(outputs: jax.Array) -> jax.Array:
+    """The cotangents that select each output in turn, of all examples at once."""
+    count = outputs.shape[-1]
+    return jnp.broadcast_to(jnp.eye(count, dtype=outputs.dtype)[:, None, :], (count, *outputs.shape))
+
+
+def second_moment(g: jax.Array, hg: jax.Array) -> jax.Array:
+    """`Σᵢ Gᵢᵀ Hᵢ Gᵢ` of `[outputs, ..., batch, width]`, `[..., width, width]`."""
+    return jnp.einsum("c...bi,c...bj->...ij", g, hg)
+
+
+def _linearized(where: str, net: Network, params, x, loss_fn: Callable, key) -> tuple[jax.Array, Callable, Callable]:
+    """The outputs, their backward pass in factors, and `tangents ↦ Hᵢ tangentsᵢ` for each example's loss."""
+    if not isinstance(net, Network):
+        raise TypeError(f"{where}: net must be a Network, as from fcfunc.mlp, got {type(net).__name__}")
+    _arguments.function(where, loss_fn=loss_fn)
+    outputs, pull = net.example_vjp(params, x, key=key)
+    losses_and_cotangents(where, loss_fn, outputs)
+    _, second = jax.vjp(jax.grad(lambda outputs: jnp.sum(loss_fn(outputs))), outputs)
+    return outputs, pull, lambda tangents: second(tangents)[0]
+
+
+def _by_leaf(of_outer: Callable, of_rows: Callable, jacobian, by_hessian) -> Any:
+    def of_leaf(a, b):
+        return of_outer(a.inputs, a.cotangents, b.cotangents) if isinstance(a, Outer) else of_rows(a.values, b.values)
+
+    return jax.tree.map(of_leaf, jacobian, by_hessian, is_leaf=is_factored)
+
+
+def _check_direction(where: str, direction, params) -> None:
+    if jax.tree.structure(direction) != jax.tree.structure(params):
+        given = f"{jax.tree.structure(direction)!s:.150}"
+        raise ValueError(f"{where}: direction must have the structure of params, got {given}")
+    kinds = [[_arguments.describe(a) for a in jax.tree.leaves(tree)] for tree in (direction, params)]
+    if kinds[0] != kinds[1]:
+        wrong = next(pair for pair in zip(*kinds, strict=True) if pair[0] != pair[1])
+        raise ValueError(f"{where}: a leaf of direction is {wrong[0]} where params has {wrong[1]}")
+
+
+def _matmul(a, b):
+    return jnp.matmul(a, b, preferred_element_type=sum_dtype(a.dtype))

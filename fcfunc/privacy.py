@@ -1,0 +1,282 @@
+"""Differentially private training: clipped gradients with noise, random batches, and what they guarantee.
+
+The guarantee: the parameters after all steps are (ε, δ)-differentially private with respect to adding or removing one
+example, if every batch is drawn by `poisson_batch` with a key of its own, every step uses `private_mean`, and `epsilon`
+is given the rate, the noise multiplier and the number of all steps that were taken. It does not cover what is published
+besides the parameters: the metrics of a step, a choice of hyperparameters or of a step by looking at the data, and
+statistics of the data such as a standardization. The keys must be secret. Arithmetic is in floating-point numbers, and
+the random numbers are those of `jax.random`, which are not made for cryptography.
+"""
+
+from __future__ import annotations  # short signatures in help()
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fcfunc import _arguments, per_example
+from fcfunc._rule import upcast
+
+__all__ = ["PoissonBatch", "batch_capacity", "epsilon", "noise_multiplier", "poisson_batch", "private_mean"]
+
+OVERFLOW = 1e-12
+"""The probability with which a random batch is larger than its capacity, and some of its examples are left out."""
+
+
+class PoissonBatch(NamedTuple):
+    """A batch of a random number of examples, in arrays of a fixed size.
+
+    Attributes:
+      examples: arrays `[capacity, ...]`, in the structure of the data; those that are not included repeat an example.
+      included: `[capacity]`, booleans.
+    """
+
+    examples: Any
+    included: jax.Array
+
+
+def batch_capacity(count: int, rate: float) -> int:
+    """The size of the arrays of a batch that holds each of `count` examples with probability `rate`.
+
+    More examples than that are drawn with a probability below 1e-12, by the Chernoff bound.
+
+    Args:
+      count: the number of examples, at least 1.
+      rate: above 0 and at most 1.
+
+    Returns:
+      The capacity, at most `count`.
+
+    Raises:
+      ValueError: `count` or `rate` is out of range.
+
+    Example:
+      >>> batch_capacity(60_000, 256 / 60_000)
+      383
+    """
+    _arguments.positive("batch_capacity", count=count)
+    rate = _rate("batch_capacity", rate)
+
+    def log_tail(k):  # log P(more than k − 1) ≤ −n KL(k/n ‖ rate)
+        a = k / count
+        rest = 0.0 if k == count else (1 - a) * math.log((1 - a) / (1 - rate))
+        return -count * (a * math.log(a / rate) + rest)
+
+    low, high = max(math.ceil(rate * count), 1), count
+    while low < high:  # the smallest capacity with a small enough tail beyond it
+        middle = (low + high) // 2
+        if log_tail(middle + 1) <= math.log(OVERFLOW):
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def poisson_batch(key: jax.Array, data: Any, *, rate: float) -> PoissonBatch:
+    """A batch that includes each example with probability `rate`, independently: Poisson sampling.
+
+    Args:
+      key: a random key, another one for each step.
+      data: arrays that share their leading axis, the examples.
+      rate: above 0 and at most 1; `rate` times the number of examples are included on average.
+
+    Returns:
+      A `PoissonBatch` of `batch_capacity` examples, also inside a compiled function.
+
+    Raises:
+      ValueError: `rate` is out of range; the arrays differ in their number of examples.
+      TypeError: no key.
+
+    Source: Abadi et al. 2016, Deep Learning with Differential Privacy, section 3.1.
+
+    Example:
+      >>> batch = poisson_batch(jax.random.key(0), (jnp.arange(1000.0), jnp.arange(1000)), rate=0.05)
+      >>> batch.examples[0].shape, int(jnp.sum(batch.included))
+      ((108,), 53)
+    """
+    where = "poisson_batch"
+    _arguments.key(where, key)
+    count = _arguments.count(where, data, 1)
+    capacity = batch_capacity(count, rate)
+    # Bits, and not uniform floats, which would include each example a little too often.
+    threshold = min(math.floor(_rate(where, rate) * 2**32), 2**32 - 1)
+    drawn = jax.random.bits(key, (count,), jnp.uint32) < jnp.uint32(threshold)
+    (indices,) = jnp.nonzero(drawn, size=capacity, fill_value=0)
+    examples = jax.tree.map(lambda a: jnp.take(a, indices, axis=0, mode="clip"), data)
+    return PoissonBatch(examples, jnp.arange(capacity) < jnp.sum(drawn))
+
+
+def private_mean(*, max_norm: float, noise_multiplier: float, expected_batch_size: float) -> Callable:
+    r"""The gradient of a private step, as the `aggregate` of `train.make_train_step`: clipped, summed, with noise.
+
+    .. math:: \Big(\sum_i ∇_i \min(1, C / |∇_i|) + C σ z\Big) / B, \quad z \sim N(0, I)
+
+    Examples that are not included count as 0. So does an example whose gradient is not finite, whose clipped gradient
+    would be undefined: the guarantee holds for it too.
+
+    Args:
+      max_norm: `C`, above 0: what an example adds to the sum at most.
+      noise_multiplier: `σ`, at least 0; with 0 there is no privacy, only clipping.
+      expected_batch_size: `B`, the sampling rate times the number of examples; the actual number is not private.
+
+    Returns:
+      `aggregate(losses, gradients, batch, key) -> (loss, gradient, metrics)`. The metrics, which are NOT private, are
+      `included`, the number of examples, and `clipped`, the fraction of them whose gradient was larger than `C`.
+
+    Raises:
+      ValueError: a number out of range.
+      TypeError: a step is given a batch that is not from `poisson_batch`.
+
+    Source: Abadi et al. 2016, Deep Learning with Differential Privacy, algorithm 1.
+
+    Example:
+      >>> import optax
+      >>> from fcfunc import train
+      >>> net, optimizer = fcfunc.mlp([2, 1]), optax.sgd(0.1)
+      >>> def loss_fn(params, batch, key):
+      ...     x, y = batch.examples
+      ...     return net.example_gradients(params, x, lambda outputs: (outputs[:, 0] - y) ** 2)
+      >>> aggregate = private_mean(max_norm=1.0, noise_multiplier=1.1, expected_batch_size=50)
+      >>> step = train.make_train_step(loss_fn, optimizer, aggregate=aggregate)
+      >>> state = train.init_state(net.init(jax.random.key(0)), optimizer, jax.random.key(1))
+      >>> data = jnp.ones((1000, 2)), jnp.ones(1000)
+      >>> state, metrics = step(state, poisson_batch(jax.random.key(2), data, rate=0.05))
+      >>> sorted(metrics)
+      ['clipped', 'included', 'loss']
+    """
+    where = "private_mean"
+    numbers = {"max_norm": max_norm, "noise_multiplier": noise_multiplier, "expected_batch_size": expected_batch_size}
+    clip, sigma, size = (_arguments.number(where, **{name: value}) for name, value in numbers.items())
+    if not (0 < clip < math.inf and 0 <= sigma < math.inf and 0 < size < math.inf):
+        given = ", ".join(f"{name}={value}" for name, value in numbers.items())
+        raise ValueError(f"{where}: expected max_norm > 0, noise_multiplier >= 0, expected_batch_size > 0, got {given}")
+
+    def aggregate(losses, gradients, batch, key):
+        if not isinstance(batch, PoissonBatch):
+            given = type(batch).__name__
+            raise TypeError(
+                f"{where}: a step needs a batch from privacy.poisson_batch, as the guarantee does, got {given}"
+            )
+        squared = per_example.squared_norms(gradients)
+        counted = batch.included & jnp.isfinite(squared)
+        # 0 in the rows themselves: a factor of 0 would leave a NaN as it is
+        gradients = jax.tree.map(lambda a: jnp.where(counted[:, None], a, 0), gradients)
+        total = per_example.clipped_sum(gradients, clip)
+        leaves, treedef = jax.tree.flatten(total)
+        keys = jax.random.split(key, len(leaves))
+        noisy = [
+            (a + clip * sigma * jax.random.normal(k, a.shape, a.dtype)) / size
+            for a, k in zip(leaves, keys, strict=True)
+        ]
+        included = jnp.sum(batch.included)
+        at_least_one = jnp.maximum(included, 1).astype(squared.dtype)
+        loss = jnp.sum(jnp.where(batch.included, upcast(losses), 0)) / at_least_one.astype(upcast(losses).dtype)
+        clipped = jnp.sum(batch.included & ~(squared <= clip**2)).astype(squared.dtype) / at_least_one
+        return loss, treedef.unflatten(noisy), {"included": included, "clipped": clipped}
+
+    return aggregate
+
+
+def epsilon(*, rate: float, noise_multiplier: float, steps: int, delta: float) -> float:
+    """The ε of the parameters after a number of steps, for adding or removing one example.
+
+    Needs dp-accounting: `pip install "fcfunc[privacy]"`.
+
+    Args:
+      rate: of `poisson_batch`.
+      noise_multiplier: of `private_mean`, above 0.
+      steps: all steps that were taken, at least 1.
+      delta: δ, above 0 and below 1; well below one over the number of examples.
+
+    Returns:
+      ε, from the distribution of the privacy loss of the subsampled Gaussian mechanism.
+
+    Raises:
+      ValueError: a number out of range.
+      ImportError: dp-accounting is not installed.
+
+    Source: Koskela et al. 2020, Computing Tight Differential Privacy Guarantees Using FFT; the dp-accounting library.
+
+    Example:
+      >>> round(epsilon(rate=0.01, noise_multiplier=1.0, steps=1000, delta=1e-5), 2)
+      1.83
+    """
+    where = "epsilon"
+    rate = _rate(where, rate)
+    _arguments.positive(where, steps=steps)
+    sigma, delta = _arguments.number(where, noise_multiplier=noise_multiplier), _delta(where, delta)
+    if not 0 < sigma < math.inf:
+        raise ValueError(f"{where}: noise_multiplier must be above 0, got {sigma}")
+    accounting = _accounting()
+    # What exceeds the capacity of a batch is left out: a step's δ grows by at most OVERFLOW.
+    if steps * OVERFLOW >= delta / 2:
+        raise ValueError(f"{where}: delta must be above {2 * steps * OVERFLOW:g} for {steps} steps, got {delta}")
+    event = accounting.PoissonSampledDpEvent(rate, accounting.GaussianDpEvent(sigma))
+    accountant = accounting.pld.PLDAccountant().compose(event, int(steps))
+    return float(accountant.get_epsilon(delta - steps * OVERFLOW))
+
+
+def noise_multiplier(*, epsilon: float, rate: float, steps: int, delta: float) -> float:
+    """The smallest noise multiplier, to three digits, with which the parameters have an ε of at most `epsilon`.
+
+    Args:
+      epsilon: above 0.
+      rate, steps, delta: as for the function `epsilon`.
+
+    Returns:
+      The `noise_multiplier` for `private_mean`.
+
+    Raises:
+      ValueError: a number out of range.
+      ImportError: dp-accounting is not installed.
+
+    Example:
+      >>> round(noise_multiplier(epsilon=2.0, rate=0.01, steps=1000, delta=1e-5), 2)
+      0.96
+    """
+    where = "noise_multiplier"
+    target = _arguments.number(where, epsilon=epsilon)
+    if not 0 < target < math.inf:
+        raise ValueError(f"{where}: epsilon must be above 0, got {target}")
+
+    def reached(sigma):
+        return _epsilon(rate=rate, noise_multiplier=sigma, steps=steps, delta=delta) <= target
+
+    low, high = 0.2, 0.4
+    while not reached(high):
+        low, high = high, 2 * high
+        if high > 1e6:
+            raise ValueError(f"{where}: no noise below {high:g} gives an epsilon of {target}")
+    while high - low > 1e-3 * low:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if reached(middle) else (middle, high)
+    return high
+
+
+_epsilon = epsilon  # `epsilon` is an argument of `noise_multiplier`
+
+
+def _accounting() -> Any:
+    try:
+        import dp_accounting
+        import dp_accounting.pld
+    except ImportError as e:
+        raise ImportError('privacy needs dp-accounting: pip install "fcfunc[privacy]"') from e
+    return dp_accounting
+
+
+def _rate(where: str, rate) -> float:
+    value = _arguments.number(where, rate=rate)
+    if not 0 < value <= 1:
+        raise ValueError(f"{where}: rate must be above 0 and at most 1, got {value}")
+    return value
+
+
+def _delta(where: str, delta) -> float:
+    value = _arguments.number(where, delta=delta)
+    if not 0 < value < 1:
+        raise ValueError(f"{where}: delta must be above 0 and below 1, got {value}")
+    return value
