@@ -50,7 +50,7 @@ def dot_sharding(x: jax.Array, w: jax.Array, row_axes: int) -> NamedSharding | N
     if sharding is None:
         return None
     rows = (*jax.typeof(x).sharding.spec, *[None] * x.ndim)[:row_axes]
-    columns = (*jax.typeof(w).sharding.spec, None, None)[1]
+    columns = (*jax.typeof(w).sharding.spec, *[None] * w.ndim)[w.ndim - 1]
     if set(mesh_axes(columns)) & {axis for entry in rows for axis in mesh_axes(entry)}:
         columns = None
     return NamedSharding(sharding.mesh, PartitionSpec(*rows, columns))

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from fcfunc import _arguments
-from fcfunc._rule import sum_dtype, upcast
+from fcfunc._rule import upcast
 from fcfunc.network import _MISSING, Network, Params
-from fcfunc.per_example import Outer, Rows, is_factored, losses_and_cotangents
+from fcfunc.per_example import Outer, Rows, is_factored, losses_and_cotangents, matmul
 
 __all__ = [
     "Full", "Kronecker", "ggn_diagonal", "ggn_vector_product", "hessian_vector_product", "kronecker_factors",
@@ -146,7 +146,7 @@ def ggn_diagonal(net: Network, params: Params, x: jax.Array, loss_fn: Callable, 
 
     def of_outer(h, g, hg):
         # Σᵢ hᵢₐ² (Gᵢᵀ Hᵢ Gᵢ)𝒸𝒸
-        return _matmul(jnp.swapaxes(h**2, -1, -2), jnp.sum(g * hg, axis=0))
+        return matmul(jnp.swapaxes(h**2, -1, -2), jnp.sum(g * hg, axis=0))
 
     return _by_leaf(
         of_outer, lambda v, hv: jnp.sum(v * hv, axis=(0, -2)), *columns("ggn_diagonal", net, params, x, loss_fn, key)
@@ -179,7 +179,7 @@ def kronecker_factors(net: Network, params: Params, x: jax.Array, loss_fn: Calla
     """
 
     def of_outer(h, g, hg):
-        return Kronecker(_matmul(jnp.swapaxes(h, -1, -2), h) / max(h.shape[-2], 1), second_moment(g, hg))
+        return Kronecker(matmul(jnp.swapaxes(h, -1, -2), h) / max(h.shape[-2], 1), second_moment(g, hg))
 
     return _by_leaf(
         of_outer, lambda v, hv: Full(second_moment(v, hv)), *columns("kronecker_factors", net, params, x, loss_fn, key)
@@ -248,7 +248,3 @@ def _check_direction(where: str, direction, params) -> None:
     if kinds[0] != kinds[1]:
         wrong = next(pair for pair in zip(*kinds, strict=True) if pair[0] != pair[1])
         raise ValueError(f"{where}: a leaf of direction is {wrong[0]} where params has {wrong[1]}")
-
-
-def _matmul(a, b):
-    return jnp.matmul(a, b, preferred_element_type=sum_dtype(a.dtype))

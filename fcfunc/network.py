@@ -293,8 +293,8 @@ class Network:
 
         Raises:
           ValueError: `x` is not `[batch, dims[0]]`; `loss_fn` does not return one loss per example, or a loss depends
-            on other examples (in a compiled function losses and gradients are NaN then); batch normalization, which
-            mixes examples; otherwise as for `apply`.
+            on other examples (in a compiled function its gradient is NaN then); batch normalization, which mixes
+            examples; otherwise as for `apply`.
           TypeError: as for `apply`.
 
         Source: derived in docs/derivations.md#gradients-of-single-examples.

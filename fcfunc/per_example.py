@@ -116,7 +116,7 @@ def weighted_sum(gradients, weights: jax.Array) -> Any:
 
     def of_outer(h, g):
         # dW = Hᵀ (c ∘ G), with the operands in the dtype of H, as in the backward pass of `ops.affine`
-        return _matmul(jnp.swapaxes(h, -1, -2), of_each(g).astype(g.dtype))
+        return matmul(jnp.swapaxes(h, -1, -2), of_each(g).astype(g.dtype))
 
     def of_rows(r):
         return jnp.sum(of_each(r), axis=-2)
@@ -193,7 +193,7 @@ def dot_products(gradients, others) -> jax.Array:
     total: Any = 0
     for a, b in zip(flat, rest, strict=True):
         # (h gᵀ) · (h' g'ᵀ) = (h · h') (g · g')
-        products = [_matmul(upcast(x), jnp.swapaxes(upcast(y), -1, -2)) for x, y in zip(a, b, strict=True)]
+        products = [matmul(upcast(x), jnp.swapaxes(upcast(y), -1, -2)) for x, y in zip(a, b, strict=True)]
         product = products[0] if len(products) == 1 else products[0] * products[1]
         total = total + (jnp.sum(product, axis=0) if product.ndim > 2 else product)
     return total
@@ -228,7 +228,7 @@ def along(gradients, direction) -> jax.Array:
     total: Any = 0
     for a, v in zip(flat, jax.tree.leaves(direction), strict=True):
         if isinstance(a, Outer):
-            product = jnp.sum(_matmul(upcast(a.inputs), upcast(v)) * upcast(a.cotangents), axis=-1)
+            product = jnp.sum(matmul(upcast(a.inputs), upcast(v)) * upcast(a.cotangents), axis=-1)
         else:
             product = jnp.sum(upcast(a.values) * upcast(v)[..., None, :], axis=-1)
         total = total + (jnp.sum(product, axis=0) if product.ndim > 1 else product)
@@ -371,9 +371,9 @@ def losses_and_cotangents(where: str, loss_fn: Callable, outputs: jax.Array) -> 
     (scaled,) = pull(c)
     expected = upcast(g) * c[:, None].astype(sum_dtype(g.dtype))
     off = jnp.abs(upcast(scaled) - expected) > 1e-3 * jnp.max(jnp.abs(expected), axis=-1, keepdims=True)
-    if _layout.is_tracer(off):
-        nan = jnp.where(jnp.any(off), jnp.nan, 0)
-        return losses + nan.astype(losses.dtype), g + nan.astype(g.dtype)
+    if _layout.is_tracer(off):  # row by row: on a mesh no device waits for another's rows
+        nan = jnp.where(jnp.any(off, axis=-1), jnp.nan, 0)
+        return losses + nan.astype(losses.dtype), g + nan[:, None].astype(g.dtype)
     if bool(jnp.any(off)):
         row = int(jnp.argmax(jnp.any(off, axis=-1)))
         raise ValueError(f"{where}: loss_fn mixes examples: row {row} of the outputs changes the loss of another row")
@@ -402,5 +402,7 @@ def _by_leaf(where: str, of_outer: Callable, of_rows: Callable, gradients) -> An
     return jax.tree.map(lambda a: of_outer(*a) if isinstance(a, Outer) else of_rows(*a), gradients, is_leaf=is_factored)
 
 
-def _matmul(a, b):
-    return jnp.matmul(a, b, preferred_element_type=sum_dtype(a.dtype))
+def matmul(a, b):
+    """`a b` for stacks of matrices, summed in at least float32, on a mesh sharded like the rows of `a`."""
+    sharding = _layout.dot_sharding(a, b, a.ndim - 1)
+    return jnp.matmul(a, b, preferred_element_type=sum_dtype(a.dtype), out_sharding=sharding)

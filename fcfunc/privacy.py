@@ -205,18 +205,28 @@ def epsilon(*, rate: float, noise_multiplier: float, steps: int, delta: float) -
       1.83
     """
     where = "epsilon"
-    rate = _rate(where, rate)
-    _arguments.positive(where, steps=steps)
-    sigma, delta = _arguments.number(where, noise_multiplier=noise_multiplier), _delta(where, delta)
+    sigma = _arguments.number(where, noise_multiplier=noise_multiplier)
     if not 0 < sigma < math.inf:
         raise ValueError(f"{where}: noise_multiplier must be above 0, got {sigma}")
-    accounting = _accounting()
+    accounting, rate, steps, delta = _checked(where, rate, steps, delta)
+    return float(accounting.pld.PLDAccountant().compose(_event(accounting, rate, sigma, steps)).get_epsilon(delta))
+
+
+def _checked(where: str, rate, steps, delta) -> tuple[Any, float, int, float]:
+    """The accounting library, the rate, the steps, and the δ that is left to the noise."""
+    rate, delta = _rate(where, rate), _arguments.number(where, delta=delta)
+    _arguments.positive(where, steps=steps)
+    if not 0 < delta < 1:
+        raise ValueError(f"{where}: delta must be above 0 and below 1, got {delta}")
     # What exceeds the capacity of a batch is left out: a step's δ grows by at most OVERFLOW.
     if steps * OVERFLOW >= delta / 2:
         raise ValueError(f"{where}: delta must be above {2 * steps * OVERFLOW:g} for {steps} steps, got {delta}")
-    event = accounting.PoissonSampledDpEvent(rate, accounting.GaussianDpEvent(sigma))
-    accountant = accounting.pld.PLDAccountant().compose(event, int(steps))
-    return float(accountant.get_epsilon(delta - steps * OVERFLOW))
+    return _accounting(), rate, int(steps), delta - steps * OVERFLOW
+
+
+def _event(accounting, rate: float, sigma: float, steps: int) -> Any:
+    sampled = accounting.PoissonSampledDpEvent(rate, accounting.GaussianDpEvent(sigma))
+    return accounting.SelfComposedDpEvent(sampled, steps)
 
 
 def noise_multiplier(*, epsilon: float, rate: float, steps: int, delta: float) -> float:
@@ -234,35 +244,30 @@ def noise_multiplier(*, epsilon: float, rate: float, steps: int, delta: float) -
       ImportError: dp-accounting is not installed.
 
     Example:
-      >>> round(noise_multiplier(epsilon=2.0, rate=0.01, steps=1000, delta=1e-5), 2)
-      0.96
+      >>> round(noise_multiplier(epsilon=0.5, rate=0.01, steps=1000, delta=1e-5), 2)
+      2.38
     """
     where = "noise_multiplier"
     target = _arguments.number(where, epsilon=epsilon)
     if not 0 < target < math.inf:
         raise ValueError(f"{where}: epsilon must be above 0, got {target}")
+    accounting, rate, steps, delta = _checked(where, rate, steps, delta)
 
-    def reached(sigma):
-        return _epsilon(rate=rate, noise_multiplier=sigma, steps=steps, delta=delta) <= target
+    def calibrated(accountant, *bracket, tol):
+        event = lambda sigma: _event(accounting, rate, sigma, steps)  # noqa: E731
+        return float(accounting.calibrate_dp_mechanism(accountant, event, target, delta, *bracket, tol=tol))
 
-    low, high = 0.2, 0.4
-    while not reached(high):
-        low, high = high, 2 * high
-        if high > 1e6:
-            raise ValueError(f"{where}: no noise below {high:g} gives an epsilon of {target}")
-    while high - low > 1e-3 * low:
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if reached(middle) else (middle, high)
-    return high
-
-
-_epsilon = epsilon  # `epsilon` is an argument of `noise_multiplier`
+    # Rényi privacy is quick, and needs a little more noise than the distribution of the loss, which is slow.
+    enough = calibrated(lambda: accounting.rdp.RdpAccountant(range(2, 257)), tol=1e-3)
+    bracket = accounting.mechanism_calibration.ExplicitBracketInterval(0.7 * enough, 1.01 * enough)
+    return calibrated(accounting.pld.PLDAccountant, bracket, tol=1e-3 * enough)
 
 
 def _accounting() -> Any:
     try:
         import dp_accounting
         import dp_accounting.pld
+        import dp_accounting.rdp
     except ImportError as e:
         raise ImportError('privacy needs dp-accounting: pip install "fcfunc[privacy]"') from e
     return dp_accounting
@@ -272,11 +277,4 @@ def _rate(where: str, rate) -> float:
     value = _arguments.number(where, rate=rate)
     if not 0 < value <= 1:
         raise ValueError(f"{where}: rate must be above 0 and at most 1, got {value}")
-    return value
-
-
-def _delta(where: str, delta) -> float:
-    value = _arguments.number(where, delta=delta)
-    if not 0 < value < 1:
-        raise ValueError(f"{where}: delta must be above 0 and below 1, got {value}")
     return value

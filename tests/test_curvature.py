@@ -1,7 +1,5 @@
 """Curvature against the explicit Hessian, and the explicit Jacobians, of the same network in float64."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,19 +8,7 @@ from jax.flatten_util import ravel_pytree
 
 import fcfunc
 from fcfunc import curvature, losses
-from tests.rules import slow
-from tests.test_per_example import ACTIVATIONS, NORMS, cross_entropy, made
-
-NETWORKS = [
-    (norm, residual, bias, activation)
-    for norm, residual, bias in itertools.product(NORMS, (False, True), (True, False))
-    for activation in ACTIVATIONS
-]
-networks = pytest.mark.parametrize(
-    ("norm", "residual", "bias", "activation"),
-    [case if i % 6 == (i // 6) % 6 else slow(*case) for i, case in enumerate(NETWORKS)],
-)
-
+from tests.test_per_example import NORMS, cross_entropy, made, networks
 
 def close(got, expected):
     expected = np.asarray(expected)

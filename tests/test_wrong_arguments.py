@@ -356,11 +356,11 @@ CALLS = {
         {"max_norm": [word, nought], "expected_batch_size": [word, nought], "noise_multiplier": [word, below]},
     ),
     "privacy.epsilon": (
-        {"rate": 0.5, "noise_multiplier": 1.0, "steps": 3, "delta": 0.1},
+        {"rate": 1.0, "noise_multiplier": 4.0, "steps": 1, "delta": 1e-5},
         {"rate": [word, nought, above], "noise_multiplier": [word, nought], "steps": [below], "delta": [word, nought]},
     ),
     "privacy.noise_multiplier": (
-        {"epsilon": 8.0, "rate": 0.5, "steps": 3, "delta": 0.1},
+        {"epsilon": 1.0, "rate": 1.0, "steps": 1, "delta": 1e-5},
         {"epsilon": [word, nought], "rate": [word, nought, above], "steps": [below], "delta": [word, nought]},
     ),
     "net.features": ({"params": PARAMS, "x": X}, {"params": [text, nothing, seven], "x": TOGETHER}),
