@@ -10,6 +10,7 @@ import fcfunc
 from fcfunc import curvature, losses
 from tests.test_per_example import NORMS, cross_entropy, made, networks
 
+
 def close(got, expected):
     expected = np.asarray(expected)
     np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12 * np.abs(expected).max(initial=0))

@@ -315,7 +315,7 @@ def test_on_a_mesh_each_device_keeps_its_examples_and_one_sum_follows(kind):
         compiled = jax.jit(clipped).lower(*args).compile()
         got = compiled(*args)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, expected)
-    program = compiled.as_text()
+    program = str(compiled.as_text())
     assert "all-gather" not in program
     assert "all-to-all" not in program
     sums = re.findall(r"= (.*?) all-reduce", program)
