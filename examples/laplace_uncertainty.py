@@ -85,7 +85,7 @@ def on_rotated(posterior, test, angles) -> dict[str, np.ndarray]:
             of_angle += [float(jnp.mean(jnp.max(p, axis=-1))), float(-jnp.mean(jnp.log(own)))]
         rows.append(of_angle)
     names = ("accuracy", "plain confidence", "plain loss", "laplace confidence", "laplace loss")
-    return dict(zip(names, np.asarray(rows).T, strict=True))
+    return {name: np.asarray(column) for name, column in zip(names, np.asarray(rows).T, strict=True)}
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
