@@ -76,14 +76,14 @@ def hessian_vector_product(
       [{'w': Array([[18.]], dtype=float32)}]
     """
     where = "hessian_vector_product"
-    _linearized(where, net, params, x, loss_fn, key)  # its checks
+    *_, poison = _linearized(where, net, params, x, loss_fn, key)
     _check_direction(where, direction, params)
 
     def gradient(params):
         return jax.grad(lambda params: jnp.sum(loss_fn(net.apply(params, x, key=key))))(params)
 
     # The Hessian is symmetric: the transposed product is the product.
-    return jax.vjp(gradient, params)[1](direction)[0]
+    return jax.tree.map(lambda a: a + poison.astype(a.dtype), jax.vjp(gradient, params)[1](direction)[0])
 
 
 def ggn_vector_product(
@@ -112,7 +112,7 @@ def ggn_vector_product(
       [{'w': Array([[18.]], dtype=float32)}]
     """
     where = "ggn_vector_product"
-    _, _, times_hessian = _linearized(where, net, params, x, loss_fn, key)
+    _, _, times_hessian, _ = _linearized(where, net, params, x, loss_fn, key)
     _check_direction(where, direction, params)
     outputs, pull = jax.vjp(lambda params: net.apply(params, x, key=key), params)
     # g ↦ Jᵀ g is linear, and its derivative by g in the direction of the cotangent v is J v
@@ -188,7 +188,7 @@ def kronecker_factors(net: Network, params: Params, x: jax.Array, loss_fn: Calla
 
 def columns(where: str, net: Network, params: Params, x: jax.Array, loss_fn: Callable, key) -> tuple[Any, Any]:
     """The derivatives of each output of the network in factors, with the outputs in front, and these times `H`."""
-    outputs, pull, loss_hessian = _linearized(where, net, params, x, loss_fn, key)
+    outputs, pull, loss_hessian, _ = _linearized(where, net, params, x, loss_fn, key)
     jacobian, hessians = output_columns(outputs, pull), jax.vmap(loss_hessian)(_basis(outputs))
 
     def times_hessian(g):  # Σ_d H_bcd G_d for each example b
@@ -222,15 +222,21 @@ def second_moment(g: jax.Array, hg: jax.Array) -> jax.Array:
     return jnp.einsum("c...bi,c...bj->...ij", g, hg)
 
 
-def _linearized(where: str, net: Network, params, x, loss_fn: Callable, key) -> tuple[jax.Array, Callable, Callable]:
-    """The outputs, their backward pass in factors, and `tangents ↦ Hᵢ tangentsᵢ` for each example's loss."""
+def _linearized(
+    where: str, net: Network, params, x, loss_fn: Callable, key
+) -> tuple[jax.Array, Callable, Callable, jax.Array]:
+    """The outputs, their backward pass in factors, `tangents ↦ Hᵢ tangentsᵢ` for each example's loss, and 0.
+
+    In a compiled function that 0 and the products are NaN if the losses mix examples.
+    """
     if not isinstance(net, Network):
         raise TypeError(f"{where}: net must be a Network, as from fcfunc.mlp, got {type(net).__name__}")
     _arguments.function(where, loss_fn=loss_fn)
     outputs, pull = net.example_vjp(params, x, key=key)
-    losses_and_cotangents(where, loss_fn, outputs)
+    _, g = losses_and_cotangents(where, loss_fn, outputs)
+    poison = jnp.where(jnp.any(jnp.isnan(g)), jnp.nan, 0).astype(g.dtype)
     _, second = jax.vjp(jax.grad(lambda outputs: jnp.sum(loss_fn(outputs))), outputs)
-    return outputs, pull, lambda tangents: second(tangents)[0]
+    return outputs, pull, lambda tangents: second(tangents)[0] + poison, poison
 
 
 def _by_leaf(of_outer: Callable, of_rows: Callable, jacobian, by_hessian) -> Any:

@@ -63,9 +63,24 @@ def leaf_squared_norms(gradients) -> Any:
       >>> leaf_squared_norms([{"w": outer, "b": Rows(outer.cotangents)}])
       [{'b': Array([9.], dtype=float32), 'w': Array([45.], dtype=float32)}]
     """
-    # |h gᵀ|² = |h|² |g|²
-    of_rows = lambda a: jnp.sum(upcast(a) ** 2, axis=-1)  # noqa: E731
-    return _by_leaf("leaf_squared_norms", lambda h, g: of_rows(h) * of_rows(g), of_rows, gradients)
+
+    def scaled(a):
+        """The largest element of each row, and the squared norm of the row divided by it: no square underflows."""
+        a = upcast(a)
+        largest = jnp.max(jnp.abs(a), axis=-1, initial=0)
+        safe = jnp.where(largest == 0, 1, largest)
+        return largest, jnp.sum((a / safe[..., None]) ** 2, axis=-1)
+
+    def of_outer(h, g):
+        # |h gᵀ|² = |h|² |g|²
+        (h_max, h_rest), (g_max, g_rest) = scaled(h), scaled(g)
+        return (h_max * g_max) ** 2 * h_rest * g_rest
+
+    def of_rows(r):
+        largest, rest = scaled(r)
+        return largest**2 * rest
+
+    return _by_leaf("leaf_squared_norms", of_outer, of_rows, gradients)
 
 
 def squared_norms(gradients) -> jax.Array:
@@ -225,6 +240,10 @@ def along(gradients, direction) -> jax.Array:
     flat, treedef = jax.tree.flatten(gradients, is_leaf=is_factored)
     if jax.tree.structure(direction) != treedef:
         raise ValueError(f"{where}: direction must have the structure of the parameters, {treedef!s:.200}")
+    for a, v in zip(flat, jax.tree.leaves(direction), strict=True):
+        expected = (*a[0].shape[:-2], *(part.shape[-1] for part in a))
+        if jnp.shape(v) != expected:
+            raise ValueError(f"{where}: a leaf of direction must be {list(expected)}, got {list(jnp.shape(v))}")
     total: Any = 0
     for a, v in zip(flat, jax.tree.leaves(direction), strict=True):
         if isinstance(a, Outer):

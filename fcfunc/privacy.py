@@ -4,8 +4,10 @@ The guarantee: the parameters after all steps are (ε, δ)-differentially privat
 example, if every batch is drawn by `poisson_batch` with a key of its own, every step uses `private_mean`, and `epsilon`
 is given the rate, the noise multiplier and the number of all steps that were taken. It does not cover what is published
 besides the parameters: the metrics of a step, a choice of hyperparameters or of a step by looking at the data, and
-statistics of the data such as a standardization. The keys must be secret. Arithmetic is in floating-point numbers, and
-the random numbers are those of `jax.random`, which are not made for cryptography.
+statistics of the data such as a standardization. The rate and the expected batch size must be fixed without looking at
+the data, and the loss and the inputs of an example must depend on that example alone: clipping does not bound a loss
+that is divided by the number of included examples. The keys must be secret, and a saved state holds one. Arithmetic is
+in floating-point numbers, and the random numbers are those of `jax.random`, which are not made for cryptography.
 """
 
 from __future__ import annotations  # short signatures in help()
@@ -24,6 +26,10 @@ __all__ = ["PoissonBatch", "batch_capacity", "epsilon", "noise_multiplier", "poi
 
 OVERFLOW = 1e-12
 """The probability with which a random batch is larger than its capacity, and some of its examples are left out."""
+
+
+LEAST_NOISE = 0.1
+"""The noise multiplier below which the accountant needs gigabytes, and there is hardly any privacy."""
 
 
 class PoissonBatch(NamedTuple):
@@ -55,20 +61,20 @@ def batch_capacity(count: int, rate: float) -> int:
 
     Example:
       >>> batch_capacity(60_000, 256 / 60_000)
-      383
+      384
     """
     _arguments.positive("batch_capacity", count=count)
     rate = _rate("batch_capacity", rate)
 
-    def log_tail(k):  # log P(more than k − 1) ≤ −n KL(k/n ‖ rate)
+    def log_tail(k):  # log P(at least k) ≤ −n KL(k/n ‖ rate)
         a = k / count
         rest = 0.0 if k == count else (1 - a) * math.log((1 - a) / (1 - rate))
         return -count * (a * math.log(a / rate) + rest)
 
     low, high = max(math.ceil(rate * count), 1), count
-    while low < high:  # the smallest capacity with a small enough tail beyond it
+    while low < high:  # the smallest capacity that others than one example fill with a small enough probability
         middle = (low + high) // 2
-        if log_tail(middle + 1) <= math.log(OVERFLOW):
+        if log_tail(middle) <= math.log(OVERFLOW):
             high = middle
         else:
             low = middle + 1
@@ -95,7 +101,7 @@ def poisson_batch(key: jax.Array, data: Any, *, rate: float) -> PoissonBatch:
     Example:
       >>> batch = poisson_batch(jax.random.key(0), (jnp.arange(1000.0), jnp.arange(1000)), rate=0.05)
       >>> batch.examples[0].shape, int(jnp.sum(batch.included))
-      ((108,), 53)
+      ((109,), 53)
     """
     where = "poisson_batch"
     _arguments.key(where, key)
@@ -115,7 +121,8 @@ def private_mean(*, max_norm: float, noise_multiplier: float, expected_batch_siz
     .. math:: \Big(\sum_i ∇_i \min(1, C / |∇_i|) + C σ z\Big) / B, \quad z \sim N(0, I)
 
     Examples that are not included count as 0. So does an example whose gradient is not finite, whose clipped gradient
-    would be undefined: the guarantee holds for it too.
+    would be undefined: the guarantee holds for it too. If `metrics["loss"]` is NaN and `clipped` is 1 in every
+    step, the loss mixes examples, all of them count as 0, and the parameters move by the noise alone.
 
     Args:
       max_norm: `C`, above 0: what an example adds to the sum at most.
@@ -161,6 +168,9 @@ def private_mean(*, max_norm: float, noise_multiplier: float, expected_batch_siz
                 f"{where}: a step needs a batch from privacy.poisson_batch, as the guarantee does, got {given}"
             )
         squared = per_example.squared_norms(gradients)
+        if not losses.shape == squared.shape == batch.included.shape:
+            shapes = f"{list(losses.shape)}, {list(squared.shape)} and {list(batch.included.shape)}"
+            raise ValueError(f"{where}: losses, gradients and batch must have as many examples, got {shapes}")
         counted = batch.included & jnp.isfinite(squared)
         # 0 in the rows themselves: a factor of 0 would leave a NaN as it is
         gradients = jax.tree.map(lambda a: jnp.where(counted[:, None], a, 0), gradients)
@@ -206,8 +216,8 @@ def epsilon(*, rate: float, noise_multiplier: float, steps: int, delta: float) -
     """
     where = "epsilon"
     sigma = _arguments.number(where, noise_multiplier=noise_multiplier)
-    if not 0 < sigma < math.inf:
-        raise ValueError(f"{where}: noise_multiplier must be above 0, got {sigma}")
+    if not LEAST_NOISE / 4 <= sigma < math.inf:
+        raise ValueError(f"{where}: noise_multiplier must be above 0, at least {LEAST_NOISE / 4}, got {sigma}")
     accounting, rate, steps, delta = _checked(where, rate, steps, delta)
     return float(accounting.pld.PLDAccountant().compose(_event(accounting, rate, sigma, steps)).get_epsilon(delta))
 
@@ -258,9 +268,15 @@ def noise_multiplier(*, epsilon: float, rate: float, steps: int, delta: float) -
         return float(accounting.calibrate_dp_mechanism(accountant, event, target, delta, *bracket, tol=tol))
 
     # Rényi privacy is quick, and needs a little more noise than the distribution of the loss, which is slow.
-    enough = calibrated(lambda: accounting.rdp.RdpAccountant(range(2, 257)), tol=1e-3)
-    bracket = accounting.mechanism_calibration.ExplicitBracketInterval(0.7 * enough, 1.01 * enough)
-    return calibrated(accounting.pld.PLDAccountant, bracket, tol=1e-3 * enough)
+    orders = [*range(2, 65), *(2**k for k in range(7, 16))]
+    high = calibrated(lambda: accounting.rdp.RdpAccountant(orders), tol=1e-3)
+    low = 0.7 * high
+    while accounting.pld.PLDAccountant().compose(_event(accounting, rate, low, steps)).get_epsilon(delta) <= target:
+        low, high = 0.5 * low, low
+        if high < LEAST_NOISE:
+            return high
+    bracket = accounting.mechanism_calibration.ExplicitBracketInterval(low, 1.01 * high)
+    return calibrated(accounting.pld.PLDAccountant, bracket, tol=1e-3 * high)
 
 
 def _accounting() -> Any:

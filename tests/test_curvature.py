@@ -236,3 +236,11 @@ def test_losses_that_mix_examples_and_batch_normalization_are_refused(of):
     params = batch_norm.init(jax.random.key(0))
     with pytest.raises(ValueError, match="batch normalization mixes examples"):
         of(batch_norm, params, x, lambda z: z[:, 0], params)
+
+
+@pytest.mark.parametrize("of", [curvature.ggn_diagonal, curvature.kronecker_factors])
+def test_losses_that_mix_examples_give_nan_in_a_compiled_function(of):
+    net = fcfunc.mlp([3, 4, 2])
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((5, 3)), jnp.float32)
+    found = compiled(of, net, net.init(jax.random.key(0)), x, lambda z: jnp.sum(z**2, -1) * jnp.mean(z))
+    assert np.isnan(jax.tree.leaves(found)[0]).any()

@@ -163,3 +163,35 @@ def test_without_dp_accounting_the_error_names_the_extra(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", fake)
     with pytest.raises(ImportError, match=r'pip install "fcfunc\[privacy\]"'):
         privacy.epsilon(rate=0.1, noise_multiplier=1.0, steps=1, delta=1e-5)
+
+
+def test_an_example_is_clipped_where_the_square_of_a_factor_underflows():
+    # |h|² is 0 in float32, and |h| |g| is 37.8
+    outer = per_example.Outer(jnp.full((1, 784), 9e-20), jnp.full((1, 1), 1.5e19))
+    total = per_example.clipped_sum([{"w": outer}], 1.0)
+    np.testing.assert_allclose(jnp.linalg.norm(total[0]["w"]), 1, rtol=1e-5)
+
+
+def test_an_optimizer_does_not_see_the_loss_of_private_examples():
+    optimizer = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1))
+    aggregate = privacy.private_mean(max_norm=0.5, noise_multiplier=1.0, expected_batch_size=4)
+    step = train.make_train_step(loss_fn, optimizer, aggregate=aggregate)
+    state = train.init_state(NET.init(jax.random.key(0)), optimizer, jax.random.key(1))
+    data = jnp.zeros((40, 3)), jnp.zeros(40, jnp.int32)
+    with pytest.raises(TypeError, match="value"):
+        step(state, privacy.poisson_batch(jax.random.key(2), data, rate=0.1))
+
+
+@pytest.mark.parametrize(("epsilon", "rate", "steps", "delta"), [(0.01, 0.01, 10, 1e-5), (1.0, 0.1, 10, 0.5)])
+def test_a_noise_multiplier_is_found_far_from_what_renyi_privacy_gives(epsilon, rate, steps, delta):
+    options = {"rate": rate, "steps": steps, "delta": delta}
+    sigma = privacy.noise_multiplier(epsilon=epsilon, **options)
+    assert privacy.epsilon(noise_multiplier=sigma, **options) <= epsilon
+
+
+def test_losses_gradients_and_batch_must_have_as_many_examples(x64):
+    params, x, labels = made(NET, batch=2)
+    aggregate = privacy.private_mean(max_norm=0.5, noise_multiplier=1.0, expected_batch_size=4)
+    _, gradients = NET.example_gradients(params, x[:1], cross_entropy(labels[:1]))
+    with pytest.raises(ValueError, match=r"must have as many examples, got \[2\], \[1\] and \[2\]"):
+        aggregate(jnp.zeros(2), gradients, batch_of(x, labels, np.ones(2, bool)), jax.random.key(0))

@@ -37,8 +37,8 @@ def make_train_step(
       aggregate: how the gradients of single examples become that of the step:
         `aggregate(losses, gradients, batch, key) -> (loss, gradient, metrics)`, where `loss_fn(params, batch, key)`
         returns `(losses, gradients)` as `net.example_gradients` does. `per_example.mean_with_noise_scale` reports the
-        noise of the gradient, and `privacy.private_mean` trains with differential privacy. None: `loss_fn` is
-        differentiated.
+        noise of the gradient, and `privacy.private_mean` trains with differential privacy. The optimizer is not given
+        the loss then. None: `loss_fn` is differentiated.
       donate: let the step reuse the memory of the state that it is given, which must not be used afterwards ("Array
         has been deleted"). False keeps the old state valid, at the cost of a second copy.
 
@@ -79,24 +79,20 @@ def make_train_step(
 def step_of(loss_fn: Callable, optimizer: optax.GradientTransformation, aggregate: Callable | None = None) -> Callable:
     """`step(state, batch, layouts, accumulate) -> (state, metrics)`, the metrics being those before the update."""
     update = optax.with_extra_args_support(optimizer).update
-    if aggregate is None:
-        loss = uniform(loss_fn)
-        gradient = jax.value_and_grad(loss, has_aux=True)
-    else:
-        gradient = of_examples(loss_fn, aggregate)
-        loss = lambda *args: gradient(*args)[0]  # noqa: E731
+    loss = uniform(loss_fn)
+    gradient = jax.value_and_grad(loss, has_aux=True) if aggregate is None else of_examples(loss_fn, aggregate)
 
     def step(state: TrainState, batch: Any, layouts: Layouts, accumulate: int) -> tuple[TrainState, dict]:
         key = step_key(state)
-
-        def value_fn(params):
-            return loss(params, batch, key, state.model_state)[0]
 
         of_batch = gradient if accumulate == 1 else accumulated(gradient, accumulate, layouts)
         (value, (metrics, model_state)), grads = of_batch(state.params, batch, key, state.model_state)
         # optax itself mixes dtypes; a caller in strict mode need not know.
         with jax.numpy_dtype_promotion("standard"), jax.named_scope("update"):
-            more = {"value": value, "grad": grads, "value_fn": value_fn}
+            more = {"grad": grads}
+            if aggregate is None:  # a loss is not private, even where the gradient is
+                of_params = lambda params: loss(params, batch, key, state.model_state)[0]  # noqa: E731
+                more |= {"value": value, "value_fn": of_params}
             updates, opt_state = update(grads, state.opt_state, state.params, **more)
             params = optax.apply_updates(state.params, updates)
         if finite_guards(opt_state):  # a skipped step leaves the model state as it leaves the parameters
