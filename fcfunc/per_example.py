@@ -165,10 +165,10 @@ def clipped_sum(gradients, max_norm: float) -> Any:
       >>> clipped_sum([{"w": outer}], 2.0)
       [{'w': Array([[3.]], dtype=float32)}]
     """
-    return weighted_sum(gradients, _clip_factors(squared_norms(gradients), max_norm))
+    return weighted_sum(gradients, clip_factors(squared_norms(gradients), max_norm))
 
 
-def _clip_factors(squared: jax.Array, max_norm: float) -> jax.Array:
+def clip_factors(squared: jax.Array, max_norm: float) -> jax.Array:
     """`min(1, C / |∇|)`, and NaN where the norm is not finite."""
     if not _layout.is_tracer(max_norm) and not _arguments.number("clipped_sum", max_norm=max_norm) > 0:
         raise ValueError(f"clipped_sum: max_norm must be above 0, got {max_norm}")

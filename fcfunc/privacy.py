@@ -174,7 +174,7 @@ def private_mean(*, max_norm: float, noise_multiplier: float, expected_batch_siz
         counted = batch.included & jnp.isfinite(squared)
         # 0 in the rows themselves: a factor of 0 would leave a NaN as it is
         gradients = jax.tree.map(lambda a: jnp.where(counted[:, None], a, 0), gradients)
-        total = per_example.clipped_sum(gradients, clip)
+        total = per_example.weighted_sum(gradients, per_example.clip_factors(jnp.where(counted, squared, 0), clip))
         leaves, treedef = jax.tree.flatten(total)
         keys = jax.random.split(key, len(leaves))
         noisy = [
@@ -219,7 +219,7 @@ def epsilon(*, rate: float, noise_multiplier: float, steps: int, delta: float) -
     if not LEAST_NOISE / 4 <= sigma < math.inf:
         raise ValueError(f"{where}: noise_multiplier must be above 0, at least {LEAST_NOISE / 4}, got {sigma}")
     accounting, rate, steps, delta = _checked(where, rate, steps, delta)
-    return float(accounting.pld.PLDAccountant().compose(_event(accounting, rate, sigma, steps)).get_epsilon(delta))
+    return _spent(accounting, rate, sigma, steps, delta)
 
 
 def _checked(where: str, rate, steps, delta) -> tuple[Any, float, int, float]:
@@ -237,6 +237,10 @@ def _checked(where: str, rate, steps, delta) -> tuple[Any, float, int, float]:
 def _event(accounting, rate: float, sigma: float, steps: int) -> Any:
     sampled = accounting.PoissonSampledDpEvent(rate, accounting.GaussianDpEvent(sigma))
     return accounting.SelfComposedDpEvent(sampled, steps)
+
+
+def _spent(accounting, rate: float, sigma: float, steps: int, delta: float) -> float:
+    return float(accounting.pld.PLDAccountant().compose(_event(accounting, rate, sigma, steps)).get_epsilon(delta))
 
 
 def noise_multiplier(*, epsilon: float, rate: float, steps: int, delta: float) -> float:
@@ -271,7 +275,7 @@ def noise_multiplier(*, epsilon: float, rate: float, steps: int, delta: float) -
     orders = [*range(2, 65), *(2**k for k in range(7, 16))]
     high = calibrated(lambda: accounting.rdp.RdpAccountant(orders), tol=1e-3)
     low = 0.7 * high
-    while accounting.pld.PLDAccountant().compose(_event(accounting, rate, low, steps)).get_epsilon(delta) <= target:
+    while _spent(accounting, rate, low, steps, delta) <= target:
         low, high = 0.5 * low, low
         if high < LEAST_NOISE:
             return high
