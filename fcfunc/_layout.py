@@ -1,6 +1,7 @@
 """The sharding of arrays inside a rule, and putting arrays on a mesh."""
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,12 @@ def dot_sharding(x: jax.Array, w: jax.Array, row_axes: int) -> NamedSharding | N
     return NamedSharding(sharding.mesh, PartitionSpec(*rows, columns))
 
 
+def transposed(sharding: NamedSharding) -> NamedSharding:
+    """The sharding of an array whose last two axes are swapped."""
+    *before, rows, columns = sharding.spec
+    return NamedSharding(sharding.mesh, PartitionSpec(*before, columns, rows))
+
+
 def mesh_axes(entry) -> tuple:
     """The axes of a mesh that one entry of a PartitionSpec names."""
     return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
@@ -97,3 +104,61 @@ def zeros(like: Any) -> jax.Array:
     explicit = isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types
     a = jnp.zeros(like.shape, like.dtype)
     return jax.sharding.reshard(a, sharding) if explicit else a
+
+
+class ExampleAxes(NamedTuple):
+    """The axes of a mesh over which examples are sharded, and the number of devices along them."""
+
+    mesh: Any
+    axes: tuple[str, ...]
+    devices: int
+
+
+def shardings(tree: Any) -> tuple[NamedSharding | None, ...]:
+    """The sharding on a mesh of each array of a pytree, or None.
+
+    Only a concrete array knows its sharding on an Auto mesh; while tracing, the types show it on Explicit meshes alone.
+    """
+
+    def of(a):
+        if is_tracer(a):
+            return explicit_sharding(a)
+        sharding = getattr(a, "sharding", None)
+        return sharding if isinstance(sharding, NamedSharding) else None
+
+    return tuple(map(of, jax.tree.leaves(tree)))
+
+
+def constrain(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+    """`x` with a sharding inside a compiled function; None leaves it."""
+    if sharding is None:
+        return x
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        return jax.sharding.reshard(x, sharding)
+    return jax.lax.with_sharding_constraint(x, sharding)
+
+
+def example_axes(shardings: tuple) -> ExampleAxes | None:
+    """How the first of the arrays that shards its leading axis does so; None if none does."""
+    for sharding in shardings:
+        if sharding is not None and sharding.spec and (axes := mesh_axes(sharding.spec[0])):
+            return ExampleAxes(sharding.mesh, axes, math.prod(sharding.mesh.shape[axis] for axis in axes))
+    return None
+
+
+def gather_rows(a: Any, sharding: NamedSharding | None, *, indices: jax.Array) -> jax.Array:
+    """Some rows of `a`, sharded like all of them; replicated if they are too few to be divided."""
+    over = example_axes((sharding,))
+    if over is not None and len(indices) % over.devices:
+        sharding = without_axes(sharding, over)
+    if sharding is not None and AxisType.Explicit in sharding.mesh.axis_types:
+        return jnp.asarray(a).at[indices].get(mode="promise_in_bounds", out_sharding=sharding)
+    return constrain(jnp.asarray(a).at[indices].get(mode="promise_in_bounds"), sharding)
+
+
+def without_axes(sharding: NamedSharding | None, over: ExampleAxes | None) -> NamedSharding | None:
+    """A sharding without the mesh axes that shard the examples."""
+    if sharding is None or over is None:
+        return sharding
+    kept = (tuple(axis for axis in mesh_axes(entry) if axis not in over.axes) for entry in sharding.spec)
+    return NamedSharding(sharding.mesh, PartitionSpec(*(entry or None for entry in kept)))

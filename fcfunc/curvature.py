@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
-from fcfunc import _arguments
+from fcfunc import _arguments, _layout
 from fcfunc._rule import upcast
 from fcfunc.network import _MISSING, Network, Params
 from fcfunc.per_example import Outer, Rows, is_factored, losses_and_cotangents, matmul
@@ -116,7 +117,8 @@ def ggn_vector_product(
     _check_direction(where, direction, params)
     outputs, pull = jax.vjp(lambda params: net.apply(params, x, key=key), params)
     # g ↦ Jᵀ g is linear, and its derivative by g in the direction of the cotangent v is J v
-    (tangents,) = jax.vjp(pull, jnp.zeros_like(outputs))[1]((direction,))
+    zeros = _layout.reshard_like(jnp.zeros_like(outputs), outputs)
+    (tangents,) = jax.vjp(pull, zeros)[1]((direction,))
     return pull(times_hessian(tangents))[0]
 
 
@@ -179,7 +181,8 @@ def kronecker_factors(net: Network, params: Params, x: jax.Array, loss_fn: Calla
     """
 
     def of_outer(h, g, hg):
-        return Kronecker(matmul(jnp.swapaxes(h, -1, -2), h) / max(h.shape[-2], 1), second_moment(g, hg))
+        inputs = summed_over_examples("...bi,...bj->...ij", h, h) / max(h.shape[-2], 1)
+        return Kronecker(inputs, second_moment(g, hg))
 
     return _by_leaf(
         of_outer, lambda v, hv: Full(second_moment(v, hv)), *columns("kronecker_factors", net, params, x, loss_fn, key)
@@ -214,12 +217,20 @@ def output_columns(outputs: jax.Array, pull: Callable) -> Any:
 def _basis(outputs: jax.Array) -> jax.Array:
     """The cotangents that select each output in turn, of all examples at once."""
     count = outputs.shape[-1]
-    return jnp.broadcast_to(jnp.eye(count, dtype=outputs.dtype)[:, None, :], (count, *outputs.shape))
+    columns = jnp.broadcast_to(jnp.eye(count, dtype=outputs.dtype)[:, None, :], (count, *outputs.shape))
+    return jax.vmap(lambda column: _layout.reshard_like(column, outputs))(columns)
 
 
 def second_moment(g: jax.Array, hg: jax.Array) -> jax.Array:
     """`Σᵢ Gᵢᵀ Hᵢ Gᵢ` of `[outputs, ..., batch, width]`, `[..., width, width]`."""
-    return jnp.einsum("c...bi,c...bj->...ij", g, hg)
+    return summed_over_examples("c...bi,c...bj->...ij", g, hg)
+
+
+def summed_over_examples(subscripts: str, *operands: jax.Array) -> jax.Array:
+    """An einsum that leaves no axis of the examples: on an Explicit mesh every device has its result."""
+    sharding = _layout.explicit_sharding(*operands)
+    replicated = sharding and NamedSharding(sharding.mesh, PartitionSpec())
+    return jnp.einsum(subscripts, *operands, out_sharding=replicated)
 
 
 def _linearized(

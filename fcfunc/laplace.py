@@ -93,7 +93,7 @@ def last_layer(
     hg = by_hessian[-1]["w"].cotangents
     # Σ_b φ_bi φ_bj (Gᵀ H G)_bop, one output p of the layer at a time: the whole product would have batch × n × fan_out
     moments = jnp.einsum("cbo,cbp->pbo", g, hg)
-    blocks = jax.lax.map(lambda m: jnp.einsum("bi,bo,bj->ioj", inputs, m, inputs), moments)
+    blocks = jax.lax.map(lambda m: curvature.summed_over_examples("bi,bo,bj->ioj", inputs, m, inputs), moments)
     size = inputs.shape[-1] * g.shape[-1]
     block = _eigen(jnp.moveaxis(blocks, 0, -1).reshape(size, size))
     return _posterior(net, params, x, loss_fn, [*([None] * (len(params) - 1)), block], prior_precision)
@@ -286,12 +286,15 @@ def sample(key: jax.Array, posterior: Posterior) -> Params:
 
 
 def _drawn(key, block, delta):
+    """`(G + δ I)^(−1/2) z`: the symmetric root, which does not depend on how the eigenvectors were chosen."""
     if isinstance(block, Eigen):
-        z = jax.random.normal(key, block.values.shape, block.values.dtype) / jnp.sqrt(block.values + delta)
+        z = jax.random.normal(key, block.values.shape, block.values.dtype)
+        z = jnp.einsum("...ik,...i->...k", block.vectors, z) / jnp.sqrt(block.values + delta)
         return jnp.einsum("...ik,...k->...i", block.vectors, z)
-    values = _products(block)
-    z = jax.random.normal(key, values.shape, values.dtype) / jnp.sqrt(values + delta)
-    return jnp.einsum("...ik,...kl,...ol->...io", block.inputs.vectors, z, block.cotangents.vectors)
+    values, u, v = _products(block), block.inputs.vectors, block.cotangents.vectors
+    z = jax.random.normal(key, values.shape, values.dtype)
+    z = jnp.einsum("...ik,...io,...ol->...kl", u, z, v) / jnp.sqrt(values + delta)
+    return jnp.einsum("...ik,...kl,...ol->...io", u, z, v)
 
 
 def _covariance(jacobian, block: Eigen, delta):
@@ -317,7 +320,7 @@ def _augmented(layer) -> tuple[jax.Array, jax.Array]:
     """The inputs of a layer, with a 1 for the bias, and the derivatives by its affine output."""
     inputs, g = layer["w"]
     if "b" in layer:
-        inputs = jnp.concatenate([inputs, jnp.ones((*inputs.shape[:-1], 1), inputs.dtype)], axis=-1)
+        inputs = jnp.pad(inputs, [*[(0, 0)] * (inputs.ndim - 1), (0, 1)], constant_values=1)
     return inputs, g
 
 

@@ -131,7 +131,9 @@ def weighted_sum(gradients, weights: jax.Array) -> Any:
 
     def of_outer(h, g):
         # dW = Hᵀ (c ∘ G), with the operands in the dtype of H, as in the backward pass of `ops.affine`
-        return matmul(jnp.swapaxes(h, -1, -2), of_each(g).astype(g.dtype))
+        g = of_each(g).astype(g.dtype)
+        transposed = _layout.dot_sharding(jnp.swapaxes(g, -1, -2), h, g.ndim - 1)  # where both are sharded, like w
+        return matmul(jnp.swapaxes(h, -1, -2), g, transposed and _layout.transposed(transposed))
 
     def of_rows(r):
         return jnp.sum(of_each(r), axis=-2)
@@ -165,13 +167,18 @@ def clipped_sum(gradients, max_norm: float) -> Any:
       >>> clipped_sum([{"w": outer}], 2.0)
       [{'w': Array([[3.]], dtype=float32)}]
     """
-    return weighted_sum(gradients, clip_factors(squared_norms(gradients), max_norm))
+    return weighted_sum(gradients, clip_factors(gradients, squared_norms(gradients), max_norm))
 
 
-def clip_factors(squared: jax.Array, max_norm: float) -> jax.Array:
-    """`min(1, C / |∇|)`, and NaN where the norm is not finite."""
+def clip_factors(gradients, squared: jax.Array, max_norm: float) -> jax.Array:
+    """`min(1, C / |∇|)`, and NaN where the norm is not finite.
+
+    In half precision a little less, since `c ∘ G` is rounded: no example may move the sum by more than `C`.
+    """
     if not _layout.is_tracer(max_norm) and not _arguments.number("clipped_sum", max_norm=max_norm) > 0:
         raise ValueError(f"clipped_sum: max_norm must be above 0, got {max_norm}")
+    halves = [a.dtype for a in jax.tree.leaves(gradients) if a.dtype != sum_dtype(a.dtype)]
+    max_norm = max_norm * (1 - max((float(jnp.finfo(dtype).eps) / 2 for dtype in halves), default=0))
     factors = jnp.minimum(1, max_norm * jax.lax.rsqrt(jnp.maximum(squared, jnp.finfo(squared.dtype).tiny)))
     return jnp.where(jnp.isfinite(squared), factors, jnp.nan)
 
@@ -249,7 +256,7 @@ def along(gradients, direction) -> jax.Array:
         if isinstance(a, Outer):
             product = jnp.sum(matmul(upcast(a.inputs), upcast(v)) * upcast(a.cotangents), axis=-1)
         else:
-            product = jnp.sum(upcast(a.values) * upcast(v)[..., None, :], axis=-1)
+            product = matmul(upcast(a.values), upcast(v)[..., None])[..., 0]
         total = total + (jnp.sum(product, axis=0) if product.ndim > 1 else product)
     return total
 
@@ -382,11 +389,11 @@ def losses_and_cotangents(where: str, loss_fn: Callable, outputs: jax.Array) -> 
     if not isinstance(losses, jax.Array) or losses.shape != (batch,):
         given = _arguments.describe(losses) if isinstance(losses, jax.Array) else type(losses).__name__
         raise ValueError(f"{where}: loss_fn must return one loss per example, [{batch}], got {given}")
-    (g,) = pull(jnp.ones_like(losses))
+    (g,) = pull(_layout.reshard_like(jnp.ones_like(losses), losses))
     # If each loss depends on its own row alone, cotangents c give c_i g_i: exactly, for powers of two.
     rng = np.random.default_rng(0)
     signs = np.where(np.arange(batch) % 2, -1.0, 1.0) * 2.0 ** rng.integers(0, 3, batch)
-    c = jnp.asarray(signs, losses.dtype)
+    c = _layout.reshard_like(jnp.asarray(signs, losses.dtype), losses)
     (scaled,) = pull(c)
     expected = upcast(g) * c[:, None].astype(sum_dtype(g.dtype))
     off = jnp.abs(upcast(scaled) - expected) > 1e-3 * jnp.max(jnp.abs(expected), axis=-1, keepdims=True)
@@ -421,7 +428,7 @@ def _by_leaf(where: str, of_outer: Callable, of_rows: Callable, gradients) -> An
     return jax.tree.map(lambda a: of_outer(*a) if isinstance(a, Outer) else of_rows(*a), gradients, is_leaf=is_factored)
 
 
-def matmul(a, b):
-    """`a b` for stacks of matrices, summed in at least float32, on a mesh sharded like the rows of `a`."""
-    sharding = _layout.dot_sharding(a, b, a.ndim - 1)
+def matmul(a, b, sharding=None):
+    """`a b` for stacks of matrices, summed in at least float32, on a mesh sharded like the rows of `a`, or as given."""
+    sharding = sharding or _layout.dot_sharding(a, b, a.ndim - 1)
     return jnp.matmul(a, b, preferred_element_type=sum_dtype(a.dtype), out_sharding=sharding)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fcfunc import _arguments, per_example
+from fcfunc import _arguments, _layout, per_example
 from fcfunc._rule import upcast
 
 __all__ = ["PoissonBatch", "batch_capacity", "epsilon", "noise_multiplier", "poisson_batch", "private_mean"]
@@ -90,7 +90,8 @@ def poisson_batch(key: jax.Array, data: Any, *, rate: float) -> PoissonBatch:
       rate: above 0 and at most 1; `rate` times the number of examples are included on average.
 
     Returns:
-      A `PoissonBatch` of `batch_capacity` examples, also inside a compiled function.
+      A `PoissonBatch` of `batch_capacity` examples, also inside a compiled function. Data whose examples are divided
+      over the devices of a mesh give a batch that is too, with room for a few more if they do not divide the capacity.
 
     Raises:
       ValueError: `rate` is out of range; the arrays differ in their number of examples.
@@ -106,13 +107,17 @@ def poisson_batch(key: jax.Array, data: Any, *, rate: float) -> PoissonBatch:
     where = "poisson_batch"
     _arguments.key(where, key)
     count = _arguments.count(where, data, 1)
-    capacity = batch_capacity(count, rate)
+    shardings = _layout.shardings(data)
+    over = _layout.example_axes(shardings)
+    devices = over.devices if over else 1
+    capacity = devices * math.ceil(batch_capacity(count, rate) / devices)
     # Bits, and not uniform floats, which would include each example a little too often.
     threshold = min(math.floor(_rate(where, rate) * 2**32), 2**32 - 1)
     drawn = jax.random.bits(key, (count,), jnp.uint32) < jnp.uint32(threshold)
     (indices,) = jnp.nonzero(drawn, size=capacity, fill_value=0)
-    examples = jax.tree.map(lambda a: jnp.take(a, indices, axis=0, mode="clip"), data)
-    return PoissonBatch(examples, jnp.arange(capacity) < jnp.sum(drawn))
+    leaves, treedef = jax.tree.flatten(data)
+    rows = [_layout.gather_rows(a, s, indices=indices) for a, s in zip(leaves, shardings, strict=True)]
+    return PoissonBatch(treedef.unflatten(rows), jnp.arange(capacity) < jnp.sum(drawn))
 
 
 def private_mean(*, max_norm: float, noise_multiplier: float, expected_batch_size: float) -> Callable:
@@ -174,7 +179,8 @@ def private_mean(*, max_norm: float, noise_multiplier: float, expected_batch_siz
         counted = batch.included & jnp.isfinite(squared)
         # 0 in the rows themselves: a factor of 0 would leave a NaN as it is
         gradients = jax.tree.map(lambda a: jnp.where(counted[:, None], a, 0), gradients)
-        total = per_example.weighted_sum(gradients, per_example.clip_factors(jnp.where(counted, squared, 0), clip))
+        factors = per_example.clip_factors(gradients, jnp.where(counted, squared, 0), clip)
+        total = per_example.weighted_sum(gradients, factors)
         leaves, treedef = jax.tree.flatten(total)
         keys = jax.random.split(key, len(leaves))
         noisy = [

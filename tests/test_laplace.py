@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import fcfunc
-from fcfunc import curvature, laplace
+from fcfunc import curvature, laplace, per_example
 from tests.test_curvature import close, explicit_ggn, plain_cross_entropy
 from tests.test_per_example import NORMS, cross_entropy, made
 
@@ -190,3 +191,46 @@ def test_the_posterior_is_made_inside_a_compiled_function(x64):
     params, x, labels = made(net)
     of = lambda params: laplace.predict(net, laplace.kronecker(net, params, x, cross_entropy(labels)), x)[1]
     close(jax.jit(of)(params), of(params))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_on_a_mesh_curvature_and_posteriors_are_those_of_one_device(kind):
+    net = fcfunc.mlp([6, 8, 8, 4], norm="layer_norm", activation="tanh")
+    params, rng = net.init(jax.random.key(0)), np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((8, 6)), jnp.float32)
+    labels, v = jnp.asarray(rng.integers(0, 4, 8)), jax.tree.map(jnp.ones_like, params)
+
+    @jax.jit
+    def found(params, x, labels, v):
+        of = net, params, x, cross_entropy(labels)
+        posteriors = laplace.last_layer(*of), laplace.kronecker(*of)
+        return (
+            curvature.hessian_vector_product(*of, v),
+            curvature.ggn_vector_product(*of, v),
+            curvature.ggn_diagonal(*of),
+            curvature.kronecker_factors(*of),
+            per_example.along(net.example_gradients(params, x, cross_entropy(labels))[1], v),
+            [laplace.predict(net, posterior, x) for posterior in posteriors],
+            [laplace.log_marginal_likelihood(posterior) for posterior in posteriors],
+            [laplace.sample(jax.random.key(1), posterior) for posterior in posteriors],
+        )
+
+    expected = found(params, x, labels, v)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,), devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        columns = jax.tree.map(lambda a: NamedSharding(mesh, PartitionSpec(*[None] * (a.ndim - 1), "data")), params)
+        rows = jax.device_put((x, labels), NamedSharding(mesh, PartitionSpec("data")))
+        got = found(jax.device_put(params, columns), *rows, jax.device_put(v, columns))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
+
+
+def test_samples_do_not_depend_on_the_choice_of_eigenvectors(x64):
+    net = fcfunc.mlp([3, 4, 2], activation="tanh")
+    params, x, labels = made(net)
+    posterior = posterior_of(laplace.kronecker, net, params, x, cross_entropy(labels))
+    turned = jax.tree.map(
+        lambda a: a._replace(vectors=-a.vectors), posterior.blocks, is_leaf=lambda a: isinstance(a, laplace.Eigen)
+    )
+    one, other = (laplace.sample(jax.random.key(0), posterior._replace(blocks=b)) for b in (posterior.blocks, turned))
+    jax.tree.map(close, one, other)

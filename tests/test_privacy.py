@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from jax.flatten_util import ravel_pytree
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import fcfunc
 from fcfunc import losses, per_example, privacy, train
@@ -61,6 +62,22 @@ def test_an_example_moves_the_sum_by_at_most_the_norm_whatever_it_is(row):
     assert float(jnp.linalg.norm(with_it - without)) <= 0.5 / 4 * (1 + 1e-5)
 
 
+def test_in_bfloat16_an_example_moves_the_sum_by_no_more_than_the_norm():
+    net = fcfunc.mlp([30, 200, 4], compute_dtype="bfloat16", activation="tanh")
+    rng = np.random.default_rng(0)
+    x, labels = jnp.asarray(rng.standard_normal((64, 30)), jnp.float32), jnp.asarray(rng.integers(0, 4, 64))
+    _, gradients = net.example_gradients(net.init(jax.random.key(0)), x, cross_entropy(labels))
+
+    @jax.vmap
+    def norm_of_one(i):
+        one = jax.tree.map(lambda a: jnp.where(jnp.arange(64)[:, None] == i, a, 0), gradients)
+        return jnp.linalg.norm(ravel_pytree(per_example.clipped_sum(one, 0.25))[0])
+
+    norms = norm_of_one(jnp.arange(64))
+    assert (norms > 0.24).all()  # all are clipped
+    assert (norms <= 0.25).all()
+
+
 def test_the_noise_has_the_standard_deviation_of_the_norm_times_the_multiplier():
     params = NET.init(jax.random.key(0))
     batch = batch_of(jnp.zeros((7, 3)), jnp.zeros(7, jnp.int32), np.zeros(7, bool))
@@ -70,6 +87,37 @@ def test_the_noise_has_the_standard_deviation_of_the_norm_times_the_multiplier()
     assert abs(float(jnp.mean(drawn))) < 0.01
     correlation = np.corrcoef(drawn.T) - np.eye(drawn.shape[1])  # no two parameters share their noise
     assert np.abs(correlation).max() < 0.4
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("columns", [None, "model"], ids=["replicated params", "params over model"])
+def test_on_a_mesh_a_private_step_is_that_of_one_device(kind, columns):
+    net, optimizer = fcfunc.mlp([6, 8, 8, 4], norm="layer_norm"), optax.sgd(0.1)
+    rng = np.random.default_rng(0)
+    data = rng.standard_normal((200, 6), dtype=np.float32), rng.integers(0, 4, 200)
+    aggregate = privacy.private_mean(max_norm=0.5, noise_multiplier=1.0, expected_batch_size=20)
+
+    def loss_fn(params, batch, key):
+        x, labels = batch.examples
+        return net.example_gradients(params, x, cross_entropy(labels))
+
+    step = train.make_train_step(loss_fn, optimizer, aggregate=aggregate)
+
+    def after_a_step(params, data):
+        state = train.init_state(params, optimizer, jax.random.key(1))
+        return step(state, privacy.poisson_batch(jax.random.key(2), data, rate=0.1))[0].params
+
+    params = net.init(jax.random.key(0))
+    expected = after_a_step(jax.tree.map(jnp.copy, params), data)
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind,) * 2, devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        specs = jax.tree.map(lambda a: PartitionSpec(*[None] * (a.ndim - 1), columns), params)
+        params = jax.tree.map(lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec)), params, specs)
+        data = jax.device_put(data, NamedSharding(mesh, PartitionSpec("data")))
+        batch = privacy.poisson_batch(jax.random.key(2), data, rate=0.1)
+        assert batch.examples[0].sharding.spec[0] == "data"  # each device has its own examples
+        got = after_a_step(params, data)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected)
 
 
 def test_examples_are_included_independently_with_the_rate():

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,15 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from fcfunc import _layout
 from fcfunc._arguments import examples
-from fcfunc._layout import explicit_sharding, mesh_axes
-
-
-class ExampleAxes(NamedTuple):
-    """The axes of a mesh over which examples are sharded, and the number of devices along them."""
-
-    mesh: Any
-    axes: tuple[str, ...]
-    devices: int
+from fcfunc._layout import ExampleAxes, constrain, example_axes, explicit_sharding, shardings, without_axes
 
 
 class Layouts(NamedTuple):
@@ -32,20 +23,20 @@ class Layouts(NamedTuple):
     @property
     def examples(self) -> ExampleAxes | None:
         """How the data shards its leading axis, the examples; None if it does not."""
-        return _example_axes(self.data)
+        return example_axes(self.data)
 
     def constrain_state(self, state: Any) -> Any:
         """A new state, or its first arrays, sharded like the one before."""
-        return _map(_constrain, state, self.state)
+        return _map(constrain, state, self.state)
 
     def gather_params(self, params: Any) -> Any:
         """The params without the sharding over the devices that hold the examples."""
-        return _map(lambda a, s: _constrain(a, _without_axes(s, self.examples)), params, self.state)
+        return _map(lambda a, s: constrain(a, without_axes(s, self.examples)), params, self.state)
 
     def gather_rows(self, data: Any, indices: jax.Array) -> Any:
         """The examples at some indices, each of them once and within bounds, sharded like the data."""
         with jax.named_scope("gather"):
-            return _map(functools.partial(_gather, indices=indices), data, self.data)
+            return _map(functools.partial(_layout.gather_rows, indices=indices), data, self.data)
 
     def check_divides(self, what: str, n: int, parts: int) -> None:
         """ValueError if n examples cannot be divided evenly over the devices that hold them, and into parts."""
@@ -53,21 +44,6 @@ class Layouts(NamedTuple):
         if n % (parts * devices):
             shares = f"{devices} devices that hold the examples, times {parts} microbatches"
             raise ValueError(f"{what} of {n} examples cannot be divided evenly by {shares}")
-
-
-def shardings(tree: Any) -> tuple[NamedSharding | None, ...]:
-    """The sharding on a mesh of each array of a pytree, or None.
-
-    Only a concrete array knows its sharding on an Auto mesh; while tracing, the types show it on Explicit meshes alone.
-    """
-
-    def of(a):
-        if _layout.is_tracer(a):
-            return explicit_sharding(a)
-        sharding = getattr(a, "sharding", None)
-        return sharding if isinstance(sharding, NamedSharding) else None
-
-    return tuple(map(of, jax.tree.leaves(tree)))
 
 
 def jit_on_mesh(where: str, fun: Callable, *, donate: bool = True) -> Callable:
@@ -120,7 +96,7 @@ def shard_examples(a: jax.Array, over: ExampleAxes | None) -> jax.Array:
         rest = (None,) * (a.ndim - 1) if explicit is None else explicit.spec[1:]
     else:
         rest = (PartitionSpec.UNCONSTRAINED,) * (a.ndim - 1)
-    return _constrain(a, NamedSharding(over.mesh, PartitionSpec(over.axes, *rest)))
+    return constrain(a, NamedSharding(over.mesh, PartitionSpec(over.axes, *rest)))
 
 
 def split_examples(a: jax.Array, shape: tuple[int, ...], over: ExampleAxes | None) -> jax.Array:
@@ -169,38 +145,3 @@ def _map(fun: Callable, tree: Any, shardings: tuple) -> Any:
 
 def _mesh_of(tree: Any) -> Any:
     return next((s.mesh for s in shardings(tree) if s is not None), None)
-
-
-def _constrain(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
-    """`x` with a sharding inside a compiled function; None leaves it."""
-    if sharding is None:
-        return x
-    if AxisType.Explicit in sharding.mesh.axis_types:
-        return jax.sharding.reshard(x, sharding)
-    return jax.lax.with_sharding_constraint(x, sharding)
-
-
-def _example_axes(shardings: tuple) -> ExampleAxes | None:
-    for sharding in shardings:
-        if sharding is not None and sharding.spec and (axes := mesh_axes(sharding.spec[0])):
-            return ExampleAxes(sharding.mesh, axes, math.prod(sharding.mesh.shape[axis] for axis in axes))
-    return None
-
-
-def _gather(a: Any, sharding: NamedSharding | None, *, indices: jax.Array) -> jax.Array:
-    """Some rows of `a`, sharded like all of them; replicated if they are too few to be divided."""
-    over = _example_axes((sharding,))
-    if over is not None and len(indices) % over.devices:
-        sharding = _without_axes(sharding, over)
-    options = {"mode": "promise_in_bounds", "unique_indices": True}
-    if sharding is not None and AxisType.Explicit in sharding.mesh.axis_types:
-        return jnp.asarray(a).at[indices].get(**options, out_sharding=sharding)
-    return _constrain(jnp.asarray(a).at[indices].get(**options), sharding)
-
-
-def _without_axes(sharding: NamedSharding | None, over: ExampleAxes | None) -> NamedSharding | None:
-    """A sharding without the mesh axes that shard the examples."""
-    if sharding is None or over is None:
-        return sharding
-    kept = (tuple(axis for axis in mesh_axes(entry) if axis not in over.axes) for entry in sharding.spec)
-    return NamedSharding(sharding.mesh, PartitionSpec(*(entry or None for entry in kept)))
