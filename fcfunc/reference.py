@@ -189,8 +189,8 @@ def sigmoid_binary_cross_entropy(
     if where is not None:
         z, t = jnp.where(where, z, 0), jnp.where(where, t, 0)
     positive = t if positive_weights is None else t * jnp.broadcast_to(positive_weights.astype(t.dtype), t.shape)
-    loss = positive * _softplus(-z) + (1 - t) * _softplus(z)
-    loss = loss if weights is None else loss * weights.astype(loss.dtype)
+    loss = _mul_zero_inf(positive, _softplus(-z)) + _mul_zero_inf(1 - t, _softplus(z))
+    loss = loss if weights is None else _mul_zero_inf(weights.astype(loss.dtype), loss)
     return loss if where is None else jnp.where(where, loss, 0)
 
 
@@ -310,9 +310,13 @@ def _cross_entropy(logits, labels, weights, class_weights, smoothing, classes=No
     if class_weights is not None:
         labels = labels * jnp.broadcast_to(class_weights.astype(labels.dtype), labels.shape)
     log_probs = _log_softmax(logits, -1, classes)
-    nothing = (labels == 0) & (log_probs == -jnp.inf)
-    loss = -jnp.sum(labels * jnp.where(nothing, 0, log_probs), axis=-1)
-    return loss if weights is None else loss * weights.astype(loss.dtype)
+    loss = jnp.sum(_mul_zero_inf(labels, -log_probs), axis=-1)
+    return loss if weights is None else _mul_zero_inf(weights.astype(loss.dtype), loss)
+
+
+def _mul_zero_inf(weight, loss):
+    """`weight * loss`, with 0 · inf = 0."""
+    return weight * jnp.where((weight == 0) & (loss == jnp.inf), 0, loss)
 
 
 def _labeled(scores, labels, ignore_index, where=None):
@@ -322,6 +326,8 @@ def _labeled(scores, labels, ignore_index, where=None):
     of the gradient of an ignored row, and in that of an impossible one.
     """
     scores, classes = upcast(scores), scores.shape[-1]
+    if labels.dtype == jnp.uint32:  # int32 would wrap
+        labels = jnp.minimum(labels, jnp.iinfo(jnp.int32).max)
     labels = labels.astype(jnp.int64 if labels.dtype.itemsize > 4 else jnp.int32)
     is_label = jnp.expand_dims(labels, -1) == jax.lax.broadcasted_iota(labels.dtype, scores.shape, scores.ndim - 1)
     ignored = jnp.zeros(labels.shape, bool) if where is None else ~where

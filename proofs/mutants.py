@@ -156,7 +156,9 @@ def _alternatives(node: ast.AST, names: list[str]) -> Iterator[ast.AST]:
                 yield func.value
             for i in range(len(keywords)):
                 yield ast.Call(func, args, keywords[:i] + keywords[i + 1 :])
-            if len(positional) > 1 and positional == args and ast.dump(args[0]) != ast.dump(args[1]):
+            symmetric = isinstance(func, ast.Attribute) and func.attr in ("maximum", "minimum")
+            swappable = len(positional) > 1 and positional == args and not symmetric
+            if swappable and ast.dump(args[0]) != ast.dump(args[1]):
                 yield ast.Call(func, [args[1], args[0], *args[2:]], keywords)
         case ast.Attribute(value, attr) if attr in SIBLINGS:
             yield ast.Attribute(value, SIBLINGS[attr], ast.Load())

@@ -65,6 +65,12 @@ def _labeled_by_uint32(seed, n, d, dtype):
     return x, labels.astype(jnp.uint32)
 
 
+def _labeled_or_not(seed, n, d, dtype):
+    """Every third label is -100, which is no class."""
+    x, labels = _labeled(seed, n, d, dtype)
+    return x, jnp.where(jnp.arange(n) % 3 == 0, jnp.int32(-100), labels)
+
+
 def _probs(seed, n, d, dtype):
     e = np.exp(np.random.default_rng(seed).standard_normal((n, d)))
     return jnp.asarray((e / e.sum(axis=1, keepdims=True)).astype(dtype)), _labeled(seed, n, d, dtype)[1]
@@ -321,6 +327,14 @@ OPTIONS = [
     _of_classes("softmax_cross_entropy_with_integer_labels", _labeled_and_masked),
     _row(losses, "softmax_cross_entropy_with_integer_labels", _labeled_columns, axis=0),
     _row(losses, "softmax_cross_entropy_with_integer_labels", _labeled_by_uint32)._replace(name="labels of uint32"),
+    _row(losses, "softmax_cross_entropy_with_integer_labels", _labeled_by_uint32, ignore_index=-1),
+    _row(
+        losses,
+        "softmax_cross_entropy_with_integer_labels",
+        _and(_labeled_or_not, ["class_weights"]),
+        keywords=["class_weights"],
+        ignore_index=-100,
+    ),
     *_alone_and_in_pairs("linear_softmax_cross_entropy", _last_layer, OF_ROWS, label_smoothing=0.2, ignore_index=1),
     _row(losses, "linear_softmax_cross_entropy", _last_layer),
     _row(losses, "linear_softmax_cross_entropy", _last_layer, chunk_size=1),

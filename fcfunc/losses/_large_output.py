@@ -91,12 +91,12 @@ def linear_softmax_cross_entropy(
             "and each device holds the logits of its own classes"
         )
     if chunk_size is None:
+        chunk_size = max(CHUNK_LOGITS // max(math.prod(rows), 1), 256)
         if math.prod(rows) * classes <= DENSE_MAX_LOGITS or classes_sharded:
             out_dtype = sum_dtype(operand_dtype(x, compute_dtype))
             logits = affine(x, w, b, compute_dtype=compute_dtype, out_dtype=out_dtype)
             options: Any = {"class_weights": class_weights, "label_smoothing": smoothing, "ignore_index": ignore_index}
             return softmax_cross_entropy_with_integer_labels(logits, labels, where=where, weights=weights, **options)
-        chunk_size = max(CHUNK_LOGITS // max(math.prod(rows), 1), 256)
     _arguments.positive(name, chunk_size=chunk_size)
     labels = zero_uncounted(as_index(labels), counted)
     spread = None

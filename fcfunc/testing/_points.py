@@ -238,18 +238,26 @@ def _spoiled(case: Case) -> Iterator[tuple[str, Case, int, tuple]]:
                 in_range = inside(case, leaf, moved)[at] or (np.isinf(extreme) and extreme in case.ranges[leaf])
                 if np.isnan(extreme) or in_range:
                     yield f"{case.paths[leaf]}{list(at)} = {extreme:g}", case.with_real(leaf, moved), leaf, at
-    for first in floating:
-        for second in floating:
-            if first == second or case.reals[first].shape[:1] != case.reals[second].shape[:1]:
-                continue
-            row = (0,) * case.reals[first].ndim, (0,) * case.reals[second].ndim
-            for a, b in itertools.product((np.inf, -np.inf), (0, 1)):
-                pair = [case.reals[first].copy(), case.reals[second].copy()]
-                pair[0][row[0]], pair[1][row[1]] = a, b
-                if not (inside(case, second, pair[1]).all() and (a in case.ranges[first])):
-                    continue
+    for first, second in itertools.permutations(floating, 2):
+        a, b = case.reals[first], case.reals[second]
+        if not a.ndim:
+            continue
+        # Next to an infinity in row 0 a 0 or 1: in the same row, or all of an argument that has other rows.
+        by_row, origin = a.shape[:1] == b.shape[:1], (0,) * a.ndim
+        places = [origin] if by_row else [(*origin[:-1], j) for j in range(min(a.shape[-1], 4))]
+        for place, infinity, factor in itertools.product(places, (np.inf, -np.inf), (0, 1) if by_row else (0,)):
+            pair = [a.copy(), b.copy() if by_row else np.full_like(b, factor)]
+            pair[0][place] = infinity
+            if by_row:
+                pair[1][(0,) * b.ndim] = factor
+            if inside(case, second, pair[1]).all() and infinity in case.ranges[first]:
                 moved = case.with_real(first, pair[0]).with_real(second, pair[1])
-                yield f"{case.paths[first]} = {a:g} and {case.paths[second]} = {b} in row 0", moved, first, row[0]
+                yield (
+                    f"{case.paths[first]}{list(place)} = {infinity:g} and {case.paths[second]} = {factor}",
+                    moved,
+                    first,
+                    place,
+                )
 
 
 def extremes(case: Case) -> Iterator[Finding]:
@@ -266,13 +274,15 @@ def extremes(case: Case) -> Iterator[Finding]:
                 alike = [np.where(np.isfinite(widened(b)), widened(a), 0) for a, b in zip(outs, reference, strict=True)]
                 message = f"{where}: the output is not the reference's"
                 yield from different_outputs(spoiled, alike, finite, 1e5, message)
-            undefined = any(not np.isfinite(widened(out)).all() for out in outs) or _infinite_beside(spoiled, where)
+            infinite = any(not np.isfinite(widened(out)).all() for out in outs)
             value = spoiled.reals[leaf][at]
             for i, (a, b) in enumerate(zip(map(widened, got), map(widened, expected), strict=True)):
                 scale = 64 * case.eps * (1 + max_abs(clean_oracle[i]) + max_abs(b))
                 near = np.abs(a - b) <= 0.05 * np.abs(b) + scale
                 wrong = np.isfinite(b) & ~near
-                if undefined:  # no finite output and no finite gradient: right, whatever the oracle says
+                if wrong.any() and (
+                    infinite or _infinite_beside(spoiled, where, i)
+                ):  # no finite output and no finite gradient: right, whatever the oracle says
                     wrong = wrong & np.isfinite(a) & ~np.isnan(value)
                 if 0 < abs(value) < 1e-3:  # flushed to 0, where the oracle can be wrong itself; `kinks` looks there
                     wrong = wrong & ~np.isfinite(a)
@@ -289,11 +299,12 @@ def extremes(case: Case) -> Iterator[Finding]:
                         return
 
 
-def _infinite_beside(case: Case, where: str) -> bool:
-    """Whether an output that is 0 · inf = 0 becomes infinite as soon as the 0 or 1 is moved."""
+def _infinite_beside(case: Case, where: str, leaf: int) -> bool:
+    """Whether an output that is 0 · inf = 0 becomes infinite as soon as the 0 or 1 of a leaf is moved."""
     if " and " not in where:
         return False
-    moved = case.with_reals([np.where((a == 0) | (a == 1), a + np.asarray(1e-3, a.dtype), a) for a in case.reals])
+    a = case.reals[leaf]
+    moved = case.with_real(leaf, np.where((a == 0) | (a == 1), a + np.asarray(1e-3, a.dtype), a))
     return any(not np.isfinite(widened(out)).all() for out in moved.outputs())
 
 
