@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -95,12 +96,20 @@ def test_a_finding_tells_argument_index_values_error_and_how_to_see_it_again():
     assert finding.sizes == {"n": 3, "d": 4}
     assert "oracle" in report.arguments["args[1]"]
     assert "oracle" not in report.arguments["args[0]"]
+    assert pasted(finding) == dataclasses.replace(finding, also=())
+
+
+def pasted(finding):
+    """The finding that the code in a finding finds again."""
     *imports, call = finding.reproduce.splitlines()
     names = {}
     exec("\n".join(imports), names)
-    assert eval(call.removeprefix("print(").removesuffix(")"), names).findings[0] == dataclasses.replace(
-        finding, also=()
-    )
+    return eval(call.removeprefix("print(").removesuffix(")"), names).findings[0]
+
+
+def test_an_infinite_range_can_be_pasted():
+    finding = check_vjp(wrong_at_one_place, "3 4, 3 4", only="oracle", ranges={0: (0.0, math.inf)}).findings[0]
+    assert pasted(finding) == finding
 
 
 def test_every_check_passes_fails_or_says_why_it_does_not_apply():

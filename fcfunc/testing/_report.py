@@ -457,7 +457,10 @@ def _reproduction(fun: Callable, args, shown: dict, found: Finding, case: Case) 
         if callable(value):
             options.append(f"{name}={_importable(value, name, lines)}")
         elif value not in (None, {}, 0.0) and (name, value) not in (("dtype", "float32"), ("float64", True)):
-            options.append(f"{name}={value!r}")
+            text = repr(value)
+            if "inf" in text and "from math import inf" not in lines:
+                lines.insert(0, "from math import inf")
+            options.append(f"{name}={text}")
         elif (name, value) == ("float64", False):
             options.append("float64=False")
     options.append(f"seed={case.seed}")
