@@ -274,7 +274,8 @@ def sigmoid_binary_cross_entropy_bwd(residuals, g):
         # dt = g (softplus(−z) − softplus(z)) = −g z
         return dlogits.astype(logits.dtype), (-g * z).astype(labels.dtype), None
     # dt = g (q softplus(−z) − softplus(z)), dq = Σ g t softplus(−z) over the rows
-    dlabels = g * (_scale_classes(jax.nn.softplus(-z), positive_weights) - jax.nn.softplus(z))
+    of_positive = mul_zero_inf(_scale_classes(jnp.ones_like(z), positive_weights), jax.nn.softplus(-z))
+    dlabels = g * (of_positive - jax.nn.softplus(z))
     dq = _sum_rows(g * mul_zero_inf(t, jax.nn.softplus(-z)))
     return dlogits.astype(logits.dtype), dlabels.astype(labels.dtype), dq.astype(positive_weights.dtype)
 

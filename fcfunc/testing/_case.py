@@ -217,7 +217,20 @@ class Case:
             with x64_for(self.dtype):
                 return to_numpy(compiled_pull(self.oracle, self.where, self.leaves, g)[1])
         except Exception as e:
-            raise Inconclusive(f"the oracle itself raises: {first_line(e)}") from None
+            by_jvp = self._by_forward_mode(g)
+            if by_jvp is None:
+                raise Inconclusive(f"the oracle itself raises: {first_line(e)}") from None
+            return by_jvp
+
+    def _by_forward_mode(self, g: list) -> list[np.ndarray] | None:
+        """The gradients of a function that has forward mode alone, one element at a time; None if it has neither."""
+        if self.is_complex or sum(a.size for a in self.reals) > MOST_TANGENTS:
+            return None
+        try:
+            with x64_for(self.dtype):
+                return to_numpy(compiled_forward(self.oracle, self.where, self.leaves, g))
+        except Exception:  # said of reverse mode
+            return None
 
     def outputs(self, fun: Callable | None = None) -> list[np.ndarray]:
         """The outputs of the function, or of the oracle if that is given."""
@@ -298,6 +311,14 @@ def pull(fun: Callable, where: tuple, leaves: Sequence, g: list) -> tuple[list, 
 compiled_pull = compiled(0, 1)(pull)
 
 
+@compiled(0, 1)
+def compiled_integers(with_integers: Callable, where: tuple, leaves: Sequence) -> tuple[list, list]:
+    """The integer outputs of a function, and those of its forward pass where leaves are differentiated."""
+    leaves = to_jax(leaves)
+    of = lambda *wrt: with_integers(*replaced(leaves, where, wrt))  # noqa: E731
+    return with_integers(*leaves)[1], jax.vjp(of, *(leaves[i] for i in where), has_aux=True)[2]
+
+
 def push(fun: Callable, where: tuple, leaves: Sequence, tangents: list) -> list:
     """The tangents of the outputs of `fun` for those of the leaves at `where`."""
     primals = [leaves[i] for i in where]
@@ -305,6 +326,20 @@ def push(fun: Callable, where: tuple, leaves: Sequence, tangents: list) -> list:
 
 
 compiled_push = compiled(0, 1)(push)
+
+MOST_TANGENTS = 2000
+"""Up to how many elements forward mode stands in for a reverse mode that a function does not have."""
+
+
+@compiled(0, 1)
+def compiled_forward(fun: Callable, where: tuple, leaves: Sequence, g: list) -> list:
+    """The gradients of `sum(g * outputs)` by forward mode."""
+
+    def total(*wrt):
+        outs = fun(*replaced(leaves, where, wrt))
+        return sum(jnp.sum(a.astype(out.dtype) * out) for a, out in zip(g, outs, strict=True))
+
+    return list(jax.jacfwd(total, argnums=tuple(range(len(where))))(*(leaves[i] for i in where)))
 
 
 @compiled(0)
@@ -392,7 +427,15 @@ def of_leaves(fun: Callable, treedef, positions: tuple, statics: tuple, kwargs: 
         for i, a in zip(positions, arrays, strict=True):
             leaves.insert(i, a)
         outs = fun(*jax.tree.unflatten(treedef, leaves), **{name: value for name, _, value in kwargs})
-        return [out for out in map(jnp.asarray, filter(is_array, jax.tree.leaves(outs))) if is_inexact(out)]
+        return list(map(jnp.asarray, filter(is_array, jax.tree.leaves(outs))))
 
-    of_arrays.__name__ = getattr(fun, "__name__", type(fun).__name__)
-    return of_arrays
+    def inexact(*arrays):
+        return [out for out in of_arrays(*arrays) if is_inexact(out)]
+
+    def with_integers(*arrays):
+        outs = of_arrays(*arrays)
+        return [out for out in outs if is_inexact(out)], [out for out in outs if not is_inexact(out)]
+
+    inexact.__name__ = getattr(fun, "__name__", type(fun).__name__)
+    vars(inexact)["with_integers"] = with_integers
+    return inexact

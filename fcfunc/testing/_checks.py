@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from fcfunc.testing import _contract, _meshes, _numbers, _points, _transforms
 from fcfunc.testing._case import Case, NotApplicable
-from fcfunc.testing._compare import Finding
+from fcfunc.testing._compare import Finding, attempt
 
 
 def multiprecision(case: Case) -> Iterator[Finding]:
@@ -15,6 +15,12 @@ def multiprecision(case: Case) -> Iterator[Finding]:
 def second_multiprecision(case: Case) -> Iterator[Finding]:
     """The derivative of the rule's gradient against central differences of that gradient in numbers of 200 digits."""
     return (yield from _with_mpmath().second_derivative(case))
+
+
+def more_accurate(case: Case) -> bool:
+    """Whether the rule is right in 200 digits, and nearer to these in float64 than automatic differentiation is."""
+    found, ended = attempt(multiprecision(case))
+    return not found and isinstance(ended, str) and _with_mpmath().nearer_than_autodiff(case)
 
 
 def _with_mpmath():

@@ -128,13 +128,18 @@ def _leaf_by_leaf(primal, cotangent) -> list[tuple] | None:
         given = jax.tree.leaves(cotangent, is_leaf=lambda x: x is None)
         if len(given) != len(leaves):
             return None
-    return list(zip(map(jax.typeof, leaves), given, strict=True))
+    return list(zip(map(_type, leaves), given, strict=True))
+
+
+def _type(a):
+    """The type of an argument of a watched rule, which is recorded as a type unless it is a number."""
+    return a if hasattr(a, "str_short") else jax.typeof(a)
 
 
 def integer_arguments(case: Case) -> Iterator[Finding]:
     """Integer, boolean and key arguments get None or float0 from the backward pass, and nothing else."""
     calls, _, _ = case.watched
-    whole = [a for call in calls for a in jax.tree.leaves(call.args) if not is_inexact(jax.typeof(a))]
+    whole = [a for call in calls for a in jax.tree.leaves(call.args) if not is_inexact(_type(a))]
     if not whole:
         raise NotApplicable("no rule is given an integer, boolean or key argument")
     for call in calls:
@@ -258,6 +263,21 @@ def _alone(fun: Callable, where: tuple, alone: tuple, leaves: list, g: list) -> 
 
 def forward_output(case: Case) -> Iterator[Finding]:
     """The forward pass of the rule returns what the function returns, in value, shape and dtype."""
+    yield from same_forward_pass(case)
+    if case.has_reference:
+        try:
+            given = case.outputs(case.oracle)
+        except Exception as e:
+            raise _case.Inconclusive(f"the reference raises: {first_line(e)}") from None
+        message = (
+            "the value of the function is not that of the reference, which must have the same values and the gradient "
+            "that is meant: for a straight-through estimator, x + stop_gradient(f(x) - x)"
+        )
+        yield from different_outputs(case, case.outputs(), given, 64.0, message)
+
+
+def same_forward_pass(case: Case) -> Iterator[Finding]:
+    """The outputs of the rule under differentiation against those of the function, integers and booleans too."""
 
     def under_differentiation():
         with x64_for(case.dtype):
@@ -272,16 +292,15 @@ def forward_output(case: Case) -> Iterator[Finding]:
     plain, ruled = case.outputs(), to_numpy(ruled)
     message = "the forward pass of the rule returns another value than the function"
     yield from different_outputs(case, ruled, plain, 16.0, message)
-    if case.has_reference:
-        try:
-            given = case.outputs(case.oracle)
-        except Exception as e:
-            raise _case.Inconclusive(f"the reference raises: {first_line(e)}") from None
-        message = (
-            "the value of the function is not that of the reference, which must have the same values and the gradient "
-            "that is meant: for a straight-through estimator, x + stop_gradient(f(x) - x)"
-        )
-        yield from different_outputs(case, plain, given, 64.0, message)
+    with_integers = getattr(case.fun, "with_integers", None)
+    if with_integers is None or not jax.eval_shape(with_integers, *case.leaves)[1]:
+        return
+    with x64_for(case.dtype):
+        plain, ruled = map(to_numpy, _case.compiled_integers(with_integers, case.where, _case.to_jax(case.leaves)))
+    for i, (a, b) in enumerate(zip(plain, ruled, strict=True)):
+        if a.shape != b.shape or (a != b).any():
+            yield finding(case, f"{message}: integer output {i} is another under differentiation")
+            return
 
 
 def different_outputs(case: Case, got: list, expected: list, factor: float, message: str) -> Iterator[Finding]:

@@ -106,9 +106,9 @@ def base_sizes(letters: list[str]) -> dict[str, int]:
 
 
 def few_sizes(letters: list[str]) -> list[dict[str, int]]:
-    """All 1, an empty batch, and a batch larger than 64."""
+    """All 1, an empty batch, a batch larger than 64, and one that blocks of any usual size divide."""
     base, first = base_sizes(letters), letters[0]
-    return [dict.fromkeys(letters, 1), base | {first: 0}, base | {first: 67}]
+    return [dict.fromkeys(letters, 1), base | {first: 0}, base | {first: 67}, base | {first: 128}]
 
 
 def many_sizes(letters: list[str]) -> list[dict[str, int]]:

@@ -258,8 +258,11 @@ def _while(params, values) -> list:
     of_cond, of_body = params["cond_nconsts"], params["body_nconsts"]
     cond_consts, body_consts, carry = values[:of_cond], values[of_cond : of_cond + of_body], values[of_cond + of_body :]
     cond, body = (jaxpr_and_consts(params[f"{name}_jaxpr"]) for name in ("cond", "body"))
-    while bool(_evaluate(*cond, [*cond_consts, *carry])[0]):
-        carry = _evaluate(*body, [*body_consts, *carry])
+    while np.any(going := np.asarray(_evaluate(*cond, [*cond_consts, *carry])[0], bool)):
+        moved = _evaluate(*body, [*body_consts, *carry])
+        # Under vmap each element has a condition of its own, and stays as it is once that is False.
+        axes = [going.reshape(going.shape + (1,) * (np.ndim(a) - going.ndim)) for a in moved]
+        carry = moved if going.all() else [np.where(g, a, b) for g, a, b in zip(axes, moved, carry, strict=True)]
     return carry
 
 

@@ -15,6 +15,8 @@ import numpy as np
 from fcfunc.testing._case import Case, Inconclusive, NotApplicable, normal, pull, replaced, to_jax, x64_for
 from fcfunc.testing._compare import Finding, finding, raising
 from fcfunc.testing._interpreter import Program, Unknown, exact
+from fcfunc.testing._numbers import STOPS, stops_gradients
+from fcfunc.testing._oracle import contains
 from fcfunc.testing._points import inside
 
 DIGITS = 200
@@ -54,13 +56,17 @@ def _at_points(case: Case, programs_of: Callable, message: str) -> Any:
     wide = case.cast(np.float64)
     wide.outs  # noqa: B018  (NotApplicable if the function does not take float64)
     strict = case.rtol == case.atol == 0
+    nearly = NEARLY[strict]
     try:
         case.in_float64  # noqa: B018  (NotApplicable if the function does not compute in float64)
     except NotApplicable:
-        strict = False
+        strict, nearly = False, str(max(float(NEARLY[False]), 8 * float(jnp.finfo(wide.computes_in).eps)))
+    if not any(a.size for a in case.reals):
+        raise NotApplicable("no argument has an element")
     if sum(np.size(a) for a in wide.leaves) > MOST_ELEMENTS:
         raise NotApplicable(f"the arguments have more than {MOST_ELEMENTS} elements")
     digits, constants = [], []
+    loops = any(contains(case.oracle, loop, *case.leaves) for loop in ("scan", "while"))  # which may stop early
     with x64_for(np.float64), mpmath.workdps(DIGITS):
         try:
             value, derivative, directions = programs_of(wide)
@@ -73,23 +79,40 @@ def _at_points(case: Case, programs_of: Callable, message: str) -> Any:
                     if not mpmath.isfinite(expected):
                         continue
                     off, scale = abs(got - expected), abs(expected) + noise / mpmath.mpf(EQUAL)
-                    if not off <= mpmath.mpf(NEARLY[strict]) * scale + case.rtol * abs(expected) + case.atol:
+                    if not off <= mpmath.mpf(nearly) * scale + case.rtol * abs(expected) + case.atol:
+                        if stops_gradients(case):
+                            raise NotApplicable(STOPS)
                         yield from _located(at, leaf, value, derivative, f"{message}, {where}")
                         return None
                     digits.append(DIGITS // 2 if not off else int(-mpmath.log10(off / scale)))
                     if off > mpmath.mpf(EQUAL) * scale:
                         constants = [*value.constants, *derivative.constants]
-                        if strict and not constants:
-                            values: tuple = (None, float(got), float(expected))
-                            text = f"{message} from digit {digits[-1]} on, {where}"
-                            yield finding(at, text, at.paths[leaf], *values)
+                        if strict and not constants and not loops:
+                            text = f"{message} by {float(off / scale):.1e} of its value, {where}"
+                            yield finding(at, text, at.paths[leaf], None, float(got), float(expected))
                             return None
         except Unknown as e:
             raise NotApplicable(f"the primitive {e} is not evaluated") from None
     if not digits:
         raise Inconclusive("the function is not finite at any of the points")
+    if min(digits) >= -int(mpmath.log10(mpmath.mpf(EQUAL))):
+        return f"equal to {min(digits)} digits"
     named = ", ".join(f"{c!r}" for c in dict.fromkeys(constants))
-    return f"equal to {min(digits)} digits" + (f"; these constants are rounded: {named:.200}" if named else "")
+    why = f"these constants are rounded: {named:.200}" if named else "a loop of the function may end early"
+    return f"equal to {min(digits)} digits; {why}"
+
+
+def nearer_than_autodiff(case: Case) -> bool:
+    """Whether no element of the rule's gradient in float64 is further from that in 200 digits than autodiff's."""
+    wide = case.cast(np.float64)
+    with x64_for(np.float64), mpmath.workdps(DIGITS):
+        _, derivative, _ = _gradient(wide)
+        exactly = [a.astype(np.float64) for a in derivative(*map(exact, wide.reals))]
+    g = wide.cotangent(301)
+    return all(
+        (np.abs(a - t) <= np.maximum(np.abs(b - t), 64 * np.finfo(np.float64).eps * np.abs(t))).all()
+        for a, b, t in zip(wide.by_rule(g), wide.by_oracle(g), exactly, strict=True)
+    )
 
 
 def _points(case: Case) -> Iterator[tuple[str, Case]]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcfunc.testing import _case, _contract, _draw
+from fcfunc.testing import _case, _contract, _draw, _oracle
 from fcfunc.testing._case import (
     Case,
     Inconclusive,
@@ -32,6 +32,7 @@ from fcfunc.testing._compare import (
     disagreements,
     finding,
     max_abs,
+    moved_by_rounding,
     rounding,
     says_nothing,
     systematic_error,
@@ -45,14 +46,17 @@ def oracle(case: Case) -> Any:
     try:
         wide = case.in_float64
     except NotApplicable as e:
+        yield from systematic_error(case, "the gradient is wrong")
         return f"compared in {case.dtype} alone, to the precision of {case.computes_in}: {e}"
     if wide.dtype != case.dtype:
         yield from disagreements(wide, 3, "the rule differs from automatic differentiation")
     return None
 
 
-def precision_of_dtypes(case: Case) -> Iterator[Finding]:
+def precision_of_dtypes(case: Case) -> Any:
     """Float16, bfloat16, float32: no further from a float64 truth than automatic differentiation, but for a factor."""
+    if len({a.dtype for a in case.reals}) > 1:
+        raise NotApplicable("the arguments were given in several dtypes, which are compared as they are")
     refused, taken = [], 0
     for name in case.dtypes:
         if jnp.dtype(name) == case.dtype:
@@ -62,6 +66,7 @@ def precision_of_dtypes(case: Case) -> Iterator[Finding]:
             narrow = case.cast(name)
             narrow.outs  # noqa: B018  (NotApplicable if the function does not take this dtype)
             yield from _contract.cotangent_types(narrow)
+            yield from _contract.same_forward_pass(narrow)
             found, ended = attempt(disagreements(narrow, 1, message))
             if not found and ended is None:
                 found, _ = attempt(systematic_error(narrow, f"in {name} the gradient is wrong"))
@@ -72,7 +77,8 @@ def precision_of_dtypes(case: Case) -> Iterator[Finding]:
             refused.append(f"{name}: {ended}")
         taken += ended is None
     if not taken:
-        raise NotApplicable(f"the function takes no other dtype ({(refused or ['none is claimed'])[0]})")
+        raise NotApplicable(f"no other dtype was compared ({(refused or ['none is claimed'])[0]})")
+    return "; ".join(refused)
 
 
 def central_differences(case: Case, g: list, leaf: int, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -133,6 +139,8 @@ def against_differences(case: Case, directions_of: Callable) -> Iterator[Finding
         off = np.abs(along(gradient) - slopes)
         allowed = 1e-7 * scale + 1e-9 * max_abs(gradient) + 20 * errors + wide.rtol * scale + wide.atol
         wrong = smooth & ~(off <= allowed)
+        if wrong.any() and stops_gradients(case):
+            raise NotApplicable(STOPS)
         if wrong.any():
             k = int(np.argmax(np.where(wrong, off, -1)))
             message = f"the rule differs from central differences {labels[k]}"
@@ -144,9 +152,17 @@ def against_differences(case: Case, directions_of: Callable) -> Iterator[Finding
         raise Inconclusive("every difference stepped over a kink, there is no element, or the reference is a surrogate")
 
 
+STOPS = "the function stops gradients, which differences do not see; automatic differentiation decides"
+
+
+def stops_gradients(case: Case) -> bool:
+    """Whether the function calls `stop_gradient`."""
+    return not case.has_reference and _oracle.contains(case.oracle, "stop_gradient", *case.leaves)
+
+
 def oracle_misleads(case: Case) -> bool:
     """Whether the function's slopes are those of the rule, and not those of automatic differentiation."""
-    if case.has_reference or case.is_complex:
+    if case.has_reference or case.is_complex or stops_gradients(case):
         return False
     try:
         wide = case.in_float64
@@ -166,6 +182,23 @@ def oracle_misleads(case: Case) -> bool:
             return False
         off |= bool((by_auto > 1e-3 * scale + 40 * errors).any())
     return off
+
+
+def as_in_float64(case: Case) -> Iterator[Finding]:
+    """The rule in each dtype against the rule itself in float64, where nothing else decides."""
+    for name in dict.fromkeys((case.dtype.name, *case.dtypes)):
+        narrow = case.cast(name)
+        g, rng = narrow.cotangent(0), case.rng(97)
+        try:
+            wide, got = narrow.in_float64, narrow.by_rule(g)
+        except (NotApplicable, _case.RuleRaised):  # said by other checks
+            continue
+        wide_g = [_case.widened(a) for a in g]
+        truth, allowed = wide.by_rule(wide_g), rounding(narrow, got, 64.0, g)
+        for _ in range(3):
+            moved = wide.with_reals(moved_by_rounding(narrow, wide.reals, rng)).by_rule(wide_g)
+            allowed = [max(t, 16 * max_abs(a - b)) for t, a, b in zip(allowed, moved, truth, strict=True)]
+        yield from compare(narrow, got, truth, allowed, f"in {name} the rule is not what it is in float64")
 
 
 def finite_differences(case: Case) -> Iterator[Finding]:
@@ -295,3 +328,4 @@ def _at_sizes(case: Case, sizes: dict, message: str) -> Iterator[Finding]:
             raise
         raise NotApplicable(f"the function does not take these sizes: {first_line(e)}") from None
     yield from disagreements(other, 1, message)
+    yield from _contract.same_forward_pass(other)

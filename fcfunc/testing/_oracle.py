@@ -100,6 +100,18 @@ def narrowest(fun: Callable, args: tuple) -> Any:
     return max([*returned, *walk(closed.jaxpr)], key=lambda dtype: jnp.finfo(dtype).eps, default=None)
 
 
+def contains(fun: Callable, primitive: str, *args) -> bool:
+    """Whether a primitive is in the program of `fun`; False if it cannot be traced."""
+
+    def walk(jaxpr):
+        return any(eqn.primitive.name == primitive or any(map(walk, _inner(eqn))) for eqn in jaxpr.eqns)
+
+    try:
+        return walk(jax.make_jaxpr(fun)(*args).jaxpr)
+    except Exception:
+        return False  # said elsewhere
+
+
 def _inner(eqn) -> list:
     """The jaxprs that an equation holds."""
     params = jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr)
@@ -140,16 +152,19 @@ class Call(NamedTuple):
 
     Attributes:
       name: of the rule.
-      args: the differentiable arguments it was given.
-      cotangents: what its backward pass returned, each time it ran; None where it adds to accumulators.
+      args: the types of the differentiable arguments it was given.
+      cotangents: the types of what its backward pass returned, each time it ran, and what is no array as it is; None
+        where it adds to accumulators.
       inner: whether it was called by the function or the forward pass of another rule, whose own backward pass
         stands for it.
+      passes: its forward and backward pass, which can be defined again.
     """
 
     name: str
     args: tuple
     cotangents: list[Any]
     inner: bool
+    passes: tuple
 
 
 def watch(function: Callable, *args) -> tuple[list[Call], BaseException | None]:
@@ -179,14 +194,15 @@ def watch(function: Callable, *args) -> tuple[list[Call], BaseException | None]:
     def call(self, *args, **kwargs):
         fixed = set(self.nondiff_argnums)
         given = _positional(self.fun, args, kwargs)
-        record = Call(self.__name__, tuple(a for i, a in enumerate(given) if i not in fixed), [], depth[0] > 0)
+        wrt = tuple(_types(a) for i, a in enumerate(given) if i not in fixed)
+        record = Call(self.__name__, wrt, [], depth[0] > 0, (self.fwd, self.bwd))
         calls.append(record)
 
         @functools.wraps(self.bwd)
         def bwd(*args):
             returned = self.bwd(*args)
             cotangents = returned[0] if getattr(self, "with_logs", False) else returned
-            record.cotangents.append(None if getattr(self, "with_accums", False) else cotangents)
+            record.cotangents.append(None if getattr(self, "with_accums", False) else _types(cotangents))
             return returned
 
         double = object.__new__(type(self))  # with all its options, whatever the release of JAX has
@@ -202,6 +218,11 @@ def watch(function: Callable, *args) -> tuple[list[Call], BaseException | None]:
     finally:
         jax.custom_vjp.__call__ = original
     return calls, None
+
+
+def _types(tree: Any) -> Any:
+    """The types of arrays in their place: arrays that are traced must not outlive their trace."""
+    return jax.tree.map(lambda a: jax.typeof(a) if isinstance(a, jax.Array) else a, tree)
 
 
 def _positional(fun: Callable, args: tuple, kwargs: dict) -> tuple:

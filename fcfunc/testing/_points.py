@@ -25,10 +25,14 @@ from fcfunc.testing._compare import (
     in_ulps,
     max_abs,
     moved_by_rounding,
+    rounding,
     truth_and_allowance,
     underflow,
 )
 from fcfunc.testing._contract import different_outputs
+
+TIED = " equal along axis "
+"""How a point is named where elements are equal, after the argument and before the axis."""
 
 
 def inside(case: Case, leaf: int, value: np.ndarray) -> np.ndarray:
@@ -44,10 +48,14 @@ def special_points(case: Case) -> Iterator[tuple[str, Case]]:
             continue
         rng = case.rng(100 + leaf)
         some = rng.uniform(size=value.shape) < 0.3
-        ties = np.broadcast_to(value[..., :1], value.shape) if value.ndim else value
+        ties = {
+            f"{TIED}{axis}": np.broadcast_to(np.take(value, [0], axis), value.shape)
+            for axis in range(value.ndim)
+            if value.size
+        }
         signs = rng.choice([-1.0, 1.0], value.shape)
         for name, moved in {
-            "equal along its last axis": ties,
+            **ties,
             "large in places": np.where(some, signs * rng.choice([3.0, 10, 30, 100, 1000], value.shape), value),
             "tiny in places": np.where(some, signs * rng.choice([0.0, 1e-20, 1e-8, 1e-4], value.shape), value),
             "zero everywhere": np.zeros_like(value),
@@ -57,16 +65,22 @@ def special_points(case: Case) -> Iterator[tuple[str, Case]]:
         }.items():
             moved = np.where(inside(case, leaf, moved), moved, value)
             if not np.array_equal(moved, value):
-                yield f"{case.paths[leaf]} {name}", case.with_real(leaf, moved)
+                yield f"{case.paths[leaf]}{name if name.startswith(TIED) else f' {name}'}", case.with_real(leaf, moved)
 
 
 def kinks(case: Case) -> Iterator[Finding]:
     """At zeros, ones and ties the rule is the oracle's, or at a kink the subgradient of least norm, or as declared."""
-    wide = case.in_float64
+    try:
+        wide = case.in_float64
+    except NotApplicable:
+        wide = case
+        if case.computes_in != np.float32:  # a slope of half precision says too little
+            raise
+    compared = bool(case.at_kink)
     for point, slope in case.at_kink.items():
         at = wide.with_reals([np.full_like(wide.reals[0], point), *wide.reals[1:]])
         got = at.by_rule([np.ones(out.shape, out.dtype) for out in at.outs])[0]
-        off = np.argwhere(~(got == slope))
+        off = np.argwhere(~(got == np.asarray(slope, got.dtype)))
         if len(off):
             index = tuple(int(i) for i in off[0])
             message = f"at {point:g} the derivative was declared to be {slope:g}"
@@ -79,17 +93,46 @@ def kinks(case: Case) -> Iterator[Finding]:
             expected = at.by_oracle(g)
         except Inconclusive:
             continue
-        for leaf, (a, b) in enumerate(zip(at.by_rule(g), expected, strict=True)):
-            off = np.isfinite(b) & ~(np.abs(a - b) <= (1e-9 + case.rtol) * (max_abs(b) + 1) + case.atol)
+        compared, got = True, at.by_rule(g)
+        if TIED in name:
+            yield from _tied_elements(at, g, got, expected, name)
+        for leaf, (a, b) in enumerate(zip(got, expected, strict=True)):
+            tolerance = max(1e-9, 256 * at.eps) + case.rtol
+            off = np.isfinite(b) & ~(np.abs(a - b) <= tolerance * (max_abs(b) + 1) + case.atol)
+            off |= np.isnan(b) & np.isfinite(a)  # some rules exist for the points where autodiff is NaN
             if is_complex(at.reals[leaf]):
                 continue
             for index in np.argwhere(off)[:4]:
                 found, kinked = _at_kink(at, g, leaf, tuple(int(i) for i in index), a, b, ties)
                 # A maximum has its kinks where elements are equal, and may give all to any one of them.
-                ties = ties or (kinked and name.endswith("last axis"))
-                if found and not (ties and kinked and name.endswith("last axis")):
+                ties = ties or (kinked and TIED in name)
+                if found and not (ties and kinked and TIED in name):
                     yield dataclasses.replace(found, message=f"{found.message} ({name})")
                     return
+    if not compared:
+        raise Inconclusive("the oracle has no gradient at any of the points")
+
+
+def _tied_elements(case: Case, g: list, got: list, expected: list, name: str) -> Iterator[Finding]:
+    """Equal elements along an axis may share a gradient at will, but not be given it several times over."""
+    path, _, axis = name.partition(TIED)
+    leaf = case.paths.index(path.strip())
+    a, b = (np.sum(arrays[leaf], axis=int(axis)) for arrays in (got, expected))
+    size = max(1e-9, 256 * case.eps) + case.rtol
+    off = np.isfinite(b) & ~(
+        np.abs(a - b) <= size * case.reals[leaf].shape[int(axis)] * (max_abs(expected[leaf]) + 1) + case.atol
+    )
+    for index in map(tuple, np.argwhere(off)[:1]):
+        line = (*index[: int(axis)], slice(None), *index[int(axis) :])
+        left, right = _slopes_along(case, g, (leaf,), line)
+        near = _near(case) * (1 + abs(left))
+        if abs(left - right) < near < abs(left - a[index]):
+            message = (
+                f"the elements of {path.strip()} along axis {axis} are equal, and the sum of their gradients is off"
+            )
+            values = tuple(int(i) for i in index), float(a[index]), left
+            yield finding(case, message, case.paths[leaf], *values)
+            return
 
 
 def _tied_arguments(case: Case) -> Iterator[Finding]:
@@ -128,8 +171,13 @@ def _slopes_along(case: Case, g: list, leaves: tuple[int, ...], index: tuple) ->
             reals[leaf][index] += delta
         return sum(float(np.sum(a * b).real) for a, b in zip(case.with_reals(reals).outputs(), g, strict=True))
 
-    h, center = 1e-6, value(0.0)
+    h, center = (1e-6 if case.dtype == np.float64 else 1e-3), value(0.0)
     return (center - value(-h)) / h, (value(h) - center) / h
+
+
+def _near(case: Case) -> float:
+    """By how much the slopes of `_slopes_along` may be off."""
+    return 1e-4 if case.dtype == np.float64 else 2e-2
 
 
 def _at_kink(case, g, leaf, index, got, expected, ties) -> tuple[Finding | None, bool]:
@@ -142,13 +190,17 @@ def _at_kink(case, g, leaf, index, got, expected, ties) -> tuple[Finding | None,
     low, high = min(left, right), max(left, right)
     least = 0.0 if low <= 0 <= high else (low if low > 0 else high)
     a, b = float(got[index]), float(expected[index])
-    near, path = 1e-4 * size, case.paths[leaf]
+    near, path = _near(case) * size, case.paths[leaf]
     if high - low < near:
         if abs(a - (left + right) / 2) < near:
             return None, False  # the oracle is the one that is wrong here
+        b = b if np.isfinite(b) else (left + right) / 2
         return finding(case, "the function is smooth here, and the rule is wrong", path, index, a, b), False
-    if abs(a - least) < near or (ties and low - near < a < high + near) or case.at_kink:
+    declared = leaf == 0 and any(abs(case.reals[0][index] - point) < 1e-5 for point in case.at_kink)
+    between = low - near < a < high + near
+    if abs(a - least) < near or declared or (between and (ties or np.isnan(b))):
         return None, True
+    b = b if np.isfinite(b) else least
     message = (
         f"at a kink, where the slopes on both sides are {left:.4g} and {right:.4g}, this is neither automatic "
         "differentiation's derivative nor the one of least norm; if it is meant, declare it with at_kink="
@@ -176,6 +228,7 @@ def nan_at_zero(case: Case) -> Iterator[Finding]:
 def accuracy(case: Case) -> Iterator[Finding]:
     """In tails, with tiny elements and at a common offset, each element is about as accurate as autodiff's."""
     case.in_float64  # noqa: B018  (NotApplicable without)
+    compared = False
     for leaf, value in enumerate(case.reals):
         if is_complex(value) or not value.size:
             continue
@@ -189,9 +242,12 @@ def accuracy(case: Case) -> Iterator[Finding]:
             moved = moved.astype(value.dtype)
             if not inside(case, leaf, moved).all() or not np.isfinite(widened(moved)).all():
                 continue
+            compared = True
             for found in _elementwise(case.with_real(leaf, moved)):
                 yield dataclasses.replace(found, message=f"{found.message}, {case.paths[leaf]} {name}")
                 return
+    if not compared:
+        raise NotApplicable("no tail and no offset is in the range of an argument")
 
 
 def _elementwise(case: Case) -> Iterator[Finding]:
@@ -207,9 +263,11 @@ def _elementwise(case: Case) -> Iterator[Finding]:
         moved = wide.with_reals(moved_by_rounding(case, wide.reals, rng))
         shifted = moved.by_oracle(moved_by_rounding(case, wide_g, rng))
         allowed = [np.maximum(t, 16 * np.abs(s - u)) for t, s, u in zip(allowed, shifted, truth, strict=True)]
-    for path, a, t, auto_a, bound in zip(
-        case.paths, map(widened, got), truth, map(widened, auto), allowed, strict=True
+    of_terms = rounding(case, auto, 4.0, g)
+    for path, a, t, auto_a, bound, terms in zip(
+        case.paths, map(widened, got), truth, map(widened, auto), allowed, of_terms, strict=True
     ):
+        bound = np.where(t == 0, np.maximum(bound, terms), bound)  # what cancels to 0 leaves a rounding of its terms
         off = np.isfinite(t) & np.isfinite(auto_a) & ~(np.abs(a - t) <= bound + case.atol + case.rtol * np.abs(t))
         if off.any():
             index = tuple(int(i) for i in np.argwhere(off)[0])
@@ -240,7 +298,7 @@ def _spoiled(case: Case) -> Iterator[tuple[str, Case, int, tuple]]:
                     yield f"{case.paths[leaf]}{list(at)} = {extreme:g}", case.with_real(leaf, moved), leaf, at
     for first, second in itertools.permutations(floating, 2):
         a, b = case.reals[first], case.reals[second]
-        if not a.ndim:
+        if not a.ndim or (a.shape[:1] != b.shape[:1] and a.ndim <= b.ndim):  # weights are not infinite
             continue
         # Next to an infinity in row 0 a 0 or 1: in the same row, or all of an argument that has other rows.
         by_row, origin = a.shape[:1] == b.shape[:1], (0,) * a.ndim
