@@ -72,7 +72,9 @@ def last_layer(
       A `Posterior`.
 
     Raises:
-      ValueError: `prior_precision` is not above 0; otherwise as for `Network.example_gradients`.
+      ValueError: `prior_precision` is not above 0; it is None, and the loss has no curvature by the outputs, or the
+        parameters are all 0 (a `prior_precision` of NaN inside a compiled function); otherwise as for
+        `Network.example_gradients`.
       TypeError: as for `Network.example_gradients`.
 
     Source: MacKay 1992, A Practical Bayesian Framework for Backpropagation Networks; Kristiadi et al. 2020, Being
@@ -96,7 +98,7 @@ def last_layer(
     blocks = jax.lax.map(lambda m: curvature.summed_over_examples("bi,bo,bj->ioj", inputs, m, inputs), moments)
     size = inputs.shape[-1] * g.shape[-1]
     block = _eigen(jnp.moveaxis(blocks, 0, -1).reshape(size, size))
-    return _posterior(net, params, x, loss_fn, [*([None] * (len(params) - 1)), block], prior_precision)
+    return _posterior(where, net, params, x, loss_fn, [*([None] * (len(params) - 1)), block], prior_precision)
 
 
 def kronecker(
@@ -132,7 +134,7 @@ def kronecker(
         factors,
         is_leaf=is_block,
     )
-    return _posterior(net, params, x, loss_fn, blocks, prior_precision)
+    return _posterior("kronecker", net, params, x, loss_fn, blocks, prior_precision)
 
 
 def log_marginal_likelihood(posterior: Posterior, prior_precision: float | jax.Array | None = None) -> jax.Array:
@@ -215,11 +217,15 @@ def predict(net: Network, posterior: Posterior, x: jax.Array) -> tuple[jax.Array
 
 
 def probabilities(outputs: jax.Array, covariance: jax.Array) -> jax.Array:
-    r"""The expected probabilities for Gaussian logits, :math:`\text{softmax}(m_c / \sqrt{1 + π v_c / 8})`.
+    r"""The expected probabilities for Gaussian logits `m`.
+
+    .. math:: p_c ∝ 1 / \sum_k \exp((m_k - m_c) / \sqrt{1 + π v_{ck} / 8})
+
+    `v` are the variances of the differences of two logits, so that nothing depends on what is added to all of them.
 
     Args:
       outputs: logits `m`, `[..., classes]`.
-      covariance: `[..., classes, classes]`, of which only the variances `v` are used.
+      covariance: of the logits, `[..., classes, classes]`.
 
     Returns:
       `[..., classes]`.
@@ -228,12 +234,12 @@ def probabilities(outputs: jax.Array, covariance: jax.Array) -> jax.Array:
       ValueError: the shapes do not fit.
       TypeError: not floating-point numbers.
 
-    Source: MacKay 1992, The Evidence Framework Applied to Classification Networks, for two classes; Gibbs 1997,
-    Bayesian Gaussian Processes for Regression and Classification, for more. It is an approximation.
+    Source: MacKay 1992, The Evidence Framework Applied to Classification Networks, for two classes; for more, each pair
+    of classes by itself. It is an approximation: derived in docs/derivations.md#laplace.
 
     Example:
       >>> probabilities(jnp.array([2.0, 0.0]), jnp.diag(jnp.array([8.0, 8.0])))
-      Array([0.72765505, 0.27234504], dtype=float32)
+      Array([0.67726666, 0.32273334], dtype=float32)
     """
     where = "probabilities"
     _arguments.floating(where, outputs=outputs, covariance=covariance)
@@ -243,12 +249,18 @@ def probabilities(outputs: jax.Array, covariance: jax.Array) -> jax.Array:
         raise ValueError(
             f"{where}: expected outputs [..., classes] and covariance [..., classes, classes], got {given}"
         )
-    variance = jnp.diagonal(covariance, axis1=-2, axis2=-1)
-    return jax.nn.softmax(outputs / jnp.sqrt(1 + jnp.pi / 8 * variance))
+    own = jnp.diagonal(covariance, axis1=-2, axis2=-1)
+    # v_ck = Σ_cc + Σ_kk − 2 Σ_ck
+    variance = jnp.maximum(own[..., :, None] + own[..., None, :] - 2 * covariance, 0)
+    differences = outputs[..., None, :] - outputs[..., :, None]
+    return jax.nn.softmax(-jax.nn.logsumexp(differences / jnp.sqrt(1 + jnp.pi / 8 * variance), axis=-1))
 
 
 def sample(key: jax.Array, posterior: Posterior) -> Params:
     """Parameters drawn from the posterior; `jax.vmap` over keys draws an ensemble.
+
+    The network at drawn parameters predicts worse than its linearization does, which the curvature is that of: for
+    predictions use `predict`.
 
     Args:
       key: a random key.
@@ -346,10 +358,10 @@ def _squared_norm(posterior: Posterior) -> Any:
     return sum(jnp.sum(upcast(a) ** 2) for a in jax.tree.leaves(covered))
 
 
-def _posterior(net, params, x, loss_fn, blocks, prior_precision) -> Posterior:
+def _posterior(where, net, params, x, loss_fn, blocks, prior_precision) -> Posterior:
     loss = jnp.sum(upcast(loss_fn(net.apply(params, x, key=None))))
     posterior = Posterior(params, blocks, jnp.ones((), loss.dtype), loss)
-    delta = _best_precision(posterior) if prior_precision is None else prior_precision
+    delta = _best_precision(where, posterior) if prior_precision is None else prior_precision
     return posterior._replace(prior_precision=jnp.asarray(delta, loss.dtype))
 
 
@@ -366,12 +378,19 @@ def _check_precision(where: str, delta) -> None:
         raise ValueError(f"{where}: prior_precision must be above 0, got {delta}")
 
 
-def _best_precision(posterior: Posterior) -> jax.Array:
+def _best_precision(where: str, posterior: Posterior) -> jax.Array:
     """The `δ` of the largest evidence, at which `Σ λ/(λ + δ) = δ |θ|²`: it is between 0 and the count over `|θ|²`.
 
     The left side divided by `δ` falls from infinity to 0, so there is one such `δ`, found by bisection of `log δ`.
     """
     values, squared = _eigenvalues(posterior.blocks), _squared_norm(posterior)
+    curved = jnp.max(jnp.stack([jnp.max(v, initial=0) for v in values])) > 0
+    if not _layout.is_tracer(curved):
+        if not curved:
+            advice = "it must be of logits, not of their logarithms or of a piecewise linear loss"
+            raise ValueError(f"{where}: the loss has no curvature by the outputs of the network: {advice}")
+        if not squared > 0:
+            raise ValueError(f"{where}: the parameters are all 0, and so no prior precision is best; give one")
     tiny = jnp.finfo(squared.dtype).tiny
     high = jnp.log(sum(v.size for v in values) / jnp.maximum(squared, tiny))
 
@@ -383,4 +402,4 @@ def _best_precision(posterior: Posterior) -> jax.Array:
         return jnp.where(above, middle, low), jnp.where(above, high, middle)
 
     low, high = jax.lax.fori_loop(0, 60, halve, (jnp.asarray(high - 60, high.dtype), high))
-    return jnp.exp((low + high) / 2)
+    return jnp.where(curved & (squared > 0), jnp.exp((low + high) / 2), jnp.nan)

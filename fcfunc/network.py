@@ -7,6 +7,7 @@ layers can be stacked and are then run by `lax.scan`: `stack`.
 from __future__ import annotations  # short signatures in help()
 
 import dataclasses
+import functools
 import itertools
 import math
 import operator
@@ -341,6 +342,11 @@ class Network:
             raise ValueError(f"{where}: batch normalization mixes examples; a single one has no gradient of its own")
         self._check_params(where, params)
         _arguments.floating(where, x=x)
+        hidden = map(self._activation_of, range(len(self.dims) - 2))
+        for activation, width in zip((*hidden, self.final_activation), self.dims[1:], strict=True):
+            if callable(activation) and _mixes_rows(activation, width):
+                named = f"the activation {_shown(activation)} mixes examples"
+                raise ValueError(f"{where}: {named}; a single one has no gradient of its own")
         if jnp.ndim(x) != 2:
             raise ValueError(f"{where}: x must be [batch, {self.dims[0]}], got {list(jnp.shape(x))}")
 
@@ -788,6 +794,18 @@ def _checked_activation(argument: str, activation: Any) -> Any:
         known = ", ".join(ACTIVATIONS)
         raise ValueError(f"mlp: {argument}: unknown activation {activation!r:.80}; known are {known} and linear")
     return activation
+
+
+@functools.lru_cache(maxsize=256)
+def _mixes_rows(activation: Callable, width: int) -> bool:
+    """Whether the output of a row depends on other rows, tried on random numbers."""
+    rows = np.random.default_rng(0).standard_normal((4, width)).astype(np.float32)
+    try:
+        with jax.ensure_compile_time_eval():
+            together, alone = activation(jnp.asarray(rows))[1:2], activation(jnp.asarray(rows[1:2]))
+            return not np.allclose(together, alone, rtol=1e-4, atol=1e-5, equal_nan=True)
+    except Exception:  # said where it is applied, or not decided where it closes over a traced array
+        return False
 
 
 def _check_activated(what: str, y, shape: tuple[int, ...]) -> None:

@@ -63,7 +63,10 @@ def leaf_squared_norms(gradients) -> Any:
       >>> leaf_squared_norms([{"w": outer, "b": Rows(outer.cotangents)}])
       [{'b': Array([9.], dtype=float32), 'w': Array([45.], dtype=float32)}]
     """
+    return _leaf_squared_norms("leaf_squared_norms", gradients)
 
+
+def _leaf_squared_norms(where: str, gradients) -> Any:
     def scaled(a):
         """The largest element of each row, and the squared norm of the row divided by it: no square underflows."""
         a = upcast(a)
@@ -80,7 +83,7 @@ def leaf_squared_norms(gradients) -> Any:
         largest, rest = scaled(r)
         return largest**2 * rest
 
-    return _by_leaf("leaf_squared_norms", of_outer, of_rows, gradients)
+    return _by_leaf(where, of_outer, of_rows, gradients)
 
 
 def squared_norms(gradients) -> jax.Array:
@@ -99,7 +102,12 @@ def squared_norms(gradients) -> jax.Array:
       >>> squared_norms([{"w": Outer(jnp.array([[1.0, 2.0]]), jnp.array([[3.0]]))}])
       Array([45.], dtype=float32)
     """
-    norms = jax.tree.leaves(leaf_squared_norms(gradients))
+    return whole_squared_norms("squared_norms", gradients)
+
+
+def whole_squared_norms(where: str, gradients) -> jax.Array:
+    """`squared_norms`, with errors in the name of another function."""
+    norms = jax.tree.leaves(_leaf_squared_norms(where, gradients))
     return sum(jnp.sum(a, axis=0) if a.ndim > 1 else a for a in norms)  # type: ignore[return-value]
 
 
@@ -130,7 +138,7 @@ def weighted_sum(gradients, weights: jax.Array) -> Any:
         raise ValueError(f"{where}: weights must be [{count}], one per example, got {list(jnp.shape(weights))}")
 
     def of_outer(h, g):
-        # dW = Hᵀ (c ∘ G), with the operands in the dtype of H, as in the backward pass of `ops.affine`
+        # dW = Hᵀ (c ∘ G), with G in the dtype in which the backward pass of `ops.affine` has it
         g = of_each(g).astype(g.dtype)
         transposed = _layout.dot_sharding(jnp.swapaxes(g, -1, -2), h, g.ndim - 1)  # where both are sharded, like w
         return matmul(jnp.swapaxes(h, -1, -2), g, transposed and _layout.transposed(transposed))
@@ -167,20 +175,21 @@ def clipped_sum(gradients, max_norm: float) -> Any:
       >>> clipped_sum([{"w": outer}], 2.0)
       [{'w': Array([[3.]], dtype=float32)}]
     """
-    return weighted_sum(gradients, clip_factors(gradients, squared_norms(gradients), max_norm))
+    where = "clipped_sum"
+    return weighted_sum(gradients, clip_factors(where, gradients, whole_squared_norms(where, gradients), max_norm))
 
 
-def clip_factors(gradients, squared: jax.Array, max_norm: float) -> jax.Array:
-    """`min(1, C / |∇|)`, and NaN where the norm is not finite.
+def clip_factors(where: str, gradients, squared: jax.Array, max_norm: float) -> jax.Array:
+    """`min(1, C / |∇|)`, and NaN where the norm is not finite, or for a traced `C` that is not above 0.
 
     In half precision a little less, since `c ∘ G` is rounded: no example may move the sum by more than `C`.
     """
-    if not _layout.is_tracer(max_norm) and not _arguments.number("clipped_sum", max_norm=max_norm) > 0:
-        raise ValueError(f"clipped_sum: max_norm must be above 0, got {max_norm}")
+    if not _layout.is_tracer(max_norm) and not _arguments.number(where, max_norm=max_norm) > 0:
+        raise ValueError(f"{where}: max_norm must be above 0, got {max_norm}")
     halves = [a.dtype for a in jax.tree.leaves(gradients) if a.dtype != sum_dtype(a.dtype)]
     max_norm = max_norm * (1 - max((float(jnp.finfo(dtype).eps) / 2 for dtype in halves), default=0))
     factors = jnp.minimum(1, max_norm * jax.lax.rsqrt(jnp.maximum(squared, jnp.finfo(squared.dtype).tiny)))
-    return jnp.where(jnp.isfinite(squared), factors, jnp.nan)
+    return jnp.where(jnp.isfinite(squared) & (max_norm > 0), factors, jnp.nan)
 
 
 def dot_products(gradients, others) -> jax.Array:
@@ -373,9 +382,9 @@ def _mean_and_noise(where: str, gradients) -> tuple[Any, NoiseScale]:
         raise ValueError(f"{where}: a variance needs at least two examples, got {n}")
     mean = jax.tree.map(lambda a: a / n, weighted_sum(gradients, jnp.ones(n)))
     squared_mean = jax.tree.map(lambda a: jnp.sum(a**2), mean)
-    squared = jax.tree.map(jnp.sum, leaf_squared_norms(gradients))
-    # tr Σ = (Σ |∇|² − n |M|²) / (n − 1),  |G|² = |M|² − tr Σ / n
-    variance = jax.tree.map(lambda s, m: (s - n * m) / (n - 1), squared, squared_mean)
+    squared = jax.tree.map(jnp.sum, _leaf_squared_norms(where, gradients))
+    # tr Σ = (Σ |∇|² − n |M|²) / (n − 1), which only rounding makes negative,  |G|² = |M|² − tr Σ / n
+    variance = jax.tree.map(lambda s, m: jnp.maximum(s - n * m, 0) / (n - 1), squared, squared_mean)
     signal = jax.tree.map(lambda m, v: m - v / n, squared_mean, variance)
     whole_signal, whole_variance = (sum(jax.tree.leaves(tree)) for tree in (signal, variance))
     ratio = jax.tree.map(jnp.divide, signal, variance)
@@ -397,6 +406,13 @@ def losses_and_cotangents(where: str, loss_fn: Callable, outputs: jax.Array) -> 
     (scaled,) = pull(c)
     expected = upcast(g) * c[:, None].astype(sum_dtype(g.dtype))
     off = jnp.abs(upcast(scaled) - expected) > 1e-3 * jnp.max(jnp.abs(expected), axis=-1, keepdims=True)
+    # And its value does not change with the other rows, which `stop_gradient` hides from the cotangents.
+    odd = _layout.reshard_like(jnp.asarray(np.arange(batch) % 2 == 1), losses)
+    for others in (odd, ~odd):
+        moved = jnp.where(others[:, None], 1 - 3 * outputs, outputs)
+        change = jnp.abs(upcast(loss_fn(moved)) - upcast(losses))
+        size = jnp.abs(upcast(losses)) + upcast(jnp.max(jnp.abs(outputs), axis=-1, initial=0)).astype(change.dtype)
+        off |= (~others & jnp.isfinite(losses) & ~(change <= 1e-5 * size))[:, None]
     if _layout.is_tracer(off):  # row by row: on a mesh no device waits for another's rows
         nan = jnp.where(jnp.any(off, axis=-1), jnp.nan, 0)
         return losses + nan.astype(losses.dtype), g + nan[:, None].astype(g.dtype)

@@ -6,8 +6,9 @@ is given the rate, the noise multiplier and the number of all steps that were ta
 besides the parameters: the metrics of a step, a choice of hyperparameters or of a step by looking at the data, and
 statistics of the data such as a standardization. The rate and the expected batch size must be fixed without looking at
 the data, and the loss and the inputs of an example must depend on that example alone: clipping does not bound a loss
-that is divided by the number of included examples. The keys must be secret, and a saved state holds one. Arithmetic is
-in floating-point numbers, and the random numbers are those of `jax.random`, which are not made for cryptography.
+that is divided by the number of included examples. The keys must be secret, drawn from the operating system and used
+for one run alone, and a saved state holds one: what two runs with one key publish shares its noise. Arithmetic is in
+floating-point numbers, and the random numbers are those of `jax.random`, which are not made for cryptography.
 """
 
 from __future__ import annotations  # short signatures in help()
@@ -28,7 +29,7 @@ OVERFLOW = 1e-12
 """The probability with which a random batch is larger than its capacity, and some of its examples are left out."""
 
 
-LEAST_NOISE = 0.1
+LEAST_NOISE = 0.2
 """The noise multiplier below which the accountant needs gigabytes, and there is hardly any privacy."""
 
 
@@ -172,21 +173,18 @@ def private_mean(*, max_norm: float, noise_multiplier: float, expected_batch_siz
             raise TypeError(
                 f"{where}: a step needs a batch from privacy.poisson_batch, as the guarantee does, got {given}"
             )
-        squared = per_example.squared_norms(gradients)
+        squared = per_example.whole_squared_norms(where, gradients)
         if not losses.shape == squared.shape == batch.included.shape:
             shapes = f"{list(losses.shape)}, {list(squared.shape)} and {list(batch.included.shape)}"
             raise ValueError(f"{where}: losses, gradients and batch must have as many examples, got {shapes}")
         counted = batch.included & jnp.isfinite(squared)
         # 0 in the rows themselves: a factor of 0 would leave a NaN as it is
         gradients = jax.tree.map(lambda a: jnp.where(counted[:, None], a, 0), gradients)
-        factors = per_example.clip_factors(gradients, jnp.where(counted, squared, 0), clip)
+        factors = per_example.clip_factors(where, gradients, jnp.where(counted, squared, 0), clip)
         total = per_example.weighted_sum(gradients, factors)
         leaves, treedef = jax.tree.flatten(total)
         keys = jax.random.split(key, len(leaves))
-        noisy = [
-            (a + clip * sigma * jax.random.normal(k, a.shape, a.dtype)) / size
-            for a, k in zip(leaves, keys, strict=True)
-        ]
+        noisy = [(a + clip * sigma * _gaussian(k, a.shape, a.dtype)) / size for a, k in zip(leaves, keys, strict=True)]
         included = jnp.sum(batch.included)
         at_least_one = jnp.maximum(included, 1).astype(squared.dtype)
         loss = jnp.sum(jnp.where(batch.included, upcast(losses), 0)) / at_least_one.astype(upcast(losses).dtype)
@@ -196,6 +194,14 @@ def private_mean(*, max_norm: float, noise_multiplier: float, expected_batch_siz
     return aggregate
 
 
+def _gaussian(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
+    """Standard normal numbers with tails up to 10: in float32 those of `jax.random.normal` end at 5.2.
+
+    An output beyond the end of the tails would show that an example is there, with a probability that can exceed δ.
+    """
+    return jnp.sum(jax.random.normal(key, (4, *shape), dtype), axis=0) / 2
+
+
 def epsilon(*, rate: float, noise_multiplier: float, steps: int, delta: float) -> float:
     """The ε of the parameters after a number of steps, for adding or removing one example.
 
@@ -203,8 +209,8 @@ def epsilon(*, rate: float, noise_multiplier: float, steps: int, delta: float) -
 
     Args:
       rate: of `poisson_batch`.
-      noise_multiplier: of `private_mean`, above 0.
-      steps: all steps that were taken, at least 1.
+      noise_multiplier: of `private_mean`, at least 0.2.
+      steps: all steps that were taken, at least 1: `int(state.step)`.
       delta: δ, above 0 and below 1; well below one over the number of examples.
 
     Returns:
@@ -222,8 +228,8 @@ def epsilon(*, rate: float, noise_multiplier: float, steps: int, delta: float) -
     """
     where = "epsilon"
     sigma = _arguments.number(where, noise_multiplier=noise_multiplier)
-    if not LEAST_NOISE / 4 <= sigma < math.inf:
-        raise ValueError(f"{where}: noise_multiplier must be above 0, at least {LEAST_NOISE / 4}, got {sigma}")
+    if not LEAST_NOISE <= sigma < math.inf:
+        raise ValueError(f"{where}: noise_multiplier must be at least {LEAST_NOISE}, got {sigma}")
     accounting, rate, steps, delta = _checked(where, rate, steps, delta)
     return _spent(accounting, rate, sigma, steps, delta)
 
@@ -275,15 +281,21 @@ def noise_multiplier(*, epsilon: float, rate: float, steps: int, delta: float) -
 
     def calibrated(accountant, *bracket, tol):
         event = lambda sigma: _event(accounting, rate, sigma, steps)  # noqa: E731
-        return float(accounting.calibrate_dp_mechanism(accountant, event, target, delta, *bracket, tol=tol))
+        try:
+            return float(accounting.calibrate_dp_mechanism(accountant, event, target, delta, *bracket, tol=tol))
+        except ValueError:
+            given = f"epsilon={target}, rate={rate}, steps={steps} and delta={delta:g}"
+            raise ValueError(f"{where}: found no noise multiplier for {given}") from None
 
     # Rényi privacy is quick, and needs a little more noise than the distribution of the loss, which is slow.
     orders = [*range(2, 65), *(2**k for k in range(7, 16))]
-    high = calibrated(lambda: accounting.rdp.RdpAccountant(orders), tol=1e-3)
-    low = 0.7 * high
+    high = max(calibrated(lambda: accounting.rdp.RdpAccountant(orders), tol=1e-3), LEAST_NOISE)
+    low = max(0.7 * high, LEAST_NOISE)
+    if low == LEAST_NOISE and _spent(accounting, rate, low, steps, delta) <= target:
+        return low
     while _spent(accounting, rate, low, steps, delta) <= target:
-        low, high = 0.5 * low, low
-        if high < LEAST_NOISE:
+        low, high = max(0.5 * low, LEAST_NOISE), low
+        if high == LEAST_NOISE:
             return high
     bracket = accounting.mechanism_calibration.ExplicitBracketInterval(low, 1.01 * high)
     return calibrated(accounting.pld.PLDAccountant, bracket, tol=1e-3 * high)

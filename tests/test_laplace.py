@@ -8,7 +8,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import fcfunc
-from fcfunc import curvature, laplace, per_example
+from fcfunc import curvature, laplace, losses, per_example
 from tests.test_curvature import close, explicit_ggn, plain_cross_entropy
 from tests.test_per_example import NORMS, cross_entropy, made
 
@@ -164,10 +164,6 @@ def test_probabilities_are_between_the_softmax_and_one_half(x64):
     for variance, expected in ((0.0, jax.nn.softmax(logits)[0, 0]), (1e9, 0.5)):
         got = laplace.probabilities(logits, variance * jnp.eye(2)[None])
         np.testing.assert_allclose(got[0, 0], expected, atol=1e-4)
-    # two classes whose difference has a variance of 8: the integral of the sigmoid, which the probit approximates
-    difference = 3.0 + jnp.sqrt(8.0) * jax.random.normal(jax.random.key(0), (200_000,))
-    got = laplace.probabilities(jnp.array([3.0, 0.0]), jnp.diag(jnp.array([8.0, 8.0])))
-    assert abs(float(got[0]) - float(jnp.mean(jax.nn.sigmoid(difference)))) < 0.02
 
 
 def test_no_data_leave_the_prior(x64):
@@ -191,6 +187,42 @@ def test_the_posterior_is_made_inside_a_compiled_function(x64):
     params, x, labels = made(net)
     of = lambda params: laplace.predict(net, laplace.kronecker(net, params, x, cross_entropy(labels)), x)[1]
     close(jax.jit(of)(params), of(params))
+
+
+def test_probabilities_do_not_depend_on_what_is_added_to_all_logits():
+    logits, covariance = jnp.array([20.0, 20.0, 18.0]), jnp.diag(jnp.array([8.0, 0.0, 1.0]))
+    got = laplace.probabilities(logits, covariance)
+    np.testing.assert_allclose(got, laplace.probabilities(logits - 20, covariance), rtol=1e-5)
+    together = laplace.probabilities(logits, 8 * jnp.ones((3, 3)))  # no difference of logits varies
+    np.testing.assert_allclose(together, jax.nn.softmax(logits), rtol=1e-5)
+
+
+def test_for_two_classes_probabilities_are_the_expected_sigmoid():
+    mean, covariance = jnp.array([1.5, -0.5]), jnp.array([[3.0, 0.5], [0.5, 1.0]])
+    z = np.random.default_rng(0).multivariate_normal(mean, covariance, 200_000)
+    expected = np.mean(1 / (1 + np.exp(z[:, 1] - z[:, 0])))
+    np.testing.assert_allclose(laplace.probabilities(mean, covariance)[0], expected, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("net", "loss_fn"),
+    [
+        (fcfunc.mlp([3, 4, 2], final_activation="log_softmax"), lambda outputs: -outputs[:, 0]),
+        (fcfunc.mlp([3, 4, 2]), lambda outputs: losses.multiclass_svm(outputs, jnp.zeros(7, jnp.int32))),
+    ],
+)
+def test_a_loss_without_curvature_is_an_error_and_nan_when_compiled(net, loss_fn):
+    params, x = net.init(jax.random.key(0)), jnp.asarray(np.random.default_rng(0).standard_normal((7, 3)), jnp.float32)
+    with pytest.raises(ValueError, match="kronecker: the loss has no curvature by the outputs"):
+        laplace.kronecker(net, params, x, loss_fn)
+    assert jnp.isnan(posterior_of(laplace.kronecker, net, params, x, loss_fn).prior_precision)
+
+
+def test_parameters_of_0_have_no_best_precision():
+    net, x = fcfunc.mlp([3, 2]), jnp.ones((7, 3))
+    params = jax.tree.map(jnp.zeros_like, net.init(jax.random.key(0)))
+    with pytest.raises(ValueError, match="last_layer: the parameters are all 0"):
+        laplace.last_layer(net, params, x, lambda outputs: jnp.sum(outputs**2, axis=-1))
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])

@@ -297,6 +297,43 @@ def test_an_aggregate_needs_all_examples_at_once_and_no_model_state():
         wrong(train.init_state(params, optax.adam(0.01), jax.random.key(0)), batch)
 
 
+def hard_ones(losses):
+    return jnp.where(jax.lax.stop_gradient(losses > jnp.mean(losses)), losses, 0)
+
+
+@pytest.mark.parametrize("mixing", [hard_ones, lambda losses: losses + 2e-4 * jnp.mean(losses)])
+def test_a_loss_that_mixes_examples_by_a_little_or_behind_stop_gradient_is_rejected(mixing):
+    net, rng = fcfunc.mlp([3, 5, 4]), np.random.default_rng(0)
+    x, labels = jnp.asarray(rng.standard_normal((64, 3)), jnp.float32), jnp.asarray(rng.integers(0, 4, 64))
+    params, loss_fn = net.init(jax.random.key(0)), lambda outputs: mixing(cross_entropy(labels)(outputs))
+    with pytest.raises(ValueError, match="loss_fn mixes examples"):
+        net.example_gradients(params, x, loss_fn)
+    assert jnp.isnan(jax.jit(lambda params: net.example_gradients(params, x, loss_fn)[0])(params)).any()
+
+
+def scaled_by_the_batch(z):
+    return z / jnp.max(jnp.abs(z))
+
+
+@pytest.mark.parametrize("option", ["activation", "final_activation"])
+def test_an_activation_that_mixes_examples_is_rejected(option):
+    net = fcfunc.mlp([3, 5, 4], **{option: scaled_by_the_batch})
+    params, x = net.init(jax.random.key(0)), jnp.ones((7, 3))
+    run = lambda params: net.example_gradients(params, x, cross_entropy(jnp.zeros(7, jnp.int32)))
+    for gradients in (run, jax.jit(run)):
+        with pytest.raises(ValueError, match="the activation scaled_by_the_batch mixes examples"):
+            gradients(params)
+
+
+def test_gradients_that_are_all_equal_have_no_variance():
+    net = fcfunc.mlp([3, 5, 4])
+    x = jnp.tile(jnp.asarray(np.random.default_rng(0).standard_normal((1, 3)), jnp.float32), (8, 1))
+    _, gradients = net.example_gradients(net.init(jax.random.key(0)), x, cross_entropy(jnp.zeros(8, jnp.int32)))
+    noise = per_example.noise_scale(gradients)
+    assert float(noise.variance) >= 0
+    assert abs(float(noise.noise_scale)) < 1e-4
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_on_a_mesh_each_device_keeps_its_examples_and_one_sum_follows(kind):
     net = fcfunc.mlp([24, 40, 40, 4], activation="tanh")

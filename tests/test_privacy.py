@@ -89,6 +89,19 @@ def test_the_noise_has_the_standard_deviation_of_the_norm_times_the_multiplier()
     assert np.abs(correlation).max() < 0.4
 
 
+def test_the_tails_of_the_noise_reach_beyond_those_of_one_normal_number(monkeypatch):
+    largest = lambda key, shape, dtype: jnp.full(shape, 5.22, dtype)
+    monkeypatch.setattr(jax.random, "normal", largest)
+    batch = batch_of(jnp.zeros((7, 3)), jnp.zeros(7, jnp.int32), np.zeros(7, bool))
+    noise = aggregated(NET.init(jax.random.key(0)), batch, sigma=3.0)[1]
+    np.testing.assert_allclose(noise, 0.5 * 3 / 4 * 10.44, rtol=1e-5)
+
+
+def test_without_a_noise_multiplier_for_what_was_asked_the_error_repeats_it():
+    with pytest.raises(ValueError, match="found no noise multiplier for epsilon=0.001, rate=1.0, steps=1000"):
+        privacy.noise_multiplier(epsilon=0.001, rate=1.0, steps=1000, delta=1e-8)
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("columns", [None, "model"], ids=["replicated params", "params over model"])
 def test_on_a_mesh_a_private_step_is_that_of_one_device(kind, columns):
@@ -184,7 +197,10 @@ def test_an_ordinary_batch_is_refused():
     ("call", "message"),
     [
         (lambda: privacy.epsilon(rate=0, noise_multiplier=1.0, steps=1, delta=1e-5), "rate must be above 0"),
-        (lambda: privacy.epsilon(rate=0.1, noise_multiplier=0, steps=1, delta=1e-5), "noise_multiplier must be above"),
+        (
+            lambda: privacy.epsilon(rate=0.1, noise_multiplier=0, steps=1, delta=1e-5),
+            "noise_multiplier must be at least 0.2",
+        ),
         (lambda: privacy.epsilon(rate=0.1, noise_multiplier=1.0, steps=1, delta=1), "delta must be above 0 and below"),
         (lambda: privacy.epsilon(rate=0.1, noise_multiplier=1.0, steps=100, delta=1e-11), "delta must be above 2e-10"),
         (lambda: privacy.noise_multiplier(epsilon=0, rate=0.1, steps=1, delta=1e-5), "epsilon must be above 0"),
