@@ -4,9 +4,9 @@
 
 Draws mutants (proofs/mutants.py) and runs each against the rows of the tables in tests/rules.py that execute its line,
 with the reference implementation as the oracle: what every rule must satisfy first, then the groups. A mutant is
-killed if a row reports a finding or cannot be called. It is equivalent if it is traced to the programs of the right
-rule on all of these rows, in all dtypes, at several sizes, with and without an Explicit mesh; or if
-proofs/equivalent_mutants.toml says so and why.
+killed if a row reports a finding, cannot be called, or returns another dtype than the reference does. It is equivalent
+if it is traced to the programs of the right rule on all of these rows, in all dtypes, at several sizes, with and without
+an Explicit mesh; or if proofs/equivalent_mutants.toml says so and why.
 """
 
 import argparse
@@ -94,6 +94,19 @@ def programs_on_meshes(fun, name: str) -> list[str]:
     return found
 
 
+def types(fun, name: str) -> list:
+    """The dtypes of the outputs of a row in all dtypes, or what is raised instead."""
+    found = []
+    for dtype in ("float32", "bfloat16", "float16", "float64"):
+        with jax.enable_x64(dtype == "float64"):
+            try:
+                out = jax.eval_shape(fun, *ROWS[name].draw(0, *SIZES[0], jnp.dtype(dtype)))
+                found.append([a.dtype for a in jax.tree.leaves(out)])
+            except Exception as e:
+                found.append(type(e).__name__)
+    return found
+
+
 @functools.cache
 def right(kind, name: str) -> list[str]:
     """The programs of the right rule."""
@@ -138,6 +151,8 @@ def verdict_on(funs: dict, names: list[str]) -> tuple[str, str]:
     for name in names:
         if programs(funs[name], name) != right(programs, name):
             changed.append(name)
+            if types(funs[name], name) != types(ROWS[name].reference, name):
+                return "killed", "the dtype of the output"
             if by := killed(funs[name], name, FIRST, ROWS[name].reference):
                 return "killed", by
     on_meshes = [n for n in names if programs_on_meshes(funs[n], n) != right(programs_on_meshes, n)]

@@ -183,7 +183,7 @@ def _statistics(batch_norm, *, then_use=False, **options):
 
     def of_batch(x, scale, offset):
         zeros = jnp.zeros(x.shape[-1:], jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
-        state = {"mean": zeros, "var": zeros}
+        state = {"mean": zeros + 0.25, "var": zeros + 0.75}
         out, state = batch_norm(x, scale, offset, state, training=True, **options)
         if then_use:
             return batch_norm(x, scale, offset, state, training=False)[0]

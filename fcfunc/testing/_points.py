@@ -298,7 +298,8 @@ def _spoiled(case: Case) -> Iterator[tuple[str, Case, int, tuple]]:
                     yield f"{case.paths[leaf]}{list(at)} = {extreme:g}", case.with_real(leaf, moved), leaf, at
     for first, second in itertools.permutations(floating, 2):
         a, b = case.reals[first], case.reals[second]
-        if not a.ndim or (a.shape[:1] != b.shape[:1] and a.ndim <= b.ndim):  # weights are not infinite
+        rank = max(case.reals[i].ndim for i in floating)  # weights, which have fewer axes, are not infinite
+        if not a.ndim or a.ndim < rank or (a.shape[:1] != b.shape[:1] and a.ndim <= b.ndim):
             continue
         # Next to an infinity in row 0 a 0 or 1: in the same row, or all of an argument that has other rows.
         by_row, origin = a.shape[:1] == b.shape[:1], (0,) * a.ndim
