@@ -5,8 +5,8 @@
 Draws mutants (proofs/mutants.py) and runs each against the rows of the tables in tests/rules.py that execute its line,
 with the reference implementation as the oracle: what every rule must satisfy first, then the groups. A mutant is
 killed if a row reports a finding, cannot be called, or returns another dtype than the reference does. It is equivalent
-if it is traced to the programs of the right rule on all of these rows, in all dtypes, at several sizes, with and without
-an Explicit mesh; or if proofs/equivalent_mutants.toml says so and why.
+if it is traced to the programs of the right rule on all of these rows, in all dtypes, at several sizes, with and
+without an Explicit mesh; or if proofs/equivalent_mutants.toml says so and why.
 """
 
 import argparse
