@@ -239,7 +239,7 @@ def probabilities(outputs: jax.Array, covariance: jax.Array) -> jax.Array:
 
     Example:
       >>> probabilities(jnp.array([2.0, 0.0]), jnp.diag(jnp.array([8.0, 8.0])))
-      Array([0.67726666, 0.32273334], dtype=float32)
+      Array([0.6772335 , 0.32276645], dtype=float32)
     """
     where = "probabilities"
     _arguments.floating(where, outputs=outputs, covariance=covariance)
