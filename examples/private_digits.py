@@ -20,6 +20,9 @@ from examples.pictures import picture
 from fcfunc import data, losses, privacy, train
 
 NET = fcfunc.mlp([64, 32, 10], activation="tanh")
+OPTIMIZER = optax.sgd(0.1, momentum=0.9)
+"""It sees the data through the gradient of a step alone."""
+
 DELTA = 1e-4
 """δ, well below one over the 1438 training images."""
 
@@ -43,10 +46,10 @@ def plain_loss(params, batch, key):
     return losses.mean(values, over=batch.included)
 
 
-def accuracies(step, training, test, *, rate, steps, rate_of_learning, seed=0):
+def accuracies(step, training, test, *, rate, steps, seed=0):
     """The test accuracy after each tenth of the steps."""
     init_key, run_key, batch_key = jax.random.split(jax.random.key(seed), 3)
-    state = train.init_state(NET.init(init_key), optimizer(rate_of_learning), run_key)
+    state = train.init_state(NET.init(init_key), OPTIMIZER, run_key)
     draw = jax.jit(lambda key: privacy.poisson_batch(key, training, rate=rate))
     tested = []
     for i in range(steps):
@@ -55,11 +58,6 @@ def accuracies(step, training, test, *, rate, steps, rate_of_learning, seed=0):
             hits = jnp.argmax(NET.apply(state.params, test.x), axis=-1) == test.y
             tested.append(float(jnp.mean(hits)))
     return tested
-
-
-def optimizer(rate: float) -> optax.GradientTransformation:
-    """Gradient descent with momentum, which sees the data through the private gradient alone."""
-    return optax.sgd(rate, momentum=0.9)
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -77,13 +75,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     sigma = privacy.noise_multiplier(epsilon=args.epsilon, steps=args.steps, **sampling)
     aggregate = privacy.private_mean(max_norm=1.0, noise_multiplier=sigma, expected_batch_size=args.rate * count)
     steps = {
-        "private": (train.make_train_step(example_loss, optimizer(0.3), aggregate=aggregate), 0.3),
-        "not private": (train.make_train_step(plain_loss, optimizer(0.1)), 0.1),
+        "private": train.make_train_step(example_loss, OPTIMIZER, aggregate=aggregate),
+        "not private": train.make_train_step(plain_loss, OPTIMIZER),
     }
-    curves = {
-        name: accuracies(step, training, test, rate=args.rate, steps=args.steps, rate_of_learning=rate)
-        for name, (step, rate) in steps.items()
-    }
+    curves = {name: accuracies(step, training, test, rate=args.rate, steps=args.steps) for name, step in steps.items()}
     taken = np.arange(1, 11) * (args.steps // 10)
     spent = [privacy.epsilon(noise_multiplier=sigma, steps=int(n), **sampling) for n in taken]
     print(f"{count} images, each in a batch with probability {args.rate}; noise multiplier {sigma:.3f}, δ = {DELTA:g}")
