@@ -291,8 +291,6 @@ def noise_multiplier(*, epsilon: float, rate: float, steps: int, delta: float) -
     orders = [*range(2, 65), *(2**k for k in range(7, 16))]
     high = max(calibrated(lambda: accounting.rdp.RdpAccountant(orders), tol=1e-3), LEAST_NOISE)
     low = max(0.7 * high, LEAST_NOISE)
-    if low == LEAST_NOISE and _spent(accounting, rate, low, steps, delta) <= target:
-        return low
     while _spent(accounting, rate, low, steps, delta) <= target:
         low, high = max(0.5 * low, LEAST_NOISE), low
         if high == LEAST_NOISE:

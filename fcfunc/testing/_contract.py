@@ -293,9 +293,9 @@ def same_forward_pass(case: Case) -> Iterator[Finding]:
     message = "the forward pass of the rule returns another value than the function"
     yield from different_outputs(case, ruled, plain, 16.0, message)
     with_integers = getattr(case.fun, "with_integers", None)
-    if with_integers is None or not jax.eval_shape(with_integers, *case.leaves)[1]:
-        return
     with x64_for(case.dtype):
+        if with_integers is None or not jax.eval_shape(with_integers, *case.leaves)[1]:
+            return
         plain, ruled = map(to_numpy, _case.compiled_integers(with_integers, case.where, _case.to_jax(case.leaves)))
     for i, (a, b) in enumerate(zip(plain, ruled, strict=True)):
         if a.shape != b.shape or (a != b).any():

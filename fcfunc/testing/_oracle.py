@@ -153,8 +153,8 @@ class Call(NamedTuple):
     Attributes:
       name: of the rule.
       args: the types of the differentiable arguments it was given.
-      cotangents: the types of what its backward pass returned, each time it ran, and what is no array as it is; None
-        where it adds to accumulators.
+      cotangents: one entry for each run of its backward pass, with the type of each array it returned and other
+        leaves unchanged; None where it adds to accumulators.
       inner: whether it was called by the function or the forward pass of another rule, whose own backward pass
         stands for it.
       passes: its forward and backward pass, which can be defined again.
@@ -221,7 +221,7 @@ def watch(function: Callable, *args) -> tuple[list[Call], BaseException | None]:
 
 
 def _types(tree: Any) -> Any:
-    """The types of arrays in their place: arrays that are traced must not outlive their trace."""
+    """A tree with the type of each array instead of the array: a tracer must not outlive its trace."""
     return jax.tree.map(lambda a: jax.typeof(a) if isinstance(a, jax.Array) else a, tree)
 
 

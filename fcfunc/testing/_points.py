@@ -296,9 +296,9 @@ def _spoiled(case: Case) -> Iterator[tuple[str, Case, int, tuple]]:
                 in_range = inside(case, leaf, moved)[at] or (np.isinf(extreme) and extreme in case.ranges[leaf])
                 if np.isnan(extreme) or in_range:
                     yield f"{case.paths[leaf]}{list(at)} = {extreme:g}", case.with_real(leaf, moved), leaf, at
+    rank = max((case.reals[i].ndim for i in floating), default=0)  # weights, which have fewer axes, are not infinite
     for first, second in itertools.permutations(floating, 2):
         a, b = case.reals[first], case.reals[second]
-        rank = max(case.reals[i].ndim for i in floating)  # weights, which have fewer axes, are not infinite
         if not a.ndim or a.ndim < rank or (a.shape[:1] != b.shape[:1] and a.ndim <= b.ndim):
             continue
         # Next to an infinity in row 0 a 0 or 1: in the same row, or all of an argument that has other rows.
