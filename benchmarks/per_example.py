@@ -2,9 +2,9 @@
 
     python -m benchmarks.per_example     # needs: pip install "fcfunc[per-example-bench]" torch==2.13.0
 
-784-1024-1024-10 with ReLU and softmax cross-entropy in float32. Each result is compared with ours; times are medians
-of runs in turns, as ratios to an ordinary gradient by fcfunc, and memory is the growth of the peak of a process of its
-own.
+784-1024-1024-10 with ReLU and softmax cross-entropy in float32. Times are medians of runs in turns, as ratios to an
+ordinary gradient by fcfunc, and memory is the growth of the peak of a process of its own. Each result is compared with
+ours, and once more in float64 on 256 examples: in float32 the rounding of the other library may be the larger part.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -27,17 +28,20 @@ import fcfunc
 from benchmarks.memory import in_turns, ratio
 from fcfunc import curvature, losses, per_example
 
-DIMS, BATCH, MAX_NORM = [784, 1024, 1024, 10], 4096, 1.0
+DIMS, BATCH, SMALL, FEW, MAX_NORM = [784, 1024, 1024, 10], 4096, 1024, 256, 1.0
+"""24 GiB of memory hold every gradient of SMALL examples, with one copy; FEW are compared in float64."""
+
 NET = fcfunc.mlp(DIMS)
 
 
 def problem(batch: int):
-    """Parameters, inputs, labels and a direction."""
+    """Parameters, inputs, labels and a direction; in float64 where JAX has it enabled."""
     rng = np.random.default_rng(0)
-    params = NET.init(jax.random.key(0))
-    x = jnp.asarray(rng.standard_normal((batch, DIMS[0])), jnp.float32)
+    dtype = jax.dtypes.canonicalize_dtype(jnp.float64)
+    params = jax.tree.map(lambda a: a.astype(dtype), NET.init(jax.random.key(0)))
+    x = jnp.asarray(rng.standard_normal((batch, DIMS[0])), dtype)
     labels = jnp.asarray(rng.integers(0, DIMS[-1], batch), jnp.int32)
-    direction = jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape), jnp.float32), params)
+    direction = jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape), dtype), params)
     return params, x, labels, direction
 
 
@@ -98,7 +102,7 @@ def by_vmap(batch: int) -> Callable:
     return lambda: jax.block_until_ready(clipped(params, x, labels))
 
 
-def by_jax_privacy(batch: int, microbatch: int) -> Callable:
+def by_jax_privacy(microbatch: int, batch: int) -> Callable:
     """`jax_privacy.clipped_grad`, in microbatches."""
     import jax_privacy
 
@@ -138,7 +142,7 @@ def torch_network(params):
     torch.set_num_threads(os.cpu_count() or 1)
     layers = []
     for p in params:
-        linear = torch.nn.Linear(*p["w"].shape)
+        linear = torch.nn.Linear(*p["w"].shape, dtype=getattr(torch, p["w"].dtype.name))
         with torch.no_grad():
             linear.weight.copy_(torch.from_numpy(np.asarray(p["w"]).T.copy()))
             linear.bias.copy_(torch.from_numpy(np.asarray(p["b"]).copy()))
@@ -238,27 +242,24 @@ def by_curvlinops(what: str, batch: int) -> Callable:
     return run
 
 
-WAYS: dict[str, Callable[[], Callable]] = {
-    "gradient, fcfunc": lambda: by_fcfunc("gradient", BATCH),
-    "gradient, torch": lambda: by_torch(BATCH),
-    "clipped sum, fcfunc": lambda: by_fcfunc("clipped", BATCH),
-    "clipped sum, opacus ghost clipping": lambda: by_opacus(BATCH),
-    "gradient and squared norms, fcfunc": lambda: by_fcfunc("both", BATCH),
-    "gradient and squared norms, BackPACK": lambda: by_backpack(BATCH),
-    "GGN product, fcfunc": lambda: by_fcfunc("ggn", BATCH),
-    "GGN product, curvlinops": lambda: by_curvlinops("ggn", BATCH),
-    "GGN product, laplax": lambda: by_laplax(BATCH),
-    "Hessian product, fcfunc": lambda: by_fcfunc("hessian", BATCH),
-    "Hessian product, curvlinops": lambda: by_curvlinops("hessian", BATCH),
+WAYS: dict[str, Callable[[int], Callable]] = {
+    "gradient, fcfunc": partial(by_fcfunc, "gradient"),
+    "gradient, torch": by_torch,
+    "clipped sum, fcfunc": partial(by_fcfunc, "clipped"),
+    "clipped sum, opacus ghost clipping": by_opacus,
+    "gradient and squared norms, fcfunc": partial(by_fcfunc, "both"),
+    "gradient and squared norms, BackPACK": by_backpack,
+    "GGN product, fcfunc": partial(by_fcfunc, "ggn"),
+    "GGN product, curvlinops": partial(by_curvlinops, "ggn"),
+    "GGN product, laplax": by_laplax,
+    "Hessian product, fcfunc": partial(by_fcfunc, "hessian"),
+    "Hessian product, curvlinops": partial(by_curvlinops, "hessian"),
 }
-SMALL = 1024
-"""The largest batch of which 24 GiB of memory hold every gradient, with one copy."""
-
-SMALL_WAYS: dict[str, Callable[[], Callable]] = {
-    f"gradient, fcfunc, batch {SMALL}": lambda: by_fcfunc("gradient", SMALL),
-    f"clipped sum, fcfunc, batch {SMALL}": lambda: by_fcfunc("clipped", SMALL),
-    f"clipped sum, vmap(grad), batch {SMALL}": lambda: by_vmap(SMALL),
-    f"clipped sum, jax_privacy in microbatches of 64, batch {SMALL}": lambda: by_jax_privacy(SMALL, 64),
+SMALL_WAYS: dict[str, Callable[[int], Callable]] = {
+    "gradient, fcfunc": partial(by_fcfunc, "gradient"),
+    "clipped sum, fcfunc": partial(by_fcfunc, "clipped"),
+    "clipped sum, vmap(grad)": by_vmap,
+    "clipped sum, jax_privacy in microbatches of 64": partial(by_jax_privacy, 64),
 }
 
 
@@ -278,50 +279,59 @@ def status(field: str) -> int:
     )
 
 
-def megabytes(way: str) -> float:
-    """The growth of the peak memory of a process that computes one way twice."""
-    output = subprocess.run(
-        [sys.executable, "-m", "benchmarks.per_example", "--memory", way], check=True, capture_output=True, text=True
-    ).stdout
-    return json.loads(output.splitlines()[-1])
+def apart(results: dict[str, np.ndarray]) -> dict[str, float]:
+    """The relative distance of each result from ours."""
+    ours = {name: results[f"{name.split(',')[0]}, fcfunc"] for name in results}
+    return {name: float(np.linalg.norm(a - ours[name]) / np.linalg.norm(ours[name])) for name, a in results.items()}
 
 
-def compare(ways: dict[str, Callable[[], Callable]], rounds: int) -> None:
+def elsewhere(option: str, *args: str, **environment: str):
+    """What a process of its own prints last, with an option of this module."""
+    command = [sys.executable, "-m", "benchmarks.per_example", option, *args]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | environment)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(ways: dict[str, Callable[[int], Callable]], batch: int, rounds: int) -> None:
     """A table of one batch size."""
-    runs = {name: (made(), ()) for name, made in ways.items()}
-    results = {name: flat(run()) for name, (run, _) in runs.items()}
+    exactly = elsewhere("--apart", JAX_ENABLE_X64="1")
+    runs = {name: (made(batch), ()) for name, made in ways.items()}
+    off = apart({name: flat(run()) for name, (run, _) in runs.items()})
     seconds = in_turns(runs, rounds)
     ordinary = next(iter(ways))
-    print("| | seconds | times a gradient by fcfunc | off from fcfunc | MB at the peak |\n|---|---|---|---|---|")
+    print(f"784-1024-1024-10, batch {batch}\n")
+    print("| | seconds | times a gradient by fcfunc | off from fcfunc | off in float64 | MB at the peak |")
+    print("|---|---|---|---|---|---|")
     for name in ways:
-        ours = results.get(f"{name.split(',')[0]}, fcfunc{name[name.find(', batch') :] if ', batch' in name else ''}")
-        off = np.linalg.norm(results[name] - ours) / np.linalg.norm(ours)
         times = ratio(seconds[name], seconds[ordinary])
-        print(
-            f"| {name} | {statistics.median(seconds[name]):.3f} | {times} | {off:.1e} | {megabytes(name):.0f} |",
-            flush=True,
-        )
+        peak = elsewhere("--memory", name, str(batch))
+        cells = (name, f"{statistics.median(seconds[name]):.3f}", times, f"{off[name]:.1e}", f"{exactly[name]:.1e}")
+        print(f"| {' | '.join(cells)} | {peak:.0f} |", flush=True)
 
 
 def main(argv=None) -> None:
-    """The tables, or the memory of one way."""
+    """The tables, the memory of one way, or the distances between the ways."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--memory", metavar="WAY", help="print the growth of the peak memory of one way, in MB")
+    parser.add_argument("--memory", nargs=2, metavar=("WAY", "BATCH"), help="the growth of the peak memory, in MB")
+    parser.add_argument("--apart", action="store_true", help=f"how far each result is from ours on {FEW} examples")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args(argv)
+    warnings.filterwarnings("ignore", message="Full backward hook")  # torch's, of inputs without a gradient
     if options.memory:
-        run = (WAYS | SMALL_WAYS)[options.memory]()
+        way, batch = options.memory
+        run = (WAYS | SMALL_WAYS)[way](int(batch))
         Path("/proc/self/clear_refs").write_text("5")  # the peak from here on; getrusage has the parent's too
         before = status("VmRSS")
         run(), run()
         print(json.dumps((status("VmHWM") - before) / 1024))
         return
-    warnings.filterwarnings("ignore", message="Full backward hook")  # torch's, of inputs without a gradient
+    if options.apart:
+        print(json.dumps(apart({name: flat(made(FEW)()) for name, made in (WAYS | SMALL_WAYS).items()})))
+        return
     start = time.perf_counter()
-    print(f"784-1024-1024-10, batch {BATCH}")
-    compare(WAYS, options.rounds)
-    print(f"\nbatch {SMALL}")
-    compare(SMALL_WAYS, min(options.rounds, 3))
+    compare(WAYS, BATCH, options.rounds)
+    print()
+    compare(SMALL_WAYS, SMALL, min(options.rounds, 3))
     print(f"\n{time.perf_counter() - start:.0f} s")
 
 

@@ -25,6 +25,11 @@ def rule(fun, fwd, bwd, **options):
 
 
 sine = rule(jnp.sin, lambda x: (jnp.sin(x), x), lambda x, g: (g * jnp.cos(x),))
+float64_in_half = rule(
+    jnp.sin,
+    lambda x: (jnp.sin(x), x),
+    lambda x, g: (g * jnp.cos(x) * (0.5 if x.dtype == jnp.float64 else 1),),
+)
 half_sine = rule(jnp.sin, lambda x: (jnp.sin(x), x), lambda x, g: (g * jnp.cos(x) / 2,))
 
 
@@ -334,6 +339,10 @@ def test_the_draws_are_not_those_of_a_generator_of_the_same_seed():
     assert not np.array_equal(ours.astype(np.float32), x)
 
 
+def test_a_rule_is_not_held_to_slopes_where_the_function_jumps():
+    assert check_vjp(jnp.linalg.pinv, "5 3", only="kinks").ok  # with equal columns the rank drops
+
+
 @pytest.mark.parametrize(
     ("arguments", "status"),
     [
@@ -341,6 +350,14 @@ def test_the_draws_are_not_those_of_a_generator_of_the_same_seed():
         (["tests.test_checker:half_sine", "n d", "--only", "oracle"], 1),
         (["fcfunc.ops:softmax", "n d", "--kwargs", '{"axis": 0}', "--only", "oracle"], 0),
         (["fcfunc.ops:relu", "n d", "--only", "zero_cotangent"], 3),
+        (["fcfunc.ops:relu", "n d", "--only", "oracle", "--reference", "jax.nn:relu"], 0),
+        (["fcfunc.ops:relu", "n d", "--only", "oracle", "--reference", "jax.nn:gelu"], 1),
+        (["fcfunc.ops:relu", "n d", "--only", "kinks", "oracle", "--sizes", "n=3", "d=2", "--at-kink", "0=0"], 0),
+        (["fcfunc.ops:relu", "n d", "--only", "kinks", "oracle", "--at-kink", "0=0.5"], 1),
+        (["tests.test_checker:float64_in_half", "n d", "--only", "precision_of_dtypes", "oracle"], 1),
+        (["tests.test_checker:float64_in_half", "n d", "--only", "oracle", "--no-float64", "--dtypes"], 0),
+        (["fcfunc.ops.relu", "n d"], 2),
+        (["fcfunc.ops:relu", "n d", "--reference", "jax.nn:nothing"], 2),
         (["fcfunc.ops:nothing", "n d"], 2),
         (["no_such_package:f", "n d"], 2),
         (["fcfunc.ops:affine", "n d"], 2),
