@@ -339,6 +339,14 @@ def test_the_draws_are_not_those_of_a_generator_of_the_same_seed():
     assert not np.array_equal(ours.astype(np.float32), x)
 
 
+def test_a_dtype_that_fails_when_the_function_is_compiled_is_not_one_of_the_rules():
+    inverse = rule(jnp.linalg.inv, lambda a: (jnp.linalg.inv(a),) * 2, lambda b, g: (-b.T @ g @ b.T,))
+    checked = check_vjp(inverse, "4 4", only="precision_of_dtypes", reference=lambda a: a / a / a, dtypes=["float16"])
+    (refused,) = checked.results
+    assert refused.status == "not applicable"
+    assert "float16" in refused.reason
+
+
 def test_a_rule_is_not_held_to_slopes_where_the_function_jumps():
     assert check_vjp(jnp.linalg.pinv, "5 3", only="kinks").ok  # with equal columns the rank drops
 

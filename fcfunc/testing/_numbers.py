@@ -72,6 +72,13 @@ def precision_of_dtypes(case: Case) -> Any:
                 found, _ = attempt(systematic_error(narrow, f"in {name} the gradient is wrong"))
         except NotApplicable as e:
             found, ended = [], e
+        except _case.RuleRaised:
+            try:
+                narrow.outputs()
+            except Exception as e:  # compiled, the function does not take this dtype
+                found, ended = [], NotApplicable(f"the function itself raises: {first_line(e)}")
+            else:
+                raise
         yield from found
         if ended is not None:
             refused.append(f"{name}: {ended}")
