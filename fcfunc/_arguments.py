@@ -1,6 +1,7 @@
 """Checks and conversions of arguments. A message says where, what was expected, and what was given."""
 
 import os
+import warnings
 from typing import Any
 
 import jax
@@ -277,37 +278,49 @@ def examples(where: str, data, name: str = "data"):
 
     TypeError with advice if a leaf is not an array of numbers.
     """
+    return jax.tree.map(clipped, numeric_arrays(where, data, name))
+
+
+def numeric_arrays(where: str, data, name: str = "data"):
+    """`data` with tensors and tables of other libraries as NumPy arrays, which hold the same numbers.
+
+    TypeError with advice if a leaf is not an array of numbers.
+    """
     leaves, treedef = jax.tree.flatten(data)
     if all(isinstance(leaf, jax.Array) for leaf in leaves):
         return data
-    if not all(map(_is_examples, leaves)):
-        raise _wrong_kind(where, data, name)
-    return jax.tree.unflatten(treedef, map(clipped, leaves))
+    paths = [f"{name}{jax.tree_util.keystr(path)!s:.80}" for path, _ in jax.tree.leaves_with_path(data)]
+    return jax.tree.unflatten(treedef, [_numeric_array(where, path, a) for path, a in zip(paths, leaves, strict=True)])
 
 
-def _is_examples(leaf) -> bool:
-    if isinstance(leaf, np.ndarray):
-        known = jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == np.bool_
-        return known and not isinstance(leaf, np.ma.MaskedArray)
-    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
-
-
-def _wrong_kind(where: str, data, name: str) -> TypeError:
-    """The error for the first leaf that is not an array of numbers."""
-    path, leaf = next((path, leaf) for path, leaf in jax.tree.leaves_with_path(data) if not _is_examples(leaf))
-    here, kind = f"{name}{jax.tree_util.keystr(path)!s:.80}", type(leaf)
-    if isinstance(leaf, np.ma.MaskedArray):
-        return TypeError(f"{where}: {here} must be an array, got a masked array; {here}.filled(...) makes one")
-    if isinstance(leaf, np.ndarray):
-        hint = "; np.unique(names, return_inverse=True)[1] makes labels of names" if leaf.dtype.kind in "OSU" else ""
-        return TypeError(f"{where}: {here} must hold numbers, got dtype {leaf.dtype!s:.40}{hint}")
-    hint = f"use {here}.toarray()" if hasattr(leaf, "toarray") else "np.asarray converts lists and tensors"
+def _numeric_array(where: str, here: str, leaf):
+    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        return leaf
+    kind = type(leaf)
     found = f"{kind.__module__.split('.')[0]} {kind.__name__}".removeprefix("builtins ")
-    return TypeError(f"{where}: {here} must be an array, got {found}; {hint}")
+    if isinstance(leaf, np.ma.MaskedArray):
+        raise TypeError(f"{where}: {here} must be an array, got a masked array; {here}.filled(...) makes one")
+    if isinstance(leaf, np.generic) or not hasattr(leaf, "__array__"):
+        hint = f"use {here}.toarray()" if hasattr(leaf, "toarray") else "np.asarray converts lists"
+        raise TypeError(f"{where}: {here} must be an array, got {found}; {hint}")
+    try:
+        a = np.asarray(leaf)
+    except Exception as e:  # a tensor on a GPU, or one that records gradients
+        raise TypeError(
+            f"{where}: {here} must be an array, got {found} that NumPy cannot convert ({e!s:.120})"
+        ) from None
+    if not (jnp.issubdtype(a.dtype, jnp.number) or a.dtype == np.bool_):
+        hint = "; np.unique(names, return_inverse=True)[1] makes labels of names" if a.dtype.kind in "OSU" else ""
+        columns = [
+            str(name) for name, of in getattr(leaf, "dtypes", {}).items() if getattr(of, "kind", "O") not in "biuf"
+        ]
+        hint = f": the columns {', '.join(columns)!s:.80} do not" if columns else hint
+        raise TypeError(f"{where}: {here} must hold numbers, got dtype {a.dtype!s:.40}{hint}")
+    return a
 
 
-def count(where: str, data, batch_size: int, name: str = "data") -> int:
-    """The number of examples, at least a batch of them."""
+def count(where: str, data, name: str = "data") -> int:
+    """The number of examples, at least one."""
     leaves = jax.tree.leaves_with_path(data)
     sizes = {f"{name}{jax.tree_util.keystr(path)}": jnp.shape(leaf) for path, leaf in leaves}
     if not sizes:
@@ -322,8 +335,16 @@ def count(where: str, data, batch_size: int, name: str = "data") -> int:
                 f"{where}: all arrays in {name} must have the same leading axis, got {n} in {first} "
                 f"and {shape[0]} in {path}"
             )
-    if n < max(batch_size, 1):
-        raise ValueError(f"{where}: at least {max(batch_size, 1)} examples (one batch) expected, got {n}")
+    if n < 1:
+        raise ValueError(f"{where}: at least one example expected in {name}, got none")
+    return n
+
+
+def fitting_batch_size(where: str, batch_size: int, n: int) -> int:
+    """The batch size, but no more than the number of examples: then all of them are one batch, with a warning."""
+    if batch_size <= n:
+        return int(batch_size)
+    warnings.warn(f"{where}: batch_size {batch_size} is more than the {n} examples, which are one batch", stacklevel=3)
     return n
 
 

@@ -249,23 +249,28 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
                 yield reader.line_num, [cell.strip() for cell in row]
 
 
-def split(data: Any, fractions: Sequence[float], *, seed: int) -> tuple[Any, ...]:
+def split(data: Any, fractions: Sequence[float], *, seed: int, stratify: Any = None) -> tuple[Any, ...]:
     """Splits examples at random into parts that share none.
 
     Args:
       data: a pytree of NumPy arrays with a common leading axis.
       fractions: the share of each part, positive, with a sum of 1.
       seed: of the order; the same seed gives the same parts.
+      stratify: labels, `[n]`, such as `data.y`: each part receives its share of every class, to within two examples.
+        None: of all examples together.
 
     Returns:
       One tree for each fraction, together all examples.
 
     Raises:
-      ValueError: the fractions are not as said, or a part would be empty.
+      ValueError: the fractions are not as said, a part would be empty, or there is not one label for each example.
 
     Example:
       >>> [part.shape for part in split(np.zeros((10, 3)), [0.8, 0.2], seed=0)]
       [(8, 3), (2, 3)]
+      >>> y = np.repeat([0, 1], [10, 90])
+      >>> [np.bincount(part).tolist() for part in split(y, [0.8, 0.2], seed=0, stratify=y)]
+      [[8, 72], [2, 18]]
     """
     try:
         fractions = [float(f) for f in fractions]
@@ -274,9 +279,21 @@ def split(data: Any, fractions: Sequence[float], *, seed: int) -> tuple[Any, ...
     _arguments.integer("split", seed=seed)
     if not fractions or min(fractions) <= 0 or not math.isclose(sum(fractions), 1.0):
         raise ValueError(f"split: positive fractions with a sum of 1 expected, got {fractions}")
-    n = _arguments.count("split", data, 0)
+    n = _arguments.count("split", data)
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(n)
+    if stratify is not None:
+        labels = np.asarray(stratify)
+        if labels.shape != (n,):
+            raise ValueError(f"split: stratify must be [{n}], one label for each example, got {list(labels.shape)}")
+        # The examples of each class are spread evenly over the order, beginning at a random fraction of a step.
+        _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
+        classes, places = classes[order], np.empty(n)
+        for k, count in enumerate(counts):
+            places[classes == k] = (np.arange(count) + rng.uniform()) / count
+        order = order[np.argsort(places, kind="stable")]
     ends = np.round(np.cumsum(fractions) * n).astype(int)
-    parts = np.split(np.random.default_rng(seed).permutation(n), ends[:-1])
+    parts = [rng.permutation(part) if stratify is not None else part for part in np.split(order, ends[:-1])]
     if min(map(len, parts)) == 0:
         raise ValueError(f"split: {n} examples are too few for parts of {fractions}")
     return tuple(jax.tree.map(lambda a, part=part: a[part], data) for part in parts)

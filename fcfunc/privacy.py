@@ -107,7 +107,7 @@ def poisson_batch(key: jax.Array, data: Any, *, rate: float) -> PoissonBatch:
     """
     where = "poisson_batch"
     _arguments.key(where, key)
-    count = _arguments.count(where, data, 1)
+    count = _arguments.count(where, data)
     shardings = _layout.shardings(data)
     over = _layout.example_axes(shardings)
     devices = over.devices if over else 1

@@ -246,7 +246,7 @@ def global_batch(local: Any, mesh: Mesh, *, axis: str | tuple[str, ...] = "data"
             "give all of them on every process to shard(data, PartitionSpec(...), mesh)"
         )
     here = sum(jax.process_index() in processes for processes in owners.values())
-    _check_equal_counts(_arguments.count("global_batch", local, 0, "local"))
+    _check_equal_counts(_arguments.count("global_batch", local, "local"))
 
     def place(path, leaf):
         leaf, where = np.asarray(clipped(leaf)), f"global_batch: {jax.tree_util.keystr(path) or 'array'}"

@@ -206,6 +206,32 @@ def test_split_gives_every_example_to_one_part():
     assert all(np.array_equal(part.x * 2, part.y) for part in parts)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_stratified_split_gives_each_part_its_share_of_every_class(seed):
+    rng = np.random.default_rng(seed)
+    y = rng.choice(np.array(["a", "b", "c", "d"]), rng.integers(20, 200), p=[0.5, 0.3, 0.15, 0.05])
+    examples = data.Dataset(np.arange(len(y)), y)
+    parts = data.split(examples, (0.7, 0.2, 0.1), seed=seed, stratify=y)
+    assert sorted(np.concatenate([part.x for part in parts])) == list(range(len(y)))
+    for part, fraction in zip(parts, (0.7, 0.2, 0.1), strict=True):
+        np.testing.assert_array_equal(part.y, y[part.x])
+        for name in "abcd":
+            assert abs(np.sum(part.y == name) - fraction * np.sum(y == name)) < 2
+        if len(part.y) > 10 and seed == 0:
+            assert not np.array_equal(part.x, np.sort(part.x))
+
+
+def test_rare_classes_go_to_different_parts():
+    y = np.arange(100)  # one example each
+    parts = data.split(y, (0.5, 0.5), seed=0, stratify=y)
+    assert [len(part) for part in parts] == [50, 50]
+
+
+def test_split_refuses_labels_of_other_examples():
+    with pytest.raises(ValueError, match=r"split: stratify must be \[10\], one label for each example, got \[9\]"):
+        data.split(np.zeros(10), (0.5, 0.5), seed=0, stratify=np.zeros(9))
+
+
 def test_split_refuses_arrays_that_disagree_about_the_number_of_examples():
     with pytest.raises(ValueError, match="same leading axis"):
         data.split(data.Dataset(np.zeros(10), np.zeros(12)), (0.5, 0.5), seed=0)

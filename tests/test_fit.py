@@ -122,10 +122,12 @@ def test_two_runs_of_two_epochs_equal_one_of_four():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 51}, r"at least 51 examples \(one batch\) expected, got 50"),
-        ({"patience": 3}, "patience needs validation_data"),
+        ({"patience": 3, "monitor": "validation_loss"}, "monitor 'validation_loss' needs validation_data"),
+        ({"patience": 3, "monitor": "f1"}, "monitor 'f1' is not among the metrics: loss, accuracy"),
+        ({"tol": 0.1}, "tol must be a finite number of at least 0, and needs patience"),
+        ({"tol": -0.1, "patience": 3}, "tol must be a finite number of at least 0"),
         ({"every": 2}, "give every and on_steps together"),
-        ({"validation_data": make_data(0)}, "at least 1 examples"),
+        ({"validation_data": make_data(0)}, "at least one example expected in validation_data"),
         (
             {"validation_data": make_data(5), "patience": 2, "monitor": "f1"},
             "monitor 'f1' is not among the metrics: loss, accuracy",
@@ -150,7 +152,7 @@ def test_fit_refuses_options_out_of_range(options, message):
             r"data\.x\[4, 1\]: finite numbers expected, got nan",
         ),
         (lambda d: Dataset(d.x[:40], d.y), "same leading axis, got 40 in data.x and 50 in data.y"),
-        (lambda d: Dataset(d.x[:0], d.y[:0]), "at least 16 examples"),
+        (lambda d: Dataset(d.x[:0], d.y[:0]), "at least one example expected in data"),
     ],
     ids=["label too large", "label negative", "nan", "lengths", "empty"],
 )
@@ -161,6 +163,136 @@ def test_fit_refuses_bad_data_before_anything_runs(spoil, message):
     optimizer = optax.sgd(0.1)
     with pytest.raises(ValueError, match=message):
         train.fit(never, optimizer, make_state(optimizer), spoil(make_data(50)), epochs=1, batch_size=16, num_classes=3)
+
+
+def test_unshuffled_examples_are_taken_in_the_order_given():
+    def last_seen(params, batch, key):
+        return 0 * params + batch[-1], {"first": batch[0]}
+
+    optimizer, data = optax.sgd(0.0), np.arange(10.0, dtype=np.float32)
+    state = train.init_state(jnp.float32(0), optimizer, jax.random.key(0))
+    seen = []
+    options = {"epochs": 2, "batch_size": 4, "every": 1, "on_steps": lambda s: seen.append(int(s.epoch_position))}
+    train.fit(last_seen, optimizer, state, data, shuffle=False, **options)
+    assert seen == [4, 8, 0, 4, 8, 0]
+    epoch = train.make_train_epoch(last_seen, optimizer, 4, shuffle=False, donate=False)
+    _, metrics = epoch(state, data)
+    assert (metrics["first"].tolist(), metrics["loss"].tolist()) == ([0, 4, 8], [3, 7, 9])
+    _, history = jax.jit(train.make_fit(last_seen, optimizer, epochs=1, batch_size=4, shuffle=False))(state, data)
+    np.testing.assert_allclose(history["first"], (4 * 0 + 4 * 4 + 2 * 8) / 10)
+
+
+def test_the_examples_of_a_bad_step_are_named_in_the_order_given():
+    def diverges(params, batch, key):
+        return jnp.where(jnp.any(batch == 5), jnp.nan, 0.0) + 0 * params
+
+    state = train.init_state(jnp.float32(0), optax.sgd(0.1), jax.random.key(0))
+    with pytest.raises(train.NonFiniteError) as raised:
+        train.fit(diverges, optax.sgd(0.1), state, jnp.arange(10.0), epochs=1, batch_size=4, shuffle=False)
+    assert raised.value.indices.tolist() == [4, 5, 6, 7]
+
+
+def falling(params, batch, key):
+    """A loss of 1, 1/2, 1/4, ... in successive epochs of one step, whose parameter counts the epochs."""
+    return 0.5**params - jax.lax.stop_gradient(0.0 * params) + 0.0 * jnp.sum(batch)
+
+
+COUNT = optax.GradientTransformation(
+    lambda params: (), lambda updates, state, params=None: (jax.tree.map(jnp.ones_like, updates), state)
+)
+"""An optimizer that adds 1 to every parameter."""
+
+
+@pytest.mark.parametrize("program", ["fit", "make_fit"])
+@pytest.mark.parametrize(("tol", "epochs"), [(0.0, 20), (0.1, 4 + 2), (0.3, 2 + 2)])
+def test_patience_waits_for_a_training_loss_that_is_better_by_the_tolerance(program, tol, epochs):
+    state = train.init_state(jnp.float32(0), COUNT, jax.random.key(0))
+    options = {"epochs": 20, "batch_size": 4, "patience": 2, "tol": tol}
+    if program == "fit":
+        state, history = train.fit(falling, COUNT, state, jnp.ones(4), **options)
+    else:
+        state, history = jax.jit(train.make_fit(falling, COUNT, **options))(state, jnp.ones(4))
+    # Of 1, 0.5, 0.25, 0.125, 0.0625, ... the fourth is the last that is better by 0.1, the second by 0.3.
+    assert (int(history["epochs"]), int(history["kept_epoch"]), float(state.params)) == (epochs,) * 3
+
+
+def test_the_training_loss_can_be_monitored_beside_validation_data():
+    def loss(params, batch, key):
+        return 0.5**params + 0.0 * jnp.sum(batch) if key is not None else params
+
+    state = train.init_state(jnp.float32(0), COUNT, jax.random.key(0))
+    options = {"epochs": 9, "batch_size": 4, "validation_data": jnp.ones(4), "patience": 2}
+    _, history = train.fit(loss, COUNT, state, jnp.ones(4), monitor="training_loss", **options)
+    assert (history["epochs"], history["kept_epoch"]) == (9, 9)
+    _, history = train.fit(loss, COUNT, state, jnp.ones(4), monitor="loss", **options)
+    assert (history["epochs"], history["kept_epoch"]) == (3, 1)
+
+
+@pytest.mark.parametrize("answer", [True, np.True_])
+def test_a_run_ends_with_the_epoch_whose_callback_returns_true(answer):
+    state, history = fit(epochs=9, on_epoch=lambda s, record: answer if record["epoch"] == 3 else None)
+    assert (history["epochs"], history["kept_epoch"], int(state.step)) == (3, 3, 12)
+
+
+def test_what_a_logger_returns_does_not_end_a_run():
+    assert fit(epochs=3, on_epoch=lambda s, record: record)[1]["epochs"] == 3
+
+
+def test_a_batch_size_above_the_number_of_examples_is_one_batch_with_a_warning():
+    with pytest.warns(UserWarning, match="fit: batch_size 64 is more than the 50 examples, which are one batch"):
+        state, _ = fit(batch_size=64)
+    chex.assert_trees_all_equal(state.params, fit(batch_size=50)[0].params)
+    optimizer, data = optax.sgd(0.1), make_data(50)
+    for make in (
+        lambda size: train.make_train_epoch(loss_fn, optimizer, size, donate=False),
+        lambda size: train.make_fit(loss_fn, optimizer, epochs=1, batch_size=size),
+    ):
+        with pytest.warns(UserWarning, match="batch_size 64 is more than the 50 examples"):
+            state, _ = make(64)(make_state(optimizer), data)
+        chex.assert_trees_all_equal(state.params, make(50)(make_state(optimizer), data)[0].params)
+
+
+def test_the_number_of_steps_is_that_of_a_run():
+    assert int(fit(epochs=3, batch_size=16)[0].step) == train.num_steps(50, epochs=3, batch_size=16) == 12
+    assert train.num_steps(50, epochs=3, batch_size=64) == 3
+    with pytest.raises(ValueError, match="num_steps: epochs must be an integer of at least 1, got 0"):
+        train.num_steps(50, epochs=0, batch_size=16)
+
+
+def test_data_frames_are_trained_on_as_their_numbers():
+    pandas = pytest.importorskip("pandas")
+    data = make_data(50)
+    frame = Dataset(pandas.DataFrame(data.x, columns=list("abcd")), pandas.Series(data.y))  # type: ignore[arg-type]
+    chex.assert_trees_all_equal(fit(frame)[0].params, fit(data)[0].params)
+    mixed = frame.x.assign(city="here")
+    with pytest.raises(TypeError, match=r"fit: data\.x must hold numbers, got dtype object: the columns city do not"):
+        fit(Dataset(mixed, frame.y))  # type: ignore[arg-type]
+    scores = train.evaluate(loss_fn, make_state(optax.sgd(0.1)).params, frame)
+    np.testing.assert_array_equal(
+        scores["loss"], train.evaluate(loss_fn, make_state(optax.sgd(0.1)).params, data)["loss"]
+    )
+
+
+class Tensor:
+    """Converts to NumPy as a tensor of PyTorch does: not while it records gradients."""
+
+    def __init__(self, values, requires_grad=False):
+        self.values, self.requires_grad = values, requires_grad
+
+    def __array__(self, dtype=None, copy=None):
+        if self.requires_grad:
+            raise RuntimeError("Can't call numpy() on Tensor that requires grad. Use tensor.detach().numpy() instead.")
+        return self.values
+
+
+def test_tensors_of_other_libraries_are_converted():
+    data = make_data(50)
+    tensors = Dataset(Tensor(data.x), Tensor(data.y))  # type: ignore[arg-type]
+    chex.assert_trees_all_equal(fit(tensors)[0].params, fit(data)[0].params)
+    with pytest.raises(
+        TypeError, match=r"data\.x must be an array, got tests Tensor that NumPy cannot convert \(Can't"
+    ):
+        fit(Dataset(Tensor(data.x, requires_grad=True), data.y))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("stop", [slow(1), 3, slow(7), slow(12)])

@@ -97,8 +97,10 @@ def test_a_whole_fit_stops_at_a_loss_that_is_not_finite():
 
 def test_a_whole_fit_refuses_what_it_cannot_judge():
     data, optimizer = make_data(12), optax.sgd(0.1)
-    with pytest.raises(ValueError, match=r"make_fit: patience needs validation_data"):
-        train.make_fit(loss_fn, optimizer, epochs=1, batch_size=4, patience=1)(make_state(optimizer), data)
+    with pytest.raises(ValueError, match=r"make_fit: monitor .validation_loss. needs validation_data"):
+        train.make_fit(loss_fn, optimizer, epochs=1, batch_size=4, patience=1, monitor="validation_loss")(
+            make_state(optimizer), data
+        )
     with pytest.raises(ValueError, match=r"make_fit: monitor 'f1' is not among the metrics: loss, accuracy"):
         train.make_fit(loss_fn, optimizer, epochs=1, batch_size=4, monitor="f1")(make_state(optimizer), data, data)
     with pytest.raises(ValueError, match=r'make_fit: mode must be "min" or "max"'):

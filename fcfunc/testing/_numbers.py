@@ -74,7 +74,7 @@ def precision_of_dtypes(case: Case) -> Any:
             found, ended = [], e
         except _case.RuleRaised:
             try:
-                narrow.outputs()
+                case.cast(name).outputs()
             except Exception as e:  # compiled, the function does not take this dtype
                 found, ended = [], NotApplicable(f"the function itself raises: {first_line(e)}")
             else:

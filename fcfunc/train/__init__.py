@@ -12,7 +12,7 @@ A network that carries something besides its parameters, such as the running sta
 it in the state's `model_state`. Its loss is `loss_fn(params, batch, key, model_state) -> (loss, metrics, model_state)`.
 """
 
-from fcfunc.train._epoch import evaluate, make_train_epoch
+from fcfunc.train._epoch import evaluate, make_train_epoch, num_steps
 from fcfunc.train._failure import NonFiniteError
 from fcfunc.train._fit import fit, make_fit
 from fcfunc.train._state import TrainState, init_state
@@ -20,4 +20,5 @@ from fcfunc.train._step import make_train_step
 
 __all__ = [
     "NonFiniteError", "TrainState", "evaluate", "fit", "init_state", "make_fit", "make_train_epoch", "make_train_step",
+    "num_steps",
 ]  # fmt: skip

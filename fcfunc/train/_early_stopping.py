@@ -1,5 +1,6 @@
 """Early stopping, for a loop on the host and for one inside a compiled program."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -11,11 +12,12 @@ from fcfunc.train._state import TrainState
 
 
 class EarlyStopping(NamedTuple):
-    """Which metric decides that an epoch is the best one, and for how many epochs to wait for a better one."""
+    """Which entry of the record decides that an epoch is the best one, and for how many to wait for a better one."""
 
     monitor: str
     mode: str
     patience: int | None
+    tol: float
 
     def start(self, state: TrainState) -> "Best":
         """Before the first epoch: no score, and the initial model."""
@@ -27,10 +29,10 @@ class EarlyStopping(NamedTuple):
         """The best epoch after one more, of which `record` holds the metrics; without patience it is the last."""
         if self.patience is None:
             return best._replace(epoch=jnp.int32(epoch))
-        score = jnp.asarray(record[f"validation_{self.monitor}"], best.score.dtype)
+        score = jnp.asarray(record[self.monitor], best.score.dtype)
         model = (state.params, state.model_state)
         new = Best(score if self.mode == "min" else -score, jnp.int32(epoch), jnp.int32(0), model)
-        return _better_of(best, new)
+        return _better_of(best, new, self.tol)
 
     def stops(self, best: "Best") -> Any:
         """Whether no better epoch came for too long."""
@@ -49,26 +51,37 @@ class Best(NamedTuple):
 
     score: jax.Array
     epoch: jax.Array
-    waited: jax.Array  # the number of epochs since
+    waited: jax.Array  # the number of epochs since one was better by more than the tolerance
     model: Any  # parameters and model state
 
 
 @jax.jit
-def _better_of(best: Best, new: Best) -> Best:
+def _better_of(best: Best, new: Best, tol: float) -> Best:
     none_yet = jnp.isnan(best.score)
-    better = (new.score < best.score) | (none_yet & ~jnp.isnan(new.score))
-    waited = jnp.where(better, 0, best.waited + 1)
+    first = none_yet & ~jnp.isnan(new.score)
+    better = (new.score < best.score) | first
+    waited = jnp.where((new.score < best.score - tol) | first, 0, best.waited + 1)
     return optax.tree.where(better | none_yet, new, best)._replace(waited=waited)
 
 
 def checked_early_stopping(
-    where: str, monitor: str, mode: str, patience: int | None, validation: bool
+    where: str, monitor: str, mode: str, patience: int | None, tol: float, validation: bool
 ) -> EarlyStopping:
-    """The options as one value, checked; `validation` says whether there is anything to judge an epoch by."""
+    """The options as one value, checked; `validation` says whether there is validation data to judge an epoch by."""
     if patience is not None:
         _arguments.positive(where, patience=patience)
-        if not validation:
-            raise ValueError(f"{where}: patience needs validation_data to judge an epoch by, got None")
+    tol = _arguments.number(where, tol=tol)
+    if not 0 <= tol < math.inf or (tol and patience is None):
+        needs = "a finite number of at least 0, and needs patience"
+        raise ValueError(f"{where}: tol must be {needs}, got {tol} with patience {patience}")
     if mode not in ("min", "max"):
         raise ValueError(f'{where}: mode must be "min" or "max", got {mode!r}')
-    return EarlyStopping(monitor.removeprefix("validation_"), mode, patience)
+    if not isinstance(monitor, str):
+        raise TypeError(f"{where}: monitor must be the name of a metric, got {monitor!r:.80}")
+    if monitor.startswith("validation_") and not validation:
+        raise ValueError(f"{where}: monitor {monitor!r} needs validation_data, got None")
+    if monitor.startswith("training_"):
+        monitor = monitor.removeprefix("training_")
+    elif validation:
+        monitor = f"validation_{monitor.removeprefix('validation_')}"
+    return EarlyStopping(monitor, mode, patience, tol)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from fcfunc import _arguments
-from fcfunc._arguments import count, examples
+from fcfunc._arguments import count, examples, fitting_batch_size
 from fcfunc.train._accumulate import mean_dtype
 from fcfunc.train._captured import FunctionId, cached_by_id, traced
 from fcfunc.train._mesh import Layouts, jit_on_mesh, shardings
@@ -25,6 +25,7 @@ def make_train_epoch(
     batch_size: int,
     *,
     accumulate: int = 1,
+    shuffle: bool = True,
     donate: bool = True,
 ) -> Callable:
     """An epoch of training as one compiled program: shuffling, batching and steps, all on the device.
@@ -34,17 +35,20 @@ def make_train_epoch(
       optimizer: any optax optimizer.
       batch_size: examples per step, at least 1. If it does not divide the number of examples, the last step uses the
         remainder as a shorter batch, inside the same program; on a mesh whose devices do not divide that batch, each
-        device processes all of it.
+        device processes all of it. With more than there are examples, all of them are one batch, and there is a
+        warning.
       accumulate: as for `make_train_step`; the shorter batch is not split.
+      shuffle: False takes the examples in the order given.
       donate: as for `make_train_step`.
 
     Returns:
       `epoch(state, data) -> (state, metrics)`; each metric has one entry per step. Every example is used once, in an
-      order derived from the state's key and step. A partly completed epoch of the state is abandoned.
+      order derived from the state's key and step, unless `shuffle=False`. A partly completed epoch of the state is
+      abandoned.
 
     Raises:
-      ValueError: `batch_size` or `accumulate` below 1; while tracing: data that is empty, smaller than a batch, or
-        whose arrays differ in the number of examples; a loss that is not a scalar; a `batch_size` that cannot be
+      ValueError: `batch_size` or `accumulate` below 1; while tracing: data that is empty or whose
+        arrays differ in the number of examples; a loss that is not a scalar; a `batch_size` that cannot be
         divided evenly over the devices that hold the examples, or into `accumulate` microbatches.
 
     Example:
@@ -59,7 +63,8 @@ def make_train_epoch(
     _arguments.function("make_train_epoch", loss_fn=loss_fn)
     _arguments.optimizer("make_train_epoch", optimizer)
     _arguments.positive("make_train_epoch", batch_size=batch_size, accumulate=accumulate)
-    epoch = epoch_of("make_train_epoch", step_of(loss_fn, optimizer), batch_size, accumulate)
+    _arguments.boolean("make_train_epoch", shuffle=shuffle)
+    epoch = epoch_of("make_train_epoch", step_of(loss_fn, optimizer), batch_size, accumulate, shuffle=shuffle)
 
     def train_epoch(state, data, layouts):
         return epoch(state._replace(epoch_position=jnp.zeros((), jnp.int32)), data, layouts)
@@ -73,6 +78,7 @@ def epoch_of(
     batch_size: int,
     accumulate: int,
     *,
+    shuffle: bool,
     limit: int | None = None,
     record: Callable | None = None,
 ) -> Callable:
@@ -83,27 +89,30 @@ def epoch_of(
     """
 
     def epoch(state: TrainState, data: Any, layouts: Layouts):
-        n = count(where, data, batch_size)
-        layouts.check_divides(f"{where}: batches", batch_size, accumulate)
+        n = count(where, data)
+        size = fitting_batch_size(where, batch_size, n)
+        layouts.check_divides(f"{where}: batches", size, accumulate)
         state = state._replace(epoch_start=jnp.where(state.epoch_position == 0, state.step, state.epoch_start))
-        order = order_from(state, n, n if limit is None else limit)
+        order = order_from(state, n, n if limit is None else limit, shuffle)
 
         def on_batch(before, indices):
-            microbatches = accumulate if len(indices) == batch_size else 1
+            microbatches = accumulate if len(indices) == size else 1
             after, metrics = step(before, layouts.gather_rows(data, indices), layouts, microbatches)
             return after, metrics if record is None else (metrics, record(before, after, metrics))
 
         position = (state.epoch_position + len(order)) % n
-        state, metrics = _over_batches(on_batch, state, order, batch_size)
+        state, metrics = _over_batches(on_batch, state, order, size)
         return state._replace(epoch_position=position), metrics
 
     return epoch
 
 
-def order_from(state: TrainState, n: int, limit: int) -> jax.Array:
+def order_from(state: TrainState, n: int, limit: int, shuffle: bool) -> jax.Array:
     """The next examples of the state's epoch of n, as indices."""
     with jax.named_scope("order"):
         places = state.epoch_position + jnp.arange(limit, dtype=jnp.int32)
+        if not shuffle:
+            return places
         # The barrier keeps XLA from fusing the order into the step: with one step, JAX 0.12 would compile for minutes.
         return jax.lax.optimization_barrier(permutation(order_key(state), n, places))
 
@@ -135,7 +144,7 @@ def evaluate(
     _arguments.function("evaluate", loss_fn=loss_fn)
     _arguments.positive("evaluate", batch_size=batch_size)
     data = examples("evaluate", data)
-    count("evaluate", data, 1)
+    count("evaluate", data)
     if isinstance(params, TrainState):
         raise TypeError("evaluate: params must be parameters, got a TrainState; pass state.params")
     computed, _ = traced(uniform(loss_fn), params, data, None, model_state)
@@ -159,7 +168,7 @@ def _evaluation(loss_fn, batch_size):
 
     @functools.partial(jax.jit, static_argnames="layouts")
     def evaluation(params, model_state, data, layouts):
-        n = count("evaluate", data, 1)
+        n = count("evaluate", data)
         size = min(batch_size, n)
         if not any(layouts.data):
             # Equal batches, if some not much smaller divide the examples: one step to compile instead of two.
@@ -180,6 +189,31 @@ def epoch_means(metrics: dict, n: int, batch_size: int) -> dict:
     weights = batch_sizes(n, batch_size) / n
     real = {name: m.astype(mean_dtype(m.dtype)) for name, m in metrics.items()}
     return {name: jnp.average(m, axis=0, weights=jnp.asarray(weights, m.dtype)) for name, m in real.items()}
+
+
+def num_steps(examples: int, *, epochs: int, batch_size: int) -> int:
+    """The number of steps of a whole run, for a learning-rate schedule.
+
+    Args:
+      examples: the number of training examples, `len(x)`.
+      epochs: passes over them.
+      batch_size: examples per step; a shorter last batch is a step too.
+
+    Returns:
+      `epochs * ceil(examples / batch_size)`.
+
+    Raises:
+      ValueError: a number that is not an integer of at least 1.
+
+    Example:
+      >>> import optax
+      >>> steps = num_steps(1_797, epochs=20, batch_size=128)
+      >>> schedule = optax.cosine_decay_schedule(0.1, steps)
+      >>> steps
+      300
+    """
+    _arguments.positive("num_steps", examples=examples, epochs=epochs, batch_size=batch_size)
+    return int(epochs) * len(batch_sizes(int(examples), batch_size))
 
 
 def batch_sizes(n: int, batch_size: int) -> np.ndarray:

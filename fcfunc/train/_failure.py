@@ -66,7 +66,9 @@ def steps_ok(before: TrainState, after: TrainState, flags) -> bool:
     return bool(np.all(fine)) and bool(still_finite(before, after))
 
 
-def non_finite_error(run_chunk, loss_fn, before: TrainState, data, sizes, epoch: int, history: dict) -> NonFiniteError:
+def non_finite_error(
+    run_chunk, loss_fn, before: TrainState, data, sizes, epoch: int, history: dict, *, shuffle: bool
+) -> NonFiniteError:
     """The error that ends a run: its last steps, of these numbers of examples, are repeated one by one to find the bad.
 
     `run_chunk(probe, size, state) -> (state, (metrics, flags))` takes one step with this many examples; with the probe
@@ -82,7 +84,7 @@ def non_finite_error(run_chunk, loss_fn, before: TrainState, data, sizes, epoch:
     leaf, good, step = first_bad_leaf(run_chunk, found), found.before, int(found.before.step)
     epoch_start = jnp.where(good.epoch_position == 0, good.step, good.epoch_start)
     count = len(jax.tree.leaves(data)[0])
-    indices = np.asarray(order_from(good._replace(epoch_start=epoch_start), count, int(found.size)))
+    indices = np.asarray(order_from(good._replace(epoch_start=epoch_start), count, int(found.size), shuffle))
     shown = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
     message = (
         f"fit: {leaf} was not finite at step {step} (epoch {epoch}), with a loss of {found.loss:.6g} on the examples "

@@ -12,9 +12,9 @@ import numpy as np
 import optax
 
 from fcfunc import _arguments
-from fcfunc._arguments import as_array, check_values, count, examples
+from fcfunc._arguments import as_array, check_values, count, examples, fitting_batch_size, numeric_arrays
 from fcfunc.train._captured import FunctionId, cached_by_id, traced
-from fcfunc.train._early_stopping import Best, checked_early_stopping
+from fcfunc.train._early_stopping import Best, EarlyStopping, checked_early_stopping
 from fcfunc.train._epoch import batch_sizes, epoch_means, epoch_of, evaluate, evaluate_compiled, function_id
 from fcfunc.train._failure import non_finite_error, step_flags, steps_ok, still_finite
 from fcfunc.train._memory import check_memory
@@ -34,10 +34,12 @@ def make_fit(
     epochs: int,
     batch_size: int,
     accumulate: int = 1,
+    shuffle: bool = True,
     eval_fn: Callable | None = None,
     monitor: str = "loss",
     mode: str = "min",
     patience: int | None = None,
+    tol: float = 0.0,
 ) -> Callable:
     """A whole run, including early stopping, as a pure function that can be jitted and mapped: a sweep is one program.
 
@@ -47,7 +49,7 @@ def make_fit(
     checks the values of the data, reports progress and raises errors.
 
     Args:
-      loss_fn, optimizer, epochs, batch_size, accumulate, eval_fn, monitor, mode, patience: as for `fit`.
+      loss_fn, optimizer, epochs, batch_size, accumulate, shuffle, eval_fn, monitor, mode, patience, tol: as for `fit`.
 
     Returns:
       `fit(state, data, validation_data=None) -> (state, history)`. The history has the format of `fit`, with arrays of
@@ -75,27 +77,29 @@ def make_fit(
     _arguments.function("make_fit", loss_fn=loss_fn, **({} if eval_fn is None else {"eval_fn": eval_fn}))
     _arguments.optimizer("make_fit", optimizer)
     _arguments.positive("make_fit", epochs=epochs, batch_size=batch_size, accumulate=accumulate)
-    checked_early_stopping("make_fit", monitor, mode, patience, validation=True)
-    epoch_program = epoch_of("make_fit", step_of(loss_fn, optimizer), batch_size, accumulate)
+    _arguments.boolean("make_fit", shuffle=shuffle)
+    checked_early_stopping("make_fit", monitor, mode, patience, tol, validation=True)
+    epoch_program = epoch_of("make_fit", step_of(loss_fn, optimizer), batch_size, accumulate, shuffle=shuffle)
 
-    def metrics_of(function, state, data, key, monitor):
+    def check_metrics_of(function, state, data, key, stopping, prefix):
         _, (metrics, _) = jax.eval_shape(uniform(function), state.params, data, key, state.model_state)
-        _check_metrics("make_fit", metrics, monitor)
+        _check_metrics("make_fit", metrics, stopping, prefix)
 
     def whole_fit(state, data, validation_data=None):
         _check_state("make_fit", state)
-        stopping = checked_early_stopping("make_fit", monitor, mode, patience, validation=validation_data is not None)
+        validation = validation_data is not None
+        stopping = checked_early_stopping("make_fit", monitor, mode, patience, tol, validation=validation)
         data = examples("make_fit", data)
-        n = count("make_fit", data, batch_size)
+        n = count("make_fit", data)
         layouts = Layouts(shardings(state), shardings(data))
         if validation_data is not None:
             validation_data = examples("make_fit", validation_data, "validation_data")
-            metrics_of(eval_fn or loss_fn, state, validation_data, None, stopping.monitor)
-        metrics_of(loss_fn, state, data, state.key, None)
+            check_metrics_of(eval_fn or loss_fn, state, validation_data, None, stopping, "validation_")
+        check_metrics_of(loss_fn, state, data, state.key, stopping, "")
 
         def one_epoch(state):
             state, metrics = epoch_program(state._replace(epoch_position=jnp.zeros((), jnp.int32)), data, layouts)
-            record = epoch_means(metrics, n, batch_size)
+            record = epoch_means(metrics, n, min(batch_size, n))
             if validation_data is not None:
                 scores = evaluate(eval_fn or loss_fn, state.params, validation_data, model_state=state.model_state)
                 record |= {f"validation_{name}": m for name, m in scores.items()}
@@ -142,13 +146,15 @@ def fit(
     epochs: int,
     batch_size: int,
     accumulate: int = 1,
+    shuffle: bool = True,
     validation_data: Any = None,
     eval_fn: Callable | None = None,
     monitor: str = "loss",
     mode: str = "min",
     patience: int | None = None,
+    tol: float = 0.0,
     num_classes: int | None = None,
-    on_epoch: Callable[[TrainState, dict], None] | None = None,
+    on_epoch: Callable[[TrainState, dict], bool | None] | None = None,
     every: int | None = None,
     on_steps: Callable[[TrainState], None] | None = None,
     progress: bool = False,
@@ -171,20 +177,26 @@ def fit(
       optimizer: the optax optimizer that `state` was made with.
       state: from `init_state`, or of an earlier run; a state in the middle of an epoch resumes there, and the first of
         `epochs` is the rest of that epoch. It is copied, not donated.
-      data: the training examples, a pytree of arrays with a common leading axis; copied to the device once.
+      data: the training examples, a pytree of arrays with a common leading axis; copied to the device once. Tensors of
+        PyTorch and DataFrames are converted.
       epochs: passes over the data.
-      batch_size: examples per step.
+      batch_size: examples per step. With more than there are examples, all of them are one batch, and there is a
+        warning.
       accumulate: as for `make_train_step`.
+      shuffle: False takes the examples of every epoch in the order given.
       validation_data: examples that are evaluated after each epoch, never trained on.
       eval_fn: the loss function of the evaluation; None: `loss_fn` with key None.
-      monitor: the validation metric that decides which epoch is best, with or without `validation_`.
+      monitor: the metric that decides which epoch is best: "validation_loss" or "training_loss", or another metric's
+        name after the prefix. Without a prefix it is the validation metric if there is `validation_data`.
       mode: "min" if less of it is better, "max" if more is.
       patience: stop after this many epochs in a row without a better one, and return the best epoch's parameters and
         model state (the rest of the state is the last epoch's). None: run to the end and return the last epoch's. It
         counts from the first epoch of this call: a resumed run does not know the epochs before.
+      tol: an epoch ends the waiting only if it is better than the best one by more than this. The parameters returned
+        are those of the best epoch all the same.
       num_classes: the number of classes, if the labels are to be checked.
-      on_epoch: called with the state and the epoch's record, to log or to save. The next epoch donates the buffers of
-        that state: copy what you keep.
+      on_epoch: called with the state and the epoch's record, to log or to save; if it returns True, the run ends with
+        this epoch. The next epoch donates the buffers of that state: copy what you keep.
       every: call `on_steps` after this many steps of an epoch, and at its end; the epoch is then a program for this
         many steps, called several times.
       on_steps: called with the state, to save a run with long epochs; as for `on_epoch`. A run that resumes from such a
@@ -199,9 +211,9 @@ def fit(
       were returned, so that `history["loss"][kept_epoch - 1]` is its loss (the last, if the metric was always NaN).
 
     Raises:
-      ValueError: an option out of range; data that is empty, smaller than a batch, not finite or wrongly labeled;
-        `patience` without `validation_data`; a `monitor` that is not among the metrics.
-      TypeError: `loss_fn` returns something other than a loss or `(loss, metrics)`.
+      ValueError: an option out of range; data that is empty, not finite or wrongly labeled; a `monitor` that is not
+        among the metrics, or needs `validation_data`.
+      TypeError: `loss_fn` returns something other than a loss or `(loss, metrics)`; data that cannot be converted.
       NonFiniteError: a loss or an array of the state became non-finite: a FloatingPointError with the last good state,
         the step, the indices of its examples and the path of the first array that is not finite.
       MemoryError: the data is larger than the free memory of the device; raised before anything is copied.
@@ -220,16 +232,18 @@ def fit(
     _arguments.optimizer("fit", optimizer)
     _check_state("fit", state)
     _arguments.positive("fit", epochs=epochs, batch_size=batch_size, accumulate=accumulate)
-    stopping = checked_early_stopping("fit", monitor, mode, patience, validation=validation_data is not None)
+    _arguments.boolean("fit", shuffle=shuffle)
+    stopping = checked_early_stopping("fit", monitor, mode, patience, tol, validation=validation_data is not None)
     if (every is None) != (on_steps is None):
         raise ValueError("fit: give every and on_steps together: after how many steps to call, and what")
     if every is not None:
         _arguments.positive("fit", every=every)
-    examples("fit", data)
-    n = count("fit", data, batch_size)
+    data = numeric_arrays("fit", data)
+    n = count("fit", data)
+    batch_size = fitting_batch_size("fit", batch_size, n)
     if validation_data is not None:
-        examples("fit", validation_data, "validation_data")
-        count("fit", validation_data, 1, "validation_data")
+        validation_data = numeric_arrays("fit", validation_data, "validation_data")
+        count("fit", validation_data, "validation_data")
     position = int(state.epoch_position)
     if not 0 <= position < n:
         raise ValueError(f"fit: the state is at example {position} of its epoch, but data has {n} examples")
@@ -241,14 +255,14 @@ def fit(
         check_values(validation_data, num_classes=num_classes, name="validation_data")
         validation_data = jax.tree.map(as_array, validation_data)
         eval_id, metrics = function_id(eval_fn or loss_fn, state, validation_data, None)
-        _check_metrics("fit", metrics, stopping.monitor)
+        _check_metrics("fit", metrics, stopping, "validation_")
     loss_id, metrics = function_id(loss_fn, state, data, state.key)
-    _check_metrics("fit", metrics, None)
+    _check_metrics("fit", metrics, stopping, "")
     optimizer_id = FunctionId(optimizer, _traced_update(optimizer, state))
 
     def run_chunk(probe, limit, state, **handle):
         update = FunctionId(probe) if probe else optimizer_id
-        program = _chunk_program(loss_id, update, int(batch_size), int(accumulate), int(limit))
+        program = _chunk_program(loss_id, update, batch_size, int(accumulate), int(limit), bool(shuffle))
         return program(state, data, **handle)
 
     steps, first_step = len(batch_sizes(n, batch_size)), int(state.epoch_start if position else state.step)
@@ -264,7 +278,9 @@ def fit(
                 state, (metrics, flags) = run_chunk(None, sizes.sum(), state, **handle)
                 if not steps_ok(before, state, flags):
                     history = _history(records, int(best.epoch))
-                    raise non_finite_error(run_chunk, loss_fn, before, given_data, sizes, epoch, history)
+                    raise non_finite_error(
+                        run_chunk, loss_fn, before, given_data, sizes, epoch, history, shuffle=bool(shuffle)
+                    )
                 chunks.append((jax.tree.map(np.asarray, metrics), np.asarray(flags["skipped"]), sizes))
                 if on_steps is not None:
                     on_steps(state)
@@ -279,16 +295,15 @@ def fit(
             records.append(record)
             if bar:
                 bar.end_epoch(record)
-            if on_epoch is not None:
-                on_epoch(state, record)
-            best = stopping.judge(best, epoch, scores, state)
-            if stopping.stops(best):
+            stop = on_epoch is not None and on_epoch(state, record)
+            best = stopping.judge(best, epoch, record | scores, state)
+            if (isinstance(stop, bool | np.bool_) and stop) or stopping.stops(best):
                 break
     return stopping.restore(best, state), _history(records, int(best.epoch))
 
 
 @cached_by_id
-def _chunk_program(loss_fn, optimizer, batch_size, accumulate, limit):
+def _chunk_program(loss_fn, optimizer, batch_size, accumulate, limit, shuffle):
     """The next `limit` examples of an epoch, as `fit` processes them."""
 
     def train_chunk(state, data, layouts, handle=None):
@@ -298,7 +313,7 @@ def _chunk_program(loss_fn, optimizer, batch_size, accumulate, limit):
             return step_flags(before, after, metrics)
 
         step = step_of(loss_fn, optimizer)
-        epoch = epoch_of("fit", step, batch_size, accumulate, limit=limit, record=record)
+        epoch = epoch_of("fit", step, batch_size, accumulate, shuffle=shuffle, limit=limit, record=record)
         return epoch(state, data, layouts)
 
     return jit_on_mesh("fit", train_chunk)
@@ -341,8 +356,8 @@ def _traced_update(optimizer, state):
         return None
 
 
-def _check_metrics(where: str, metrics: dict, monitor: str | None) -> None:
-    """Raises if a history cannot hold these metrics; those of `make_train_epoch` may have any shape."""
+def _check_metrics(where: str, metrics: dict, stopping: EarlyStopping, prefix: str) -> None:
+    """Raises if a history cannot hold these metrics, or if the monitored one with this prefix is not among them."""
     for name, metric in metrics.items():
         if name in RESERVED:
             raise ValueError(f"{where}: a metric must not be called {name!r}, which the history uses itself")
@@ -350,5 +365,7 @@ def _check_metrics(where: str, metrics: dict, monitor: str | None) -> None:
             raise ValueError(
                 f"{where}: each metric must be one number, the mean over the batch, got {metric} for {name!r}"
             )
-    if monitor is not None and monitor not in {"loss", *metrics}:
+    monitored = "validation_" if stopping.monitor.startswith("validation_") else ""
+    monitor = stopping.monitor.removeprefix(monitored)
+    if monitored == prefix and monitor not in {"loss", *metrics}:
         raise ValueError(f"{where}: monitor {monitor!r} is not among the metrics: {', '.join(['loss', *metrics])}")

@@ -68,7 +68,7 @@ def make_train_step(
     step = step_of(loss_fn, optimizer, aggregate)
 
     def train_step(state, batch, layouts):
-        n = _arguments.count("make_train_step", batch, 1)
+        n = _arguments.count("make_train_step", batch)
         layouts.check_divides("make_train_step: a batch", n, accumulate)
         state, metrics = step(state, batch, layouts, accumulate)
         return state._replace(epoch_position=jnp.zeros((), jnp.int32)), metrics
