@@ -15,7 +15,7 @@ from fcfunc.train._accumulate import mean_dtype
 from fcfunc.train._captured import FunctionId, cached_by_id, traced
 from fcfunc.train._mesh import Layouts, jit_on_mesh, shardings
 from fcfunc.train._permutation import permutation
-from fcfunc.train._state import TrainState, order_key
+from fcfunc.train._state import TrainState, epoch_start, order_key
 from fcfunc.train._step import step_of, uniform
 
 
@@ -72,28 +72,31 @@ def make_train_epoch(
     return jit_on_mesh("make_train_epoch", train_epoch, donate=bool(donate))
 
 
-def epoch_of(
-    where: str,
-    step: Callable,
-    batch_size: int,
-    accumulate: int,
-    *,
-    shuffle: bool,
-    limit: int | None = None,
-    record: Callable | None = None,
-) -> Callable:
-    """`epoch(state, data, layouts) -> (state, metrics)`, from the state's position in its epoch on.
-
-    It uses all examples or, given a `limit`, this many, in full batches or to the end of the epoch.
-    `record(before, after, metrics)` gives what is returned of each step besides its metrics.
-    """
+def epoch_of(where: str, step: Callable, batch_size: int, accumulate: int, *, shuffle: bool) -> Callable:
+    """`epoch(state, data, layouts) -> (state, metrics)`, over all examples."""
+    steps = steps_of(where, step, batch_size, accumulate)
 
     def epoch(state: TrainState, data: Any, layouts: Layouts):
         n = count(where, data)
+        # The barrier keeps XLA from fusing the order into the step: with one step, JAX 0.12 would compile for minutes.
+        return steps(state, data, layouts, jax.lax.optimization_barrier(order_from(state, n, n, shuffle)))
+
+    return epoch
+
+
+def steps_of(
+    where: str, step: Callable, batch_size: int, accumulate: int, *, record: Callable | None = None
+) -> Callable:
+    """`steps(state, data, layouts, order) -> (state, metrics)`: part of an epoch, over the examples that `order` lists.
+
+    `record(before, after, metrics)` gives what is returned of each step besides its metrics.
+    """
+
+    def steps(state: TrainState, data: Any, layouts: Layouts, order: jax.Array):
+        n = count(where, data)
         size = fitting_batch_size(where, batch_size, n)
         layouts.check_divides(f"{where}: batches", size, accumulate)
-        state = state._replace(epoch_start=jnp.where(state.epoch_position == 0, state.step, state.epoch_start))
-        order = order_from(state, n, n if limit is None else limit, shuffle)
+        state = state._replace(epoch_start=epoch_start(state))
 
         def on_batch(before, indices):
             microbatches = accumulate if len(indices) == size else 1
@@ -104,17 +107,14 @@ def epoch_of(
         state, metrics = _over_batches(on_batch, state, order, size)
         return state._replace(epoch_position=position), metrics
 
-    return epoch
+    return steps
 
 
 def order_from(state: TrainState, n: int, limit: int, shuffle: bool) -> jax.Array:
     """The next examples of the state's epoch of n, as indices."""
     with jax.named_scope("order"):
         places = state.epoch_position + jnp.arange(limit, dtype=jnp.int32)
-        if not shuffle:
-            return places
-        # The barrier keeps XLA from fusing the order into the step: with one step, JAX 0.12 would compile for minutes.
-        return jax.lax.optimization_barrier(permutation(order_key(state), n, places))
+        return permutation(order_key(state), n, places) if shuffle else places
 
 
 def evaluate(

@@ -11,7 +11,7 @@ import optax
 from fcfunc._arguments import clipped
 from fcfunc.train._epoch import order_from
 from fcfunc.train._mesh import shardings
-from fcfunc.train._state import TrainState, copy_state
+from fcfunc.train._state import TrainState
 from fcfunc.train._step import finite_guards, skipped_steps, uniform
 
 
@@ -33,7 +33,10 @@ class NonFiniteError(FloatingPointError):
 
 
 def step_flags(before: TrainState, after: TrainState, metrics) -> dict[str, jax.Array]:
-    """In a compiled step: whether its loss is finite, and whether a guard has skipped it."""
+    """In a compiled step: whether its loss is finite, and whether a guard has skipped it.
+
+    A guard lets the first step through that exceeds the number it was told to skip; that one has not been skipped.
+    """
     finite = jnp.isfinite(metrics["loss"])
     if not finite_guards(after.opt_state):
         return {"finite": finite, "skipped": jnp.zeros_like(finite)}
@@ -44,26 +47,16 @@ def _carried(state: TrainState) -> dict:
     return {"params": state.params, "opt_state": state.opt_state, "model_state": state.model_state}
 
 
-@jax.jit
 def _finite(tree):
     """Of each array of a tree, whether it is finite."""
-    return jax.tree.map(lambda a: jnp.all(jnp.isfinite(a)) if jnp.issubdtype(a.dtype, jnp.inexact) else True, tree)
+    known = jnp.bool_(True)
+    return jax.tree.map(lambda a: jnp.all(jnp.isfinite(a)) if jnp.issubdtype(a.dtype, jnp.inexact) else known, tree)
 
 
-@jax.jit
 def still_finite(before: TrainState, after: TrainState) -> jax.Array:
     """Whether no array that was finite has become non-finite. Some start infinite, e.g. an optimizer's best loss."""
     kept = jax.tree.map(lambda a, b: b | ~a, _finite(_carried(before)), _finite(_carried(after)))
     return jnp.all(jnp.array(jax.tree.leaves(kept)))
-
-
-def steps_ok(before: TrainState, after: TrainState, flags) -> bool:
-    """Whether these steps, and the state after them, are all finite or skipped by a guard.
-
-    A guard lets the first step through that exceeds the number it was told to skip; that one is not ok.
-    """
-    fine = np.asarray(flags["finite"]) | np.asarray(flags["skipped"])
-    return bool(np.all(fine)) and bool(still_finite(before, after))
 
 
 def non_finite_error(
@@ -71,10 +64,10 @@ def non_finite_error(
 ) -> NonFiniteError:
     """The error that ends a run: its last steps, of these numbers of examples, are repeated one by one to find the bad.
 
-    `run_chunk(probe, size, state) -> (state, (metrics, flags))` takes one step with this many examples; with the probe
-    None it uses the run's own optimizer. It donates the state. `data` is as the caller gave it.
+    `run_chunk(probe, size, state) -> (state, metrics, skipped, ok)` takes one step with this many examples; with the
+    probe None it uses the run's own optimizer. `data` is as the caller gave it.
     """
-    found = find_bad_step(run_chunk, copy_state(before), sizes)
+    found = find_bad_step(run_chunk, before, sizes)
     if found is None:  # repeated one by one, the steps are another program, whose last bits may differ
         message = (
             f"fit: not finite in epoch {epoch}, but finite when its steps were repeated one by one; "
@@ -82,9 +75,8 @@ def non_finite_error(
         )
         return NonFiniteError(message, before, int(before.step), np.arange(0), "loss", history)
     leaf, good, step = first_bad_leaf(run_chunk, found), found.before, int(found.before.step)
-    epoch_start = jnp.where(good.epoch_position == 0, good.step, good.epoch_start)
     count = len(jax.tree.leaves(data)[0])
-    indices = np.asarray(order_from(good._replace(epoch_start=epoch_start), count, int(found.size), shuffle))
+    indices = np.asarray(order_from(good, count, int(found.size), shuffle))
     shown = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
     message = (
         f"fit: {leaf} was not finite at step {step} (epoch {epoch}), with a loss of {found.loss:.6g} on the examples "
@@ -156,16 +148,16 @@ class BadStep(NamedTuple):
 def find_bad_step(run_chunk: Callable, state: TrainState, sizes) -> BadStep | None:
     """Repeats steps one by one and returns the first that is not ok; None if all are."""
     for size in sizes:
-        before = copy_state(state)
-        state, (metrics, flags) = run_chunk(None, size, state)
-        if not steps_ok(before, state, flags):
+        before = state
+        state, metrics, _, ok = run_chunk(None, size, before)
+        if not ok:
             return BadStep(before, state, size, float(metrics["loss"][0]))
     return None
 
 
 def first_bad_leaf(run_chunk: Callable, step: BadStep) -> str:
     """The path of the first array that is not finite after a step, in the order in which they are computed."""
-    probed = copy_state(step.before)._replace(opt_state=GRADIENT_PROBE.init(step.before.params))
+    probed = step.before._replace(opt_state=GRADIENT_PROBE.init(step.before.params))
     grads = run_chunk(GRADIENT_PROBE, step.size, probed)[0].opt_state
     was_bad = {path for path, finite in jax.tree.leaves_with_path(_finite(_carried(step.before))) if not finite}
     finite_after = {"grads": grads, **_finite(_carried(step.after))}

@@ -1,6 +1,7 @@
 """Whole runs: `fit` on the host, and `make_fit` as a pure function."""
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -15,8 +16,17 @@ from fcfunc import _arguments
 from fcfunc._arguments import as_array, check_values, count, examples, fitting_batch_size, numeric_arrays
 from fcfunc.train._captured import FunctionId, cached_by_id, traced
 from fcfunc.train._early_stopping import Best, EarlyStopping, checked_early_stopping
-from fcfunc.train._epoch import batch_sizes, epoch_means, epoch_of, evaluate, evaluate_compiled, function_id
-from fcfunc.train._failure import non_finite_error, step_flags, steps_ok, still_finite
+from fcfunc.train._epoch import (
+    batch_sizes,
+    epoch_means,
+    epoch_of,
+    evaluate,
+    evaluate_compiled,
+    function_id,
+    order_from,
+    steps_of,
+)
+from fcfunc.train._failure import non_finite_error, step_flags, still_finite
 from fcfunc.train._memory import check_memory
 from fcfunc.train._mesh import Layouts, jit_on_mesh, on_mesh_of, shardings
 from fcfunc.train._progress import ProgressBar, report
@@ -163,7 +173,7 @@ def fit(
 
     Before anything runs, the values of the data are checked on the host: real numbers must be finite and, given
     `num_classes`, every one-dimensional integer array must lie in `[0, num_classes)`. A step whose loss, or whose new
-    state, is not finite ends the run with the last good state; for that a copy of the state is kept from where the
+    state, is not finite ends the run with the last good state; for that the state is kept from where the
     epoch, or the last `every` steps, began. To skip up to k such steps in a row instead, guard the optimizer:
     `optax.apply_if_finite(optimizer, k)`. The first bad step beyond those k ends the run.
 
@@ -196,7 +206,7 @@ def fit(
         are those of the best epoch all the same.
       num_classes: the number of classes, if the labels are to be checked.
       on_epoch: called with the state and the epoch's record, to log or to save; if it returns True, the run ends with
-        this epoch. The next epoch donates the buffers of that state: copy what you keep.
+        this epoch.
       every: call `on_steps` after this many steps of an epoch, and at its end; the epoch is then a program for this
         many steps, called several times.
       on_steps: called with the state, to save a run with long epochs; as for `on_epoch`. A run that resumes from such a
@@ -261,9 +271,12 @@ def fit(
     optimizer_id = FunctionId(optimizer, _traced_update(optimizer, state))
 
     def run_chunk(probe, limit, state, **handle):
+        """After the next `limit` examples: the state, the metrics of each step, which were skipped, if all is ok."""
         update = FunctionId(probe) if probe else optimizer_id
-        program = _chunk_program(loss_id, update, batch_size, int(accumulate), int(limit), bool(shuffle))
-        return program(state, data, **handle)
+        program = _chunk_program(loss_id, update, batch_size, int(accumulate))
+        order = order_program(n, int(limit), bool(shuffle))(state)
+        state, record = program(state, data, order=order, **handle)
+        return state, *jax.device_get(record)
 
     steps, first_step = len(batch_sizes(n, batch_size)), int(state.epoch_start if position else state.step)
     state, best, records = copy_state(state), stopping.start(state), []
@@ -271,17 +284,17 @@ def fit(
         for epoch in range(1, epochs + 1):
             start, chunks = time.perf_counter(), []
             for sizes in _chunk_sizes(n, position, batch_size, every):
-                before = copy_state(state)
+                before = state
                 # Processes that share a program would not agree on how often to report.
                 reports = bar and bar.redraws and jax.process_count() == 1
                 handle = {"handle": bar.handle()} if bar and reports else {}
-                state, (metrics, flags) = run_chunk(None, sizes.sum(), state, **handle)
-                if not steps_ok(before, state, flags):
-                    history = _history(records, int(best.epoch))
+                state, metrics, skipped, ok = run_chunk(None, sizes.sum(), before, **handle)
+                if not ok:
+                    history = _history(records, len(records) if patience is None else int(best.epoch))
                     raise non_finite_error(
                         run_chunk, loss_fn, before, given_data, sizes, epoch, history, shuffle=bool(shuffle)
                     )
-                chunks.append((jax.tree.map(np.asarray, metrics), np.asarray(flags["skipped"]), sizes))
+                chunks.append((metrics, skipped, sizes))
                 if on_steps is not None:
                     on_steps(state)
             position = 0
@@ -296,27 +309,47 @@ def fit(
             if bar:
                 bar.end_epoch(record)
             stop = on_epoch is not None and on_epoch(state, record)
-            best = stopping.judge(best, epoch, record | scores, state)
-            if (isinstance(stop, bool | np.bool_) and stop) or stopping.stops(best):
+            stop = isinstance(stop, bool | np.bool_) and stop
+            if patience is not None:
+                best = stopping.judge(best, epoch, record | scores, state)
+                stop = stop or stopping.stops(best)
+            if stop:
                 break
-    return stopping.restore(best, state), _history(records, int(best.epoch))
+    kept_epoch = len(records) if patience is None else int(best.epoch)
+    return stopping.restore(best, state), _history(records, kept_epoch)
 
 
 @cached_by_id
-def _chunk_program(loss_fn, optimizer, batch_size, accumulate, limit, shuffle):
-    """The next `limit` examples of an epoch, as `fit` processes them."""
+def _chunk_program(loss_fn, optimizer, batch_size, accumulate):
+    """Part of an epoch, as `fit` runs it. The state is not donated: it is returned if the new one is not finite."""
 
-    def train_chunk(state, data, layouts, handle=None):
+    def train_chunk(state, data, layouts, order, handle=None):
         def record(before, after, metrics):
             if handle is not None:
                 report(handle, after.step)
             return step_flags(before, after, metrics)
 
-        step = step_of(loss_fn, optimizer)
-        epoch = epoch_of("fit", step, batch_size, accumulate, shuffle=shuffle, limit=limit, record=record)
-        return epoch(state, data, layouts)
+        steps = steps_of("fit", step_of(loss_fn, optimizer), batch_size, accumulate, record=record)
+        after, (metrics, flags) = steps(state, data, layouts, order)
+        ok = jnp.all(flags["finite"] | flags["skipped"]) & still_finite(state, after)
+        return after, (metrics, flags["skipped"], ok)
 
-    return jit_on_mesh("fit", train_chunk)
+    return jit_on_mesh("fit", train_chunk, donate=False)
+
+
+@functools.lru_cache(maxsize=32)
+def order_program(n: int, limit: int, shuffle: bool):
+    """`order_from` as a program of its own, which is compiled once for all losses and, if it is small, quickly."""
+    from fcfunc._jax_releases import quick_options  # here: jax.extend takes as long to import as fcfunc
+
+    options = quick_options() if limit < 10**5 else {}
+    program = jax.jit(lambda state: order_from(state, n, limit, shuffle), compiler_options=options)
+
+    def order(state):
+        with on_mesh_of(state.step):
+            return program(state._replace(params=(), opt_state=(), model_state=()))
+
+    return order
 
 
 def _chunk_sizes(n: int, position: int, batch_size: int, every: int | None):

@@ -82,6 +82,11 @@ def step_key(state: TrainState) -> jax.Array:
     return jax.random.fold_in(jax.random.split(state.key)[0], state.step)
 
 
+def epoch_start(state: TrainState) -> jax.Array:
+    """The step at which the epoch began that the next step belongs to."""
+    return jnp.where(state.epoch_position == 0, state.step, state.epoch_start)
+
+
 def order_key(state: TrainState) -> jax.Array:
-    """The key of the order of the current epoch."""
-    return jax.random.fold_in(jax.random.split(state.key)[1], state.epoch_start)
+    """The key of the order of the epoch that the next step belongs to."""
+    return jax.random.fold_in(jax.random.split(state.key)[1], epoch_start(state))
