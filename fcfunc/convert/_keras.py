@@ -1,0 +1,182 @@
+"""Keras 3: `Sequential` models, and functional ones without branches."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from fcfunc.convert._layers import Activation, Affine, Dropout, Norm, check_same, layers_of, network_of, unknown
+from fcfunc.network import Network
+
+ACTIVATIONS = {
+    "linear": None, "log_sigmoid": jax.nn.log_sigmoid, "log_softmax": "log_softmax", "mish": jax.nn.mish,
+    "relu": "relu", "relu6": jax.nn.relu6, "selu": jax.nn.selu, "sigmoid": "sigmoid", "silu": "silu",
+    "softmax": "softmax", "softplus": "softplus", "softsign": jax.nn.soft_sign, "tanh": "tanh",
+    "elu": ("elu", 1.0), "gelu": "gelu_exact", "gelu_tanh": "gelu", "leaky_relu": ("leaky_relu", 0.2),
+}  # fmt: skip
+"""Keras' functions by their names, with the options that they have by default: its GELU is the exact one."""
+
+ADVICE = "only models whose layers follow one after the other can be converted"
+
+
+def from_keras(model: Any) -> tuple[Network, list, Any]:
+    """A network of Keras 3 with its weights.
+
+    Args:
+      model: a built `keras.Sequential`, or a functional model without branches, of `Dense`, `BatchNormalization`,
+        `LayerNormalization`, `RMSNormalization`, `Dropout` and activations. It is run on random rows: its outputs must
+        be those of the network. A leading `Flatten` is left out.
+
+    Returns:
+      `(net, params, state)`: outputs and gradients are those of the model. Keras keeps the biased running variance,
+      with a momentum of 0.99: to train on like it, pass `unbiased_variance=False, decay=0.99` to `apply_batch_norm`.
+      Where some layers have no bias, or a norm no gamma, the missing leaves are zeros and ones.
+
+    Raises:
+      ValueError: a layer or an order of layers that cannot be represented, by its name.
+      TypeError: not a Keras model, or one that is not built.
+      ImportError: Keras is not installed.
+
+    Example:
+      >>> net, params, state = from_keras(model)  # doctest: +SKIP
+    """
+    where, keras = "from_keras", _library()
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"{where}: a Keras model expected, got {type(model).__name__}")
+    if not model.built:
+        raise TypeError(f"{where}: the model has no weights yet; call model.build((None, features)) first")
+    layers = [part for layer in model.layers for part in _layers(where, keras, layer)]
+    net, params, state = network_of(where, layers)
+
+    def run(x):
+        return keras.ops.convert_to_numpy(model(keras.ops.convert_to_tensor(x), training=False))
+
+    check_same(where, net, params, state, run, ADVICE)
+    return net, params, state
+
+
+def to_keras(net: Network, params: list, state: Any = ()) -> Any:
+    """A network as a built `keras.Sequential` with the same weights.
+
+    Args:
+      net, params: the network and its parameters, stacked or not.
+      state: the running statistics of batch normalization.
+
+    Returns:
+      The model.
+
+    Raises:
+      ValueError: a residual connection, or an activation that Keras does not have.
+      ImportError: Keras is not installed.
+
+    Example:
+      >>> to_keras(net, params)  # doctest: +SKIP
+    """
+    where, keras = "to_keras", _library()
+    of, layers, weights = keras.layers, [], []
+    for block in layers_of(where, net, params, state):
+        w, b, dtype = block.affine.w, block.affine.b, str(block.affine.w.dtype)
+        layers.append(of.Dense(w.shape[1], use_bias=b is not None, dtype=dtype))
+        weights.append([a for a in (w, b) if a is not None])
+        if block.norm is not None:
+            norm, options = block.norm, {"epsilon": block.norm.eps, "dtype": dtype}
+            made = {"batch_norm": of.BatchNormalization, "layer_norm": of.LayerNormalization}
+            layers.append(made.get(norm.kind, of.RMSNormalization)(**options))
+            weights.append([a for a in (norm.scale, norm.offset, norm.mean, norm.var) if a is not None])
+        if block.activation is not None:
+            layers.append(_activation_layer(where, keras, block.activation, dtype))
+            weights.append([])
+        if block.rate:
+            layers.append(of.Dropout(block.rate, dtype=dtype))
+            weights.append(None)
+    model = keras.Sequential([keras.Input((net.dims[0],), dtype=str(params[0]["w"].dtype)), *layers])
+    for layer, arrays in zip(layers, weights, strict=True):
+        if arrays:
+            layer.set_weights([np.asarray(a) for a in arrays])
+    return model
+
+
+def _library():
+    try:
+        import keras
+    except ImportError:
+        raise ImportError("fcfunc.convert: Keras is not installed; pip install keras") from None
+    return keras
+
+
+def _layers(where: str, keras, layer):
+    """What a layer of Keras is here; a `Dense` with an activation is two."""
+    of, here, kind = keras.layers, layer.name, type(layer).__name__
+
+    def array(variable):
+        return None if variable is None else keras.ops.convert_to_numpy(variable.value)
+
+    def last_axis(axis):
+        axes = axis if isinstance(axis, list | tuple) else [axis]
+        if [*axes] not in ([-1], [1]):
+            raise ValueError(f"{where}: {here}: a norm over the axes {axes} cannot be represented")
+
+    if isinstance(layer, keras.Sequential):
+        for part in layer.layers:
+            yield from _layers(where, keras, part)
+    elif isinstance(layer, of.Dense):
+        yield Affine(here, array(layer.kernel), array(layer.bias) if layer.use_bias else None)
+        yield Activation(here, _activation(where, here, layer.activation))
+    elif isinstance(layer, of.BatchNormalization):
+        last_axis(layer.axis)
+        running = {"mean": array(layer.moving_mean), "var": array(layer.moving_variance)}
+        yield Norm(here, "batch_norm", array(layer.gamma), array(layer.beta), float(layer.epsilon), **running)
+    elif isinstance(layer, of.LayerNormalization):
+        last_axis(layer.axis)
+        if getattr(layer, "rms_scaling", False):
+            raise ValueError(
+                f"{where}: {here}: rms_scaling=True divides by a standard deviation and cannot be represented"
+            )
+        yield Norm(here, "layer_norm", array(layer.gamma), array(layer.beta), float(layer.epsilon))
+    elif isinstance(layer, getattr(of, "RMSNormalization", ())):
+        last_axis(layer.axis)
+        yield Norm(here, "rms_norm", array(layer.scale), None, float(layer.epsilon))
+    elif isinstance(layer, of.Dropout):
+        yield Dropout(here, float(layer.rate))
+    elif isinstance(layer, of.Activation):
+        yield Activation(here, _activation(where, here, layer.activation))
+    elif isinstance(layer, of.LeakyReLU):
+        yield Activation(here, ("leaky_relu", float(layer.negative_slope)))
+    elif isinstance(layer, of.ELU):
+        yield Activation(here, ("elu", float(layer.alpha)))
+    elif isinstance(layer, of.ReLU) and layer.threshold == 0 and layer.max_value is None:
+        yield Activation(here, ("leaky_relu", float(layer.negative_slope)) if layer.negative_slope else "relu")
+    elif isinstance(layer, of.Softmax) and layer.axis == -1:
+        yield Activation(here, "softmax")
+    elif not isinstance(layer, of.InputLayer | of.Flatten | of.Identity):
+        raise unknown(where, here, kind)
+
+
+def _activation(where: str, here: str, function) -> Any:
+    name = getattr(function, "__name__", type(function).__name__)
+    if name not in ACTIVATIONS:
+        raise ValueError(f"{where}: {here}: the activation {name} cannot be represented")
+    return ACTIVATIONS[name]
+
+
+def _activation_layer(where: str, keras, activation: Any, dtype: str):
+    of = keras.layers
+    if isinstance(activation, tuple):
+        name, number = activation
+        return of.LeakyReLU(number, dtype=dtype) if name == "leaky_relu" else of.ELU(number, dtype=dtype)
+    if activation == "leaky_relu":
+        return of.LeakyReLU(0.01, dtype=dtype)
+    if activation == "gelu":
+        return of.Activation(_gelu_tanh(keras), dtype=dtype)
+    names = {value: name for name, value in ACTIVATIONS.items() if value is not None}
+    names["elu"] = "elu"
+    if activation not in names:
+        raise ValueError(f"{where}: the activation {activation!r:.60} is not one of Keras'")
+    return of.Activation(names[activation], dtype=dtype)
+
+
+def _gelu_tanh(keras):
+    def gelu_tanh(x):
+        return keras.activations.gelu(x, approximate=True)
+
+    return gelu_tanh

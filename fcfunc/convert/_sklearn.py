@@ -1,0 +1,113 @@
+"""scikit-learn: its `MLPClassifier` and `MLPRegressor`."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from fcfunc.convert._layers import Activation, Affine, layers_of, network_of
+from fcfunc.network import Network
+
+ACTIVATIONS = {
+    "identity": None,
+    "logistic": "sigmoid",
+    "relu": "relu",
+    "softmax": "softmax",
+    "tanh": "tanh",
+    "exp": jnp.exp,
+}
+"""Their names here, those of the outputs included."""
+
+
+def from_sklearn(estimator: Any) -> tuple[Network, list, Any]:
+    """The network of a fitted `MLPClassifier` or `MLPRegressor`.
+
+    Args:
+      estimator: one of scikit-learn's.
+
+    Returns:
+      `(net, params, state)` with an empty state: the outputs are those of `predict_proba`, for two classes the
+      probability of the second one, or of `predict`. For the losses on logits,
+      `dataclasses.replace(net, final_activation=None)` is the network without the last activation.
+
+    Raises:
+      TypeError: not such an estimator, or not fitted.
+
+    Example:
+      >>> from sklearn.datasets import load_iris
+      >>> from sklearn.neural_network import MLPClassifier
+      >>> X, y = load_iris(return_X_y=True)
+      >>> net, params, state = from_sklearn(MLPClassifier((4,), solver="lbfgs", tol=0.1, random_state=0).fit(X, y))
+      >>> net.dims, net.final_activation
+      ((4, 4, 3), 'softmax')
+    """
+    if not hasattr(estimator, "coefs_") or not hasattr(estimator, "out_activation_"):
+        kind = type(estimator).__name__
+        raise TypeError(f"from_sklearn: a fitted MLPClassifier or MLPRegressor expected, got {kind}")
+    layers: list[Any] = []
+    activations = [estimator.activation] * (len(estimator.coefs_) - 1) + [estimator.out_activation_]
+    for i, (w, b, name) in enumerate(zip(estimator.coefs_, estimator.intercepts_, activations, strict=True)):
+        layers += [Affine(f"layer {i}", w, b), Activation(f"layer {i}", ACTIVATIONS[name])]
+    return network_of("from_sklearn", layers)
+
+
+def to_sklearn(net: Network, params: list, *, classes: Any = None) -> Any:
+    """A network as a fitted estimator of scikit-learn.
+
+    Args:
+      net, params: a network without norms and dropout, stacked or not, with a bias or without, whose outputs are
+        logits, for two classes one of them, or numbers.
+      classes: the classes, one for each output, or two for one output; None makes a regressor.
+
+    Returns:
+      `sklearn.neural_network.MLPClassifier` or `MLPRegressor`.
+
+    Raises:
+      ValueError: a network that these cannot represent, or a number of classes that does not fit.
+      ImportError: scikit-learn is not installed.
+
+    Example:
+      >>> import fcfunc, jax
+      >>> net = fcfunc.mlp([4, 8, 3])
+      >>> model = to_sklearn(net, net.init(jax.random.key(0)), classes=["a", "b", "c"])
+      >>> model.predict_proba(np.ones((5, 4))).shape
+      (5, 3)
+    """
+    where = "to_sklearn"
+    try:
+        from sklearn.neural_network import MLPClassifier, MLPRegressor
+        from sklearn.preprocessing import LabelBinarizer
+    except ImportError:
+        raise ImportError("fcfunc.convert: scikit-learn is not installed; pip install scikit-learn") from None
+    blocks = layers_of(where, net, params, ())
+    if net.norm is not None or net.dropout_rate:
+        raise ValueError(f"{where}: scikit-learn has neither norms nor dropout, got {net.norm or net.dropout_rate}")
+    names = {value: name for name, value in ACTIVATIONS.items() if name not in ("softmax", "exp")}
+    used = {block.activation for block in blocks[:-1]} or {None}
+    if len(used) > 1 or not used <= names.keys():
+        raise ValueError(f"{where}: one activation of {', '.join(names.values())} expected, got {used!s:.60}")
+    outputs, final = net.dims[-1], net.final_activation
+    if classes is None:
+        expected, out = (None,), "identity"
+    else:
+        expected, out = ((None, "softmax"), "softmax") if outputs > 1 else ((None, "sigmoid"), "logistic")
+        if len(classes) != max(outputs, 2):
+            raise ValueError(f"{where}: {max(outputs, 2)} classes expected, got {len(classes)}")
+    if final not in expected:
+        raise ValueError(
+            f"{where}: a final activation of {' or '.join(map(str, expected))} expected, got {final!r:.60}"
+        )
+    model = (MLPRegressor if classes is None else MLPClassifier)(net.dims[1:-1], activation=names[used.pop()])
+    model.coefs_ = [block.affine.w for block in blocks]
+    zeros = [np.zeros(block.affine.w.shape[1], block.affine.w.dtype) for block in blocks]
+    model.intercepts_ = [
+        z if block.affine.b is None else block.affine.b for block, z in zip(blocks, zeros, strict=True)
+    ]
+    model.n_layers_, model.n_outputs_, model.out_activation_ = len(net.dims), outputs, out
+    model.n_features_in_, model.n_iter_, model.t_ = net.dims[0], 0, 0
+    if classes is not None:
+        model._label_binarizer = LabelBinarizer().fit(np.asarray(classes))
+        model.classes_ = model._label_binarizer.classes_
+        if list(model.classes_) != list(classes):
+            raise ValueError(f"{where}: classes in ascending order expected, got {classes!s:.80}")
+    return model

@@ -1,0 +1,519 @@
+"""Networks of other libraries: drawn networks in both directions, and modules that were not made here."""
+
+import os
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fcfunc
+from fcfunc import convert
+from tests.rules import slow
+
+LIBRARIES = ("torch", "flax", "nnx", "equinox", "keras")
+DRAWS = 40
+"""Networks drawn for each library: 200 in all."""
+
+CHOICES = ("relu", "gelu", "gelu_exact", "silu", "tanh", "sigmoid", "softplus", ("leaky_relu", 0.2), ("elu", 0.7), None)
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def drawn(seed: int, library: str):
+    """A random network with random parameters and running statistics, and rows to try it on."""
+    rng = np.random.default_rng([seed, LIBRARIES.index(library)])
+    dims = [int(w) for w in rng.integers(1, 9, rng.integers(2, 6))]
+    hidden = len(dims) - 2
+    norm = rng.choice([None, "layer_norm", "rms_norm", "batch_norm"]) if hidden else None
+    net = fcfunc.mlp(
+        dims,
+        activation=[CHOICES[rng.integers(len(CHOICES))] for _ in range(hidden)],
+        final_activation=[None, None, "softmax", "sigmoid", "log_softmax"][rng.integers(5)],
+        norm=norm,
+        norm_eps=float(10.0 ** rng.integers(-6, -2)) if norm else None,
+        dropout_rate=float(rng.choice([0.0, 0.25])) if hidden else 0.0,
+        use_bias=bool(rng.integers(2)),
+    )
+    params = net.init(jax.random.key(seed))
+    params = jax.tree.map(lambda a: jnp.asarray(a + 0.3 * rng.standard_normal(a.shape), jnp.float32), params)
+    state: list = []
+    if norm == "batch_norm":
+        state = [
+            {
+                "mean": jnp.asarray(rng.standard_normal(w), jnp.float32),
+                "var": jnp.asarray(rng.uniform(0.3, 3, w), jnp.float32),
+            }
+            for w in dims[1:-1]
+        ]
+    return net, params, state, rng.standard_normal((6, dims[0])).astype(np.float32)
+
+
+def ours(net, params, state, x):
+    if net.norm == "batch_norm":
+        return net.apply_batch_norm(params, state, x, training=False, key=None)[0]
+    return net.apply(params, x, key=None)
+
+
+def there(library, net, params, state):
+    """A module of a library with these parameters."""
+    if library == "flax":
+        return convert.to_flax(net, params, state)
+    if library == "nnx":
+        return convert.to_nnx(net, params, state)
+    made = {"torch": convert.to_torch, "equinox": convert.to_equinox, "keras": convert.to_keras}
+    return made[library](net, params, state)
+
+
+def back(library, module):
+    if library == "flax" or (library == "equinox" and isinstance(module, tuple)):
+        return getattr(convert, f"from_{library}")(*module)
+    return getattr(convert, f"from_{'flax' if library == 'nnx' else library}")(module)
+
+
+def outputs_and_gradients(library, module, x, g):
+    """What a module computes for prediction, and the gradients of `sum(g * outputs)` by x and by its parameters."""
+    if library == "torch":
+        import torch
+
+        module.eval().zero_grad()
+        rows = torch.from_numpy(x).requires_grad_()
+        outputs = module(rows)
+        (outputs * torch.from_numpy(g)).sum().backward()
+        gradients = [p.grad.numpy() for p in module.parameters()]
+        return outputs.detach().numpy(), rows.grad.numpy(), gradients
+    if library == "flax":
+        module, variables = module
+        parameters, rest = variables["params"], {k: v for k, v in variables.items() if k != "params"}
+        run = lambda parameters, x: module.apply({"params": parameters, **rest}, x)
+    elif library == "nnx":
+        from flax import nnx
+
+        module.eval()
+        graph, parameters, rest = nnx.split(module, nnx.Param, ...)
+        run = lambda parameters, x: nnx.merge(graph, parameters, rest)(x)
+    elif library == "equinox":
+        import equinox as eqx
+
+        module, state = module if isinstance(module, tuple) else (module, None)
+        parameters, static = eqx.partition(eqx.nn.inference_mode(module), eqx.is_inexact_array)
+
+        def run(parameters, x):
+            whole = eqx.combine(parameters, static)
+            if state is None:
+                return jax.vmap(lambda x: whole(x))(x)
+            return jax.vmap(lambda x: whole(x, state)[0], axis_name="batch")(x)
+    else:
+        parameters, rest = (
+            [v.value for v in module.trainable_variables],
+            [v.value for v in module.non_trainable_variables],
+        )
+        run = lambda parameters, x: module.stateless_call(parameters, rest, x, training=False)[0]
+    outputs = run(parameters, jnp.asarray(x))
+    of_params, of_x = jax.grad(lambda *args: jnp.sum(g * run(*args)), (0, 1))(parameters, jnp.asarray(x))
+    return np.asarray(outputs), np.asarray(of_x), [np.asarray(a) for a in jax.tree.leaves(of_params)]
+
+
+def sizes(gradients):
+    """The gradients in an order that does not depend on names and layouts: by size and norm."""
+    return sorted((a.size, float(np.linalg.norm(a))) for a in gradients if a.size)
+
+
+@pytest.mark.parametrize("seed", [seed if seed < 6 else slow(seed) for seed in range(DRAWS)])
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_drawn_network_computes_the_same_there_and_comes_back(library, seed):
+    pytest.importorskip("flax" if library == "nnx" else library)
+    net, params, state, x = drawn(seed, library)
+    module = there(library, net, params, state)
+    g = np.random.default_rng(seed).standard_normal((6, net.dims[-1])).astype(np.float32)
+    theirs, of_x, of_params = outputs_and_gradients(library, module, x, g)
+    outputs, pull = jax.vjp(lambda params, x: ours(net, params, state, x), params, jnp.asarray(x))
+    expected_params, expected_x = pull(jnp.asarray(g))
+    near = {"rtol": 3e-5, "atol": 3e-5}
+    np.testing.assert_allclose(theirs, outputs, **near)
+    np.testing.assert_allclose(of_x, expected_x, rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(sizes(of_params), sizes(jax.tree.leaves(expected_params)), rtol=1e-3, atol=1e-3)
+    new_net, new_params, new_state = back(library, module)
+    np.testing.assert_allclose(ours(new_net, new_params, new_state, x), outputs, **near)
+    assert (new_net.dims, new_net.norm, new_net.dropout_rate) == (net.dims, net.norm, net.dropout_rate)
+    assert new_net.use_bias == net.use_bias
+    jax.tree.map(np.testing.assert_array_equal, new_params, params)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_float64_networks_stay_float64(library):
+    pytest.importorskip("flax" if library == "nnx" else library)
+    if library == "keras":
+        pytest.skip("Keras computes in its floatx")
+    with jax.enable_x64(True):
+        net = fcfunc.mlp([3, 5, 2], activation="tanh", norm="layer_norm")
+        params = net.init(jax.random.key(0), param_dtype="float64")
+        new_net, new_params, _ = back(library, there(library, net, params, []))
+        assert new_params[0]["w"].dtype == jnp.float64
+        x = np.random.default_rng(0).standard_normal((4, 3))
+        np.testing.assert_allclose(new_net.apply(new_params, x), net.apply(params, x), rtol=1e-14)
+
+
+class TestTorch:
+    @pytest.fixture(autouse=True)
+    def library(self):
+        self.torch = pytest.importorskip("torch")
+        self.torch.manual_seed(0)
+
+    def test_a_module_of_ones_own_is_read_in_the_order_of_its_layers(self):
+        torch, nn = self.torch, self.torch.nn
+
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.second, self.drop = nn.Linear(4, 6), nn.Linear(6, 3, bias=False), nn.Dropout(0.0)
+
+            def forward(self, x):
+                return self.second(torch.relu(self.first(x)))
+
+        module = Net()
+        net, params, state = convert.from_torch(module, activation="relu")
+        x = torch.randn(5, 4)
+        np.testing.assert_allclose(net.apply(params, x.numpy()), module(x).detach().numpy(), rtol=1e-5, atol=1e-6)
+        assert module.training
+        assert state == ()
+        with pytest.raises(ValueError, match="computes something else than its layers one after the other"):
+            convert.from_torch(module)
+        with pytest.raises(ValueError, match="computes something else"):
+            convert.from_torch(module, activation="tanh")
+
+    def test_a_state_dict_with_norms_is_the_network_of_its_module(self):
+        torch, nn = self.torch, self.torch.nn
+        blocks = [
+            nn.Linear(4, 6),
+            nn.BatchNorm1d(6),
+            nn.ReLU(),
+            nn.Linear(6, 5),
+            nn.BatchNorm1d(5),
+            nn.ReLU(),
+            nn.Linear(5, 3),
+        ]
+        module = nn.Sequential(*blocks)
+        for _ in range(3):
+            module(torch.randn(9, 4))
+        net, params, state = convert.from_torch(module.state_dict(), activation="relu")
+        x = torch.randn(5, 4)
+        expected = module.eval()(x).detach().numpy()
+        np.testing.assert_allclose(ours(net, params, state, x.numpy()), expected, rtol=1e-5, atol=1e-6)
+        with pytest.raises(TypeError, match="a state dict does not know the activations"):
+            convert.from_torch(module.state_dict())
+
+    def test_training_on_keeps_the_running_statistics_of_torch(self):
+        torch, nn = self.torch, self.torch.nn
+        module = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+        net, params, state = convert.from_torch(module)
+        for _ in range(4):
+            x = torch.randn(9, 4)
+            outputs, state = net.apply_batch_norm(params, state, x.numpy(), training=True)
+            np.testing.assert_allclose(outputs, module(x).detach().numpy(), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(state[0]["mean"], module[1].running_mean, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(state[0]["var"], module[1].running_var, rtol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("layers", "message"),
+        [
+            (lambda nn: [nn.Conv1d(1, 2, 3)], r"0 \(Conv1d\) cannot be represented"),
+            (lambda nn: [nn.Linear(3, 4), nn.PReLU(), nn.Linear(4, 2)], r"1 \(PReLU\) cannot be represented"),
+            (
+                lambda nn: [nn.Linear(3, 4), nn.ReLU(), nn.LayerNorm(4), nn.Linear(4, 2)],
+                "2: norm cannot be represented here",
+            ),
+            (lambda nn: [nn.LayerNorm(3), nn.Linear(3, 4)], "0: norm before the first affine layer"),
+            (lambda nn: [nn.Linear(3, 4), nn.LayerNorm(4)], "1: a norm after the last affine layer"),
+            (
+                lambda nn: [nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 4), nn.Linear(4, 2)],
+                "one norm expected for all",
+            ),
+            (lambda nn: [nn.Linear(3, 4), nn.Linear(5, 2)], "5 inputs expected by 1, 4 outputs of 0"),
+            (
+                lambda nn: [nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 2)],
+                "without running",
+            ),
+            (lambda nn: [nn.ReLU()], "activation before the first affine layer"),
+            (lambda nn: [nn.Bilinear(3, 3, 2)], r"0 \(Bilinear\)"),
+            (lambda nn: [nn.Linear(3, 4), nn.GroupNorm(2, 4), nn.Linear(4, 2)], r"1 \(GroupNorm\)"),
+            (lambda nn: [nn.Linear(3, 4), nn.Softplus(beta=2), nn.Linear(4, 2)], r"1 \(Softplus\)"),
+            (
+                lambda nn: [nn.MultiheadAttention(4, 2)],
+                r"0 \(MultiheadAttention\)|computes something else|cannot be called",
+            ),
+        ],
+    )
+    def test_what_cannot_be_represented_is_named(self, layers, message):
+        with pytest.raises(ValueError, match=message):
+            convert.from_torch(self.torch.nn.Sequential(*layers(self.torch.nn)))
+
+    def test_a_parallel_branch_is_found_by_running_it(self):
+        nn = self.torch.nn
+
+        class Branches(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+            def forward(self, x):
+                return self.one(x) + self.two(x)
+
+        with pytest.raises(ValueError, match="computes something else than its layers"):
+            convert.from_torch(Branches())
+
+    def test_bfloat16_weights_keep_their_dtype(self):
+        torch, nn = self.torch, self.torch.nn
+        module = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).to(torch.bfloat16)
+        net, params, _ = convert.from_torch(module)
+        assert params[0]["w"].dtype == jnp.bfloat16
+        again = convert.to_torch(net, params)
+        assert again[0].weight.dtype == torch.bfloat16
+        assert all(torch.equal(a, b) for a, b in zip(again.parameters(), module.parameters(), strict=True))
+
+    def test_residual_connections_are_refused(self):
+        net = fcfunc.mlp([3, 4, 4, 2], residual=True)
+        with pytest.raises(ValueError, match="to_torch: the residual connection of layer 1 cannot be represented"):
+            convert.to_torch(net, net.init(jax.random.key(0)))
+
+    def test_stacked_params_are_unstacked(self):
+        torch = self.torch
+        net = fcfunc.mlp([3, 4, 4, 4, 2])
+        params = net.init(jax.random.key(0))
+        stacked = convert.to_torch(net, fcfunc.stack(params))
+        x = torch.randn(5, 3)
+        assert torch.equal(stacked(x), convert.to_torch(net, params)(x))
+
+
+class TestFlax:
+    @pytest.fixture(autouse=True)
+    def library(self):
+        pytest.importorskip("flax")
+
+    def test_a_compact_module_is_read_as_it_is_called(self):
+        from flax import linen
+
+        class Net(linen.Module):
+            @linen.compact
+            def __call__(self, x, training: bool):
+                for width in (6, 5):
+                    x = linen.Dense(width, use_bias=False)(x)
+                    x = linen.BatchNorm(use_running_average=not training, momentum=0.9)(x)
+                    x = linen.Dropout(0.1, deterministic=not training)(linen.silu(x))
+                return linen.Dense(3)(x)
+
+        module, x = Net(), np.random.default_rng(0).standard_normal((9, 4)).astype(np.float32)
+        variables = module.init(jax.random.key(0), x, training=False)
+        keys = {"rngs": {"dropout": jax.random.key(1)}}
+        for _ in range(3):
+            _, updated = module.apply(variables, x, training=True, mutable=["batch_stats"], **keys)
+            variables = {**variables, **updated}
+        net, params, state = convert.from_flax(module, variables, activation="silu")
+        assert (net.activation, net.norm, net.dropout_rate, net.use_bias) == ("silu", "batch_norm", 0.1, True)
+        expected = module.apply(variables, x, training=False)
+        np.testing.assert_allclose(ours(net, params, state, x), expected, rtol=1e-5, atol=1e-6)
+        _, after = net.apply_batch_norm(
+            params, state, x, training=True, decay=0.9, unbiased_variance=False, key=None,
+        )  # fmt: skip
+        _, updated = module.apply(variables, x, training=True, mutable=["batch_stats"], **keys)
+        theirs = updated["batch_stats"]["BatchNorm_0"]
+        np.testing.assert_allclose(after[0]["var"], theirs["var"], rtol=1e-4)
+
+    def test_an_nnx_module_of_ones_own_is_read_by_its_attributes(self):
+        from flax import nnx
+
+        class Net(nnx.Module):
+            def __init__(self, rngs):
+                self.first, self.norm = nnx.Linear(4, 6, rngs=rngs), nnx.LayerNorm(6, rngs=rngs)
+                self.last = nnx.Linear(6, 3, rngs=rngs)
+
+            def __call__(self, x):
+                return self.last(nnx.gelu(self.norm(self.first(x))))
+
+        module, x = Net(nnx.Rngs(0)), np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)
+        net, params, _ = convert.from_flax(module, activation="gelu")
+        assert net.norm_eps == 1e-6
+        np.testing.assert_allclose(net.apply(params, x), module(x), rtol=1e-5, atol=1e-6)
+        with pytest.raises(ValueError, match="computes something else"):
+            convert.from_flax(module, activation="relu")
+
+    def test_what_cannot_be_represented_is_named(self):
+        from flax import linen
+
+        module = linen.Sequential([linen.Dense(4), linen.GroupNorm(2), linen.Dense(2)])
+        with pytest.raises(ValueError, match=r"layers_1 \(GroupNorm\) cannot be represented"):
+            convert.from_flax(module, module.init(jax.random.key(0), jnp.ones((1, 3))))
+        with pytest.raises(TypeError, match="a linen module needs its variables"):
+            convert.from_flax(module)
+        with pytest.raises(TypeError, match=r"a flax\.linen or flax\.nnx module expected, got dict"):
+            convert.from_flax({})
+
+
+class TestEquinox:
+    @pytest.fixture(autouse=True)
+    def library(self):
+        pytest.importorskip("equinox")
+
+    @pytest.mark.parametrize("activation", [jax.nn.relu, jax.nn.gelu, jnp.tanh, jax.nn.selu])
+    @pytest.mark.parametrize("final", [None, jax.nn.sigmoid])
+    def test_a_multilayer_perceptron_keeps_its_activations(self, activation, final):
+        import equinox as eqx
+
+        options = {} if final is None else {"final_activation": final}
+        module = eqx.nn.MLP(4, 3, 7, 2, activation, use_final_bias=False, key=jax.random.key(0), **options)
+        net, params, _ = convert.from_equinox(module)
+        x = np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)
+        np.testing.assert_allclose(net.apply(params, x), jax.vmap(module)(x), rtol=1e-5, atol=1e-6)
+        assert net.final_activation == (None if final is None else "sigmoid")
+
+    def test_batch_normalization_in_both_modes_is_read_from_its_state(self):
+        import equinox as eqx
+
+        for mode in ("ema", "batch"):
+            keys = jax.random.split(jax.random.key(0), 2)
+
+            def make(keys=keys, mode=mode):
+                norm = eqx.nn.BatchNorm(6, "batch", mode=mode)
+                layers = [eqx.nn.Linear(4, 6, key=keys[0]), norm, eqx.nn.Lambda(jax.nn.relu)]
+                return eqx.nn.Sequential([*layers, eqx.nn.Linear(6, 3, key=keys[1])])
+
+            module, state = eqx.nn.make_with_state(make)()
+            x = np.random.default_rng(0).standard_normal((9, 4)).astype(np.float32)
+            run = jax.vmap(module, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
+            for _ in range(3):
+                _, state = run(x, state)
+            net, params, new_state = convert.from_equinox(module, state)
+            expected = jax.vmap(eqx.nn.inference_mode(module), axis_name="batch", in_axes=(0, None))(x, state)[0]
+            np.testing.assert_allclose(ours(net, params, new_state, x), expected, rtol=1e-5, atol=1e-5)
+
+    def test_what_cannot_be_represented_is_named(self):
+        import equinox as eqx
+
+        key = jax.random.key(0)
+        module = eqx.nn.Sequential([eqx.nn.Linear(3, 4, key=key), eqx.nn.PReLU(), eqx.nn.Linear(4, 2, key=key)])
+        with pytest.raises(ValueError, match=r"layers\[1\] \(PReLU\) cannot be represented"):
+            convert.from_equinox(module)
+        with pytest.raises(ValueError, match="scalar inputs or outputs cannot be represented"):
+            convert.from_equinox(eqx.nn.MLP(3, "scalar", 4, 1, key=key))
+
+
+class TestKeras:
+    @pytest.fixture(autouse=True)
+    def library(self):
+        pytest.importorskip("keras")
+
+    def test_a_model_with_the_defaults_of_keras_is_the_same_network(self):
+        import keras
+
+        of = keras.layers
+        layers = [
+            of.Dense(6, activation="gelu"),
+            of.Dense(6, activation="leaky_relu"),
+            of.Dense(3, activation="softmax"),
+        ]
+        model = keras.Sequential([keras.Input((4,)), *layers])
+        net, params, _ = convert.from_keras(model)
+        assert net.activation == ("gelu_exact", ("leaky_relu", 0.2))
+        x = np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)
+        np.testing.assert_allclose(net.apply(params, x), model(x), rtol=1e-5, atol=1e-6)
+
+    def test_a_functional_model_with_norms_after_training_is_the_same_network(self):
+        import keras
+
+        of, inputs = keras.layers, keras.Input((4,))
+        h = of.Activation("silu")(of.BatchNormalization()(of.Dense(6, use_bias=False)(inputs)))
+        model = keras.Model(inputs, of.Dense(3)(of.Dropout(0.2)(h)))
+        x = np.random.default_rng(0).standard_normal((9, 4)).astype(np.float32)
+        model(x, training=True)
+        net, params, state = convert.from_keras(model)
+        assert (net.norm_eps, net.dropout_rate) == (1e-3, 0.2)
+        np.testing.assert_allclose(ours(net, params, state, x), model(x, training=False), rtol=1e-5, atol=1e-5)
+        model(x, training=True)
+        _, after = net.apply_batch_norm(
+            params, state, x, training=True, decay=0.99, unbiased_variance=False, key=None,
+        )  # fmt: skip
+        np.testing.assert_allclose(after[0]["var"], model.layers[2].moving_variance, rtol=1e-5)
+
+    def test_branches_and_other_layers_are_refused(self):
+        import keras
+
+        of, inputs = keras.layers, keras.Input((4,))
+        model = keras.Model(inputs, of.Add()([of.Dense(3)(inputs), of.Dense(3)(inputs)]))
+        with pytest.raises(ValueError, match=r"\(Add\) cannot be represented"):
+            convert.from_keras(model)
+        with pytest.raises(TypeError, match="the model has no weights yet"):
+            convert.from_keras(keras.Sequential([of.Dense(3)]))
+        with pytest.raises(TypeError, match="a Keras model expected, got Dense"):
+            convert.from_keras(of.Dense(3))
+
+
+class TestSklearn:
+    @pytest.mark.parametrize("activation", ["identity", "logistic", "tanh", "relu"])
+    @pytest.mark.parametrize("classes", [2, 3])
+    def test_a_classifier_comes_and_goes_with_its_probabilities(self, classes, activation):
+        from sklearn.datasets import make_classification
+        from sklearn.neural_network import MLPClassifier
+
+        x, y = make_classification(60, 6, n_informative=4, n_classes=classes, random_state=0)
+        model = MLPClassifier((7, 5), activation, solver="lbfgs", tol=0.1, random_state=0).fit(
+            x, np.array(list("abc"))[y]
+        )
+        with jax.enable_x64(True):
+            net, params, _ = convert.from_sklearn(model)
+            expected = model.predict_proba(x)
+            np.testing.assert_allclose(net.apply(params, x), expected if classes == 3 else expected[:, 1:], rtol=1e-10)
+            again = convert.to_sklearn(net, params, classes=list(model.classes_))
+        np.testing.assert_allclose(again.predict_proba(x), expected, rtol=1e-10)
+        np.testing.assert_array_equal(again.predict(x), model.predict(x))
+
+    def test_our_own_estimators_and_regressors_are_taken_too(self):
+        from sklearn.datasets import load_diabetes
+
+        from fcfunc.sklearn import MLPRegressor
+
+        x, y = load_diabetes(return_X_y=True)
+        model = MLPRegressor(hidden_layer_sizes=(5,), solver="lbfgs", tol=1e3, random_state=0).fit(
+            x.astype(np.float32), y
+        )
+        net, params, _ = convert.from_sklearn(model)
+        np.testing.assert_allclose(
+            net.apply(params, x.astype(np.float32))[:, 0], model.predict(x.astype(np.float32)), rtol=1e-5
+        )
+        again = convert.to_sklearn(net, params)
+        np.testing.assert_allclose(again.predict(x.astype(np.float32)), model.predict(x.astype(np.float32)), rtol=1e-4)
+
+    def test_what_scikit_learn_does_not_have_is_refused(self):
+        net = fcfunc.mlp([3, 4, 2], activation="gelu")
+        with pytest.raises(
+            ValueError, match="one activation of identity, sigmoid|one activation of identity, logistic"
+        ):
+            convert.to_sklearn(net, net.init(jax.random.key(0)))
+        net = fcfunc.mlp([3, 4, 2], norm="layer_norm")
+        with pytest.raises(ValueError, match="neither norms nor dropout, got layer_norm"):
+            convert.to_sklearn(net, net.init(jax.random.key(0)))
+        with pytest.raises(TypeError, match="a fitted MLPClassifier or MLPRegressor expected, got str"):
+            convert.from_sklearn("model")
+
+
+@pytest.mark.parametrize("name", ["torch", "flax", "equinox", "keras"])
+def test_a_missing_library_is_named_with_the_command_that_installs_it(name, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=f"is not installed; pip install {name}"):
+        getattr(convert, f"from_{name}")(None)
+
+
+def test_params_of_another_network_are_refused():
+    pytest.importorskip("flax")
+    net, other = fcfunc.mlp([3, 4, 2]), fcfunc.mlp([3, 5, 2])
+    with pytest.raises(ValueError, match=r"to_flax: params must be those of the network, \[3, 4, 2\]"):
+        convert.to_flax(net, other.init(jax.random.key(0)))
+    with pytest.raises(TypeError, match="to_flax: net must be a Network"):
+        convert.to_flax(None, [])  # type: ignore[arg-type]
