@@ -8,7 +8,8 @@ the checker of backward rules, `check_vjp`. `fcfunc.reference` has a plain JAX i
 `fcfunc.per_example` what can be computed from the gradients of single examples; `fcfunc.curvature`, `fcfunc.laplace`
 and `fcfunc.privacy` build on it.
 `fcfunc.sharding` places arrays on several devices; `fcfunc.data`, `params_file` and `checkpoint` read and write files;
-`fcfunc.sklearn` has estimators for scikit-learn, and `fcfunc.convert` exchanges networks with other libraries.
+`fcfunc.sklearn` has estimators for scikit-learn, `fcfunc.convert` exchanges networks with other libraries, and
+`fcfunc.export` writes them for programs without fcfunc.
 """
 
 import importlib
@@ -19,27 +20,23 @@ from fcfunc import losses, ops, per_example, reference, sharding, train
 from fcfunc.network import Network, apply, init, mlp, stack, unstack
 
 if TYPE_CHECKING:
-    from fcfunc import checkpoint, convert, curvature, data, laplace, params_file, privacy, sklearn, testing
+    from fcfunc import checkpoint, convert, curvature, data, export, laplace, params_file, privacy, sklearn, testing
 
 __all__ = [
-    "Network", "apply", "checkpoint", "convert", "curvature", "data", "init", "laplace", "losses", "mlp", "ops",
-    "params_file", "per_example", "privacy", "reference", "sharding", "sklearn", "stack", "testing", "train", "unstack",
+    "Network", "apply", "checkpoint", "convert", "curvature", "data", "export", "init", "laplace", "losses", "mlp",
+    "ops", "params_file", "per_example", "privacy", "reference", "sharding", "sklearn", "stack", "testing", "train",
+    "unstack",
 ]  # fmt: skip
+
+LAZY = (
+    "checkpoint", "convert", "curvature", "data", "export", "laplace", "params_file", "privacy", "sklearn", "testing",
+)  # fmt: skip
+"""Modules that a network and its training do not need."""
 
 
 def __getattr__(name: str):
-    """Imports the modules that a network and its training do not need when they are first used."""
-    if name in (
-        "checkpoint",
-        "convert",
-        "curvature",
-        "data",
-        "laplace",
-        "params_file",
-        "privacy",
-        "sklearn",
-        "testing",
-    ):
+    """Imports a module when it is first used."""
+    if name in LAZY:
         return importlib.import_module(f"fcfunc.{name}")
     if name == "__version__":
         return importlib.metadata.version("fcfunc")

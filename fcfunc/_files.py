@@ -2,6 +2,7 @@
 
 import math
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,15 @@ def write_synced(path: Path, content: bytes) -> None:
         f.write(content)
         f.flush()
         os.fsync(f.fileno())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file completely or not at all: an existing one is replaced at the end."""
+    path = path.resolve()  # a link stays one
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as staging:
+        staged = Path(staging) / path.name
+        write_synced(staged, content)
+        os.replace(staged, path)
 
 
 def to_host(a: Any) -> np.ndarray:

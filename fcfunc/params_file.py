@@ -7,7 +7,6 @@ the file, and runs nothing. Added are the SHA-256 of every array and of the conf
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +65,7 @@ def save(path: str | os.PathLike, params: Any, *, config: Any = None) -> None:
     text = json.dumps(_files.plain(config, "params_file.save: config"), sort_keys=True)
     metadata = {"config": text, "sha256": _digest(tensors, text)}
     content = _library().numpy.save(tensors, metadata=metadata)
-    path = Path(path).resolve()  # a link stays one
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as staging:
-        staged = Path(staging) / path.name
-        _files.write_synced(staged, content)
-        os.replace(staged, path)
+    _files.write_whole(Path(path), content)
 
 
 def load(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> tuple[Any, Any]:

@@ -14,6 +14,7 @@ from fcfunc import losses, train
 from fcfunc.data import Dataset
 
 DIMS = [4, 8, 3]
+CHOICES = ("relu", "gelu", "gelu_exact", "silu", "tanh", "sigmoid", "softplus", ("leaky_relu", 0.2), ("elu", 0.7), None)
 
 
 def make_data(n, seed=0):
@@ -33,6 +34,37 @@ def loss_fn(params, batch, key):
 
 def make_state(optimizer, seed=0):
     return train.init_state(fcfunc.init(jax.random.key(seed), DIMS), optimizer, jax.random.key(seed))
+
+
+def drawn_network(rng, *, residual=False):
+    """A random network with random parameters and running statistics, and rows to try it on."""
+    dims = [int(w) for w in rng.integers(1, 9, rng.integers(2, 6))]
+    hidden = len(dims) - 2
+    norm = rng.choice([None, "layer_norm", "rms_norm", "batch_norm"]) if hidden else None
+    net = fcfunc.mlp(
+        dims,
+        activation=[CHOICES[rng.integers(len(CHOICES))] for _ in range(hidden)],
+        final_activation=[None, None, "softmax", "sigmoid", "log_softmax"][rng.integers(5)],
+        norm=norm,
+        norm_eps=float(10.0 ** rng.integers(-6, -2)) if norm else None,
+        dropout_rate=float(rng.choice([0.0, 0.25])) if hidden else 0.0,
+        use_bias=bool(rng.integers(2)),
+        residual=residual,
+    )
+    params = net.init(jax.random.key(int(rng.integers(2**31))))
+    params = jax.tree.map(lambda a: a + jnp.asarray(0.3 * rng.standard_normal(a.shape), jnp.float32), params)
+    state = []
+    if norm == "batch_norm":
+        drawn = [{"mean": rng.standard_normal(w), "var": rng.uniform(0.3, 3, w)} for w in dims[1:-1]]
+        state = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), drawn)
+    return net, params, state, rng.standard_normal((6, dims[0])).astype(np.float32)
+
+
+def predicted(net, params, state, x):
+    """The outputs of a network, with or without batch normalization, when nothing is dropped."""
+    if net.norm == "batch_norm":
+        return net.apply_batch_norm(params, state, x, training=False, key=None)[0]
+    return net.apply(params, x, key=None)
 
 
 def temporaries(fun, *args):

@@ -11,13 +11,12 @@ import pytest
 
 import fcfunc
 from fcfunc import convert
+from tests.helpers import drawn_network, predicted
 from tests.rules import slow
 
 LIBRARIES = ("torch", "flax", "nnx", "equinox", "keras")
 DRAWS = 40
 """Networks drawn for each library: 200 in all."""
-
-CHOICES = ("relu", "gelu", "gelu_exact", "silu", "tanh", "sigmoid", "softplus", ("leaky_relu", 0.2), ("elu", 0.7), None)
 
 
 @pytest.fixture(autouse=True)
@@ -28,37 +27,7 @@ def standard_promotion():
 
 def drawn(seed: int, library: str):
     """A random network with random parameters and running statistics, and rows to try it on."""
-    rng = np.random.default_rng([seed, LIBRARIES.index(library)])
-    dims = [int(w) for w in rng.integers(1, 9, rng.integers(2, 6))]
-    hidden = len(dims) - 2
-    norm = rng.choice([None, "layer_norm", "rms_norm", "batch_norm"]) if hidden else None
-    net = fcfunc.mlp(
-        dims,
-        activation=[CHOICES[rng.integers(len(CHOICES))] for _ in range(hidden)],
-        final_activation=[None, None, "softmax", "sigmoid", "log_softmax"][rng.integers(5)],
-        norm=norm,
-        norm_eps=float(10.0 ** rng.integers(-6, -2)) if norm else None,
-        dropout_rate=float(rng.choice([0.0, 0.25])) if hidden else 0.0,
-        use_bias=bool(rng.integers(2)),
-    )
-    params = net.init(jax.random.key(seed))
-    params = jax.tree.map(lambda a: jnp.asarray(a + 0.3 * rng.standard_normal(a.shape), jnp.float32), params)
-    state: list = []
-    if norm == "batch_norm":
-        state = [
-            {
-                "mean": jnp.asarray(rng.standard_normal(w), jnp.float32),
-                "var": jnp.asarray(rng.uniform(0.3, 3, w), jnp.float32),
-            }
-            for w in dims[1:-1]
-        ]
-    return net, params, state, rng.standard_normal((6, dims[0])).astype(np.float32)
-
-
-def ours(net, params, state, x):
-    if net.norm == "batch_norm":
-        return net.apply_batch_norm(params, state, x, training=False, key=None)[0]
-    return net.apply(params, x, key=None)
+    return drawn_network(np.random.default_rng([seed, LIBRARIES.index(library)]))
 
 
 def there(library, net, params, state):
@@ -133,14 +102,14 @@ def test_a_drawn_network_computes_the_same_there_and_comes_back(library, seed):
     module = there(library, net, params, state)
     g = np.random.default_rng(seed).standard_normal((6, net.dims[-1])).astype(np.float32)
     theirs, of_x, of_params = outputs_and_gradients(library, module, x, g)
-    outputs, pull = jax.vjp(lambda params, x: ours(net, params, state, x), params, jnp.asarray(x))
+    outputs, pull = jax.vjp(lambda params, x: predicted(net, params, state, x), params, jnp.asarray(x))
     expected_params, expected_x = pull(jnp.asarray(g))
     near = {"rtol": 3e-5, "atol": 3e-5}
     np.testing.assert_allclose(theirs, outputs, **near)
     np.testing.assert_allclose(of_x, expected_x, rtol=2e-4, atol=2e-4)
     np.testing.assert_allclose(sizes(of_params), sizes(jax.tree.leaves(expected_params)), rtol=1e-3, atol=1e-3)
     new_net, new_params, new_state = back(library, module)
-    np.testing.assert_allclose(ours(new_net, new_params, new_state, x), outputs, **near)
+    np.testing.assert_allclose(predicted(new_net, new_params, new_state, x), outputs, **near)
     assert (new_net.dims, new_net.norm, new_net.dropout_rate) == (net.dims, net.norm, net.dropout_rate)
     assert new_net.use_bias == net.use_bias
     jax.tree.map(np.testing.assert_array_equal, new_params, params)
@@ -205,7 +174,7 @@ class TestTorch:
         net, params, state = convert.from_torch(module.state_dict(), activation="relu")
         x = torch.randn(5, 4)
         expected = module.eval()(x).detach().numpy()
-        np.testing.assert_allclose(ours(net, params, state, x.numpy()), expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(predicted(net, params, state, x.numpy()), expected, rtol=1e-5, atol=1e-6)
         with pytest.raises(TypeError, match="a state dict does not know the activations"):
             convert.from_torch(module.state_dict())
 
@@ -317,7 +286,7 @@ class TestFlax:
         net, params, state = convert.from_flax(module, variables, activation="silu")
         assert (net.activation, net.norm, net.dropout_rate, net.use_bias) == ("silu", "batch_norm", 0.1, True)
         expected = module.apply(variables, x, training=False)
-        np.testing.assert_allclose(ours(net, params, state, x), expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(predicted(net, params, state, x), expected, rtol=1e-5, atol=1e-6)
         _, after = net.apply_batch_norm(
             params, state, x, training=True, decay=0.9, unbiased_variance=False, key=None,
         )  # fmt: skip
@@ -390,7 +359,7 @@ class TestEquinox:
                 _, state = run(x, state)
             net, params, new_state = convert.from_equinox(module, state)
             expected = jax.vmap(eqx.nn.inference_mode(module), axis_name="batch", in_axes=(0, None))(x, state)[0]
-            np.testing.assert_allclose(ours(net, params, new_state, x), expected, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(predicted(net, params, new_state, x), expected, rtol=1e-5, atol=1e-5)
 
     def test_what_cannot_be_represented_is_named(self):
         import equinox as eqx
@@ -433,7 +402,7 @@ class TestKeras:
         model(x, training=True)
         net, params, state = convert.from_keras(model)
         assert (net.norm_eps, net.dropout_rate) == (1e-3, 0.2)
-        np.testing.assert_allclose(ours(net, params, state, x), model(x, training=False), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(predicted(net, params, state, x), model(x, training=False), rtol=1e-5, atol=1e-5)
         model(x, training=True)
         _, after = net.apply_batch_norm(
             params, state, x, training=True, decay=0.99, unbiased_variance=False, key=None,
