@@ -2,12 +2,14 @@
 
     python -m examples.train_classifier --data fashion-mnist --dims 784,512,512,10 --epochs 15
 
-Writes params.safetensors, history.jsonl and learning_curve.png to --out. The README shows how to load the parameters.
+Writes params.safetensors, history.jsonl and learning_curve.png to --out, and net.onnx or net.stablehlo with --export.
+The README shows how to load the parameters.
 """
 
 import argparse
 import functools
 import json
+import math
 import os
 import sys
 import tempfile
@@ -20,15 +22,16 @@ import numpy as np
 import optax
 
 import fcfunc
-from fcfunc import data, losses, ops, params_file, reference, train
+from fcfunc import data, export, losses, ops, params_file, reference, train
 
 ACTIVATIONS = ("elu", "gelu", "gelu_exact", "leaky_relu", "linear", "relu", "sigmoid", "silu", "softplus", "tanh")
 OPTIMIZERS = {
-    "sgd": (optax.sgd, 0.2),
-    "momentum": (lambda rate: optax.sgd(rate, momentum=0.9), 0.05),
-    "adam": (optax.adam, 1e-3),
-    "adamw": (optax.adamw, 1e-3),
+    "sgd": (optax.identity, 0.2, 0.0),
+    "momentum": (lambda: optax.trace(0.9), 0.05, 0.0),
+    "adam": (optax.scale_by_adam, 1e-3, 0.0),
+    "adamw": (optax.scale_by_adam, 1e-3, 1e-4),
 }
+"""The direction of a step, the default learning rate and the default weight decay."""
 
 
 class Task(NamedTuple):
@@ -70,11 +73,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     print(net)
     compare_rules(net, task.classes, args.l2, args.seed)
 
-    steps = args.epochs * -(-len(training.y) // args.batch_size)
-    make_optimizer, default_rate = OPTIMIZERS[args.optimizer]
-    optimizer = make_optimizer(optax.cosine_decay_schedule(args.learning_rate or default_rate, steps))
+    if args.norm == "batch_norm" and len(training.y) % args.batch_size == 1:
+        raise ValueError(f"--batch-size {args.batch_size}: leaves a last batch of 1, which batch_norm cannot normalize")
+    steps = train.num_steps(len(training.y), epochs=args.epochs, batch_size=args.batch_size)
+    optimizer = make_optimizer(args.optimizer, args.learning_rate, args.weight_decay, steps)
     loss_fn, eval_fn = (make_loss_fn(net, task.classes, l2) for l2 in (args.l2, 0.0))
-    state = train.init_state(net.init(init_key), optimizer, run_key)
+    params = net.init(init_key)
+    statistics = net.init_batch_norm_state(params) if net.norm == "batch_norm" else ()
+    state = train.init_state(params, optimizer, run_key, model_state=statistics)
     score = "accuracy" if task.classes else "loss"
     data.check_values(test, num_classes=task.classes, name="test data")
     state, history = train.fit(
@@ -92,32 +98,56 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         num_classes=task.classes,
         progress=True,
     )
-    figures = {name: float(value) for name, value in train.evaluate(eval_fn, state.params, test).items()}
+    metrics = train.evaluate(eval_fn, state.params, test, model_state=state.model_state)
+    figures = {name: float(value) for name, value in metrics.items()}
     epochs = f"{history['epochs']} epochs, of which epoch {history['kept_epoch']} was kept"
     if task.classes:
         print(f"test accuracy {figures['accuracy']:.4f} after {epochs}")
     else:
-        figures["rmse"] = figures["loss"] ** 0.5 * float(task.scaling["target"].scale)
-        print(f"test RMSE {figures['rmse']:.4g} in the target's unit after {epochs}")
+        unit = float(task.scaling["target"].scale)
+        figures |= {"rmse": figures["loss"] ** 0.5 * unit, "std": float(np.std(test.y)) * unit}
+        figures["r2"] = 1 - (figures["rmse"] / figures["std"]) ** 2 if figures["std"] else math.nan
+        print(f"test RMSE {figures['rmse']:.4g} in the target's unit, standard deviation {figures['std']:.4g}, "
+              f"R² {figures['r2']:.3f} after {epochs}")  # fmt: skip
     config = {"network": net.to_dict(), "class_names": task.names}
-    write(out, state.params, history, score, config, task.scaling)
-    print(f"wrote params.safetensors, history.jsonl and learning_curve.png to {out}/")
+    files = write(out, net, state, history, score, config, task.scaling, args.export)
+    print(f"wrote {', '.join(files[:-1])} and {files[-1]} to {out}/")
     return figures
+
+
+def make_optimizer(name: str, rate: float | None, decay: float | None, steps: int) -> optax.GradientTransformation:
+    """An optimizer whose learning rate decays to 0 along a cosine, with weight decay of the weights alone."""
+    direction, default_rate, default_decay = OPTIMIZERS[name]
+    decay = default_decay if decay is None else decay
+
+    def weights(params):
+        return jax.tree.map_with_path(lambda path, _: path[-1].key == "w", params)
+
+    schedule = optax.cosine_decay_schedule(rate or default_rate, steps)
+    decayed = [optax.add_decayed_weights(decay, mask=weights)] if decay else []
+    return optax.chain(direction(), *decayed, optax.scale_by_learning_rate(schedule))
 
 
 def make_loss_fn(net: fcfunc.Network, classes: int | None, l2: float):
     """The mean loss over a batch, with the accuracy if there are classes."""
 
-    def loss_fn(params, batch, key):
-        outputs = net.apply(params, batch.x, key=key)  # in evaluation the key is None: nothing is dropped
+    def loss_of(outputs, params, batch):
         penalty = l2 * losses.l2_penalty(params) if l2 else 0.0
         if classes is None:
-            return jnp.mean(losses.squared_error(outputs[:, 0], batch.y)) + penalty
+            return jnp.mean(losses.squared_error(outputs[:, 0], batch.y)) + penalty, {}
         loss = jnp.mean(losses.softmax_cross_entropy_with_integer_labels(outputs, batch.y))
         hits = jnp.argmax(outputs, axis=-1) == batch.y
         return loss + penalty, {"accuracy": jnp.mean(hits, dtype=jnp.float32)}
 
-    return loss_fn
+    def loss_fn(params, batch, key):  # in evaluation the key is None: nothing is dropped
+        return loss_of(net.apply(params, batch.x, key=key), params, batch)
+
+    def loss_fn_with_state(params, batch, key, statistics):
+        options = {"training": key is not None, "key": key}
+        outputs, statistics = net.apply_batch_norm(params, statistics, batch.x, **options)
+        return *loss_of(outputs, params, batch), statistics
+
+    return loss_fn_with_state if net.norm == "batch_norm" else loss_fn
 
 
 def compare_rules(net: fcfunc.Network, classes: int | None, l2: float, seed: int) -> None:
@@ -129,7 +159,7 @@ def compare_rules(net: fcfunc.Network, classes: int | None, l2: float, seed: int
     outputs = jax.random.normal(next(keys), (32, net.dims[-1]))
     rules: list[tuple] = [("affine", ops, (x, w, b), {})]
     if net.norm:
-        leaves = {"layer_norm": (1 + b, b), "rms_norm": (1 + b,)}[net.norm]
+        leaves = (1 + b,) if net.norm == "rms_norm" else (1 + b, b)
         rules.append((net.norm, ops, (ops.affine(x, w, b), *leaves), {}))
     if net.activation is not None:
         name = str(net.activation).removesuffix("_exact")
@@ -148,10 +178,19 @@ def compare_rules(net: fcfunc.Network, classes: int | None, l2: float, seed: int
     print(f"{'hand-written rule':<45}worst relative error against jax.grad of its reference implementation")
     for name, module, args, options in rules:
         rule, plain = (functools.partial(getattr(m, name), **options) for m in (module, reference))
+        if name == "batch_norm":
+            rule, plain = map(of_batch, (rule, plain))
         error = worst_relative_error(rule, plain, args, next(keys))
         print(f"{f'layer: affine and {net.activation}' if name == 'layer' else name:<45}{error:.1e}")
         if not error < 1e-5:
             raise ValueError(f"the rule of {name} is off by {error:.1e} on this device; not training with it")
+
+
+def of_batch(batch_norm):
+    """Batch normalization as in a training step, without the running statistics that it also returns."""
+    return lambda x, scale, offset: batch_norm(
+        x, scale, offset, {"mean": jnp.zeros_like(scale), "var": jnp.ones_like(scale)}, training=True
+    )[0]
 
 
 def worst_relative_error(rule, plain, args: tuple, key: jax.Array) -> float:
@@ -254,7 +293,10 @@ def select_device(device: str | None) -> None:
             raise ValueError("--device gpu: JAX finds none (install jax[cuda13] or jax[cuda12])") from None
 
 
-def write(out: Path, params, history, score: str, config: dict, scaling: dict) -> None:
+def write(
+    out: Path, net: fcfunc.Network, state: train.TrainState, history, score: str, config: dict, scaling: dict,
+    exported: list[str],
+) -> list[str]:  # fmt: skip
     """Writes into a temporary folder first and moves complete files over: none is left half-written."""
     import matplotlib
 
@@ -275,14 +317,29 @@ def write(out: Path, params, history, score: str, config: dict, scaling: dict) -
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as staging:
         figure.savefig(Path(staging) / "learning_curve.png", dpi=120)
         plt.close(figure)
-        params_file.save(Path(staging) / "params.safetensors", {"layers": params, **scaling}, config=config)
+        arrays = {"layers": state.params} | ({"statistics": state.model_state} if state.model_state else {})
+        params_file.save(Path(staging) / "params.safetensors", arrays | scaling, config=config)
+        numbers = "target" in scaling
+        predicting = in_unit(state.params, scaling["target"]) if numbers else state.params
+        options = {"standardizer": scaling.get("input"), "final_activation": None if numbers else "softmax"}
+        for kind in exported:
+            getattr(export, kind)(Path(staging) / f"net.{kind}", net, predicting, state=state.model_state, **options)
         (Path(staging) / "history.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         for name in os.listdir(staging):
             if (out / name).is_dir():
                 raise ValueError(f"{out / name}: a folder is in the way")
         out.mkdir(exist_ok=True)
-        for name in os.listdir(staging):
+        names = sorted(os.listdir(staging), key=lambda name: (not name.startswith("params"), name))
+        for name in names:
             os.replace(Path(staging) / name, out / name)
+    return names
+
+
+def in_unit(params, target: data.Standardizer):
+    """Params whose outputs are in the unit of the target: the last layer undoes the standardization."""
+    *hidden, last = jax.device_get(params)
+    mean, scale = np.float32(target.mean), np.float32(target.scale)
+    return [*hidden, {"w": last["w"] * scale, "b": last["b"] * scale + mean}]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -304,7 +361,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="widths, inputs to outputs (default: one hidden layer of 256)",
     )
     add("--activation", choices=ACTIVATIONS, default="relu", help="of the hidden layers (default: relu)")
-    add("--norm", choices=("layer_norm", "rms_norm"), help="of the hidden layers (default: none)")
+    add("--norm", choices=("batch_norm", "layer_norm", "rms_norm"), help="of the hidden layers (default: none)")
     add("--residual", action="store_true", help="add a hidden layer's input to its output where the widths are equal")
     add("--dropout", type=positive(float, zero=True, below=1), default=0.0, metavar="RATE",
         help="the probability of dropping a hidden layer's output (default: 0)")  # fmt: skip
@@ -315,9 +372,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--optimizer", choices=tuple(OPTIMIZERS), default="sgd", help="default: sgd")
     add("--learning-rate", type=positive(float), metavar="RATE", help="at the start; it decays to 0 along a cosine "
-        f"(default: {', '.join(f'{name} {rate}' for name, (_, rate) in OPTIMIZERS.items())})")  # fmt: skip
+        f"(default: {', '.join(f'{name} {rate}' for name, (_, rate, _) in OPTIMIZERS.items())})")  # fmt: skip
     add("--l2", type=positive(float, zero=True), default=0.0, metavar="WEIGHT", help="weight of half the squared "
         "weights in the loss (default: 0)")  # fmt: skip
+    add("--weight-decay", type=positive(float, zero=True), metavar="RATE", help="of the weights alone, times the "
+        "learning rate (default: 0, adamw 0.0001)")  # fmt: skip
+    add("--export", nargs="+", choices=("onnx", "stablehlo"), default=[], help="write the trained network for other "
+        "programs: inputs as in your file, outputs as probabilities or in the target's unit")  # fmt: skip
     add("--batch-size", type=positive(int), default=32, metavar="N", help="default: 32")
     add("--epochs", type=positive(int), default=60, metavar="N", help="default: 60")
     add(

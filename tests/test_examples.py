@@ -5,9 +5,12 @@ import json
 import re
 import subprocess
 import sys
+from typing import Any
 
 import jax
+import jax.export
 import numpy as np
+import onnxruntime
 import pytest
 
 import fcfunc
@@ -39,6 +42,10 @@ def run(tmp_path, monkeypatch, capsys):
         return status, captured.out, captured.err
 
     return run
+
+
+def by_onnx(path, x) -> Any:
+    return onnxruntime.InferenceSession(path).run(["y"], {"x": x})[0]
 
 
 def test_layers_chained_by_hand_have_the_gradients_of_jax_and_learn():
@@ -173,10 +180,41 @@ def test_the_users_npz_is_learned_as_a_regression_in_its_own_unit(run, tmp_path)
     assert {"mean", "scale"} == params["input"].keys() == params["target"].keys()
 
 
+def test_an_exported_regression_takes_the_users_numbers_and_answers_in_the_users_unit(run, tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.normal(50, 10, (400, 3))
+    y = 1000 + x @ [1, 2, 3] + rng.normal(0, 1, 400)
+    np.savez(tmp_path / "my.npz", X=x, y=y)
+    options = ["--norm", "batch_norm", "--optimizer", "adam", "--learning-rate", "0.01", "--weight-decay", "0.01"]
+    status, out, _ = run("--data", "my.npz", "--epochs", "60", *options, "--export", "onnx", "stablehlo")
+    assert status == 0
+    r2 = float(out.split("R² ")[1].split()[0])
+    folder, x = tmp_path / "runs" / "my", x.astype(np.float32)
+    predicted = by_onnx(folder / "net.onnx", x)
+    assert 0.9 < r2 < 1
+    assert abs(1 - np.mean((predicted[:, 0] - y) ** 2) / np.var(y) - r2) < 0.05
+    by_jax = jax.export.deserialize(bytearray((folder / "net.stablehlo").read_bytes())).call(x)
+    np.testing.assert_allclose(by_jax, predicted, rtol=1e-5)
+    assert re.search(r"test RMSE [\d.]+ in the target's unit, standard deviation [\d.]+, R² ", out)
+
+
+def test_an_exported_classifier_answers_with_probabilities(run, tmp_path):
+    status, _, _ = run("--epochs", "3", "--norm", "batch_norm", "--export", "onnx")
+    assert status == 0
+    digits = data.digits()
+    predicted = by_onnx(tmp_path / "runs" / "digits" / "net.onnx", digits.x)
+    np.testing.assert_allclose(predicted.sum(axis=1), 1, rtol=1e-5)
+    assert np.mean(np.argmax(predicted, axis=1) == digits.y) > 0.9
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--data", "nothing.npz"], "nothing.npz: no such file"),
+        (
+            ["--norm", "batch_norm", "--batch-size", "419"],
+            "leaves a last batch of 1, which batch_norm cannot normalize",
+        ),
         (["--data", "nothing"], "expected digits, fashion-mnist"),
         (["--data", "fashion-mnist:here"], "here/train-images-idx3-ubyte.gz: no such file"),
         (["--dims", "64,10,9"], "--dims 64,10,9: the data has 64 features and 10 outputs"),
