@@ -23,6 +23,10 @@ from fcfunc.network import Network
 ADVICE = "make a Sequential of the layers, or name the activation of the hidden layers: activation=..."
 
 
+ACCURATE = {"use_fast_variance": False}
+"""Flax's norms compute a variance as a difference of squares by default, which loses digits where it is small."""
+
+
 def from_flax(
     module: Any, variables: Any = None, *, activation: Any = "as given", final_activation: Any = None
 ) -> tuple[Network, list, Any]:
@@ -100,7 +104,7 @@ def to_flax(net: Network, params: list, state: Any = (), *, training: bool = Fal
         variables.setdefault("params", {})[name] = _present(kernel=block.affine.w, bias=block.affine.b)
         if block.norm is not None:
             name, norm = f"layers_{len(layers)}", block.norm
-            options = {"epsilon": norm.eps, "param_dtype": dtype}
+            options = {"epsilon": norm.eps, "param_dtype": dtype, **ACCURATE}
             if norm.kind == "batch_norm":
                 layers.append(linen.BatchNorm(use_running_average=not training, **options))
                 variables.setdefault("batch_stats", {})[name] = _present(mean=norm.mean, var=norm.var)
@@ -142,7 +146,7 @@ def to_nnx(net: Network, params: list, state: Any = (), *, rngs: Any = None) -> 
         if block.norm is not None:
             norm = block.norm
             kinds = {"batch_norm": nnx.BatchNorm, "layer_norm": nnx.LayerNorm, "rms_norm": nnx.RMSNorm}
-            layers.append(kinds[norm.kind](width, epsilon=norm.eps, param_dtype=w.dtype, rngs=rngs))
+            layers.append(kinds[norm.kind](width, epsilon=norm.eps, param_dtype=w.dtype, rngs=rngs, **ACCURATE))
             _set(layers[-1], scale=norm.scale, bias=norm.offset, mean=norm.mean, var=norm.var)
         layers += _after(block, lambda rate: nnx.Dropout(rate, rngs=rngs))
     return nnx.Sequential(*layers)
