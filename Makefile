@@ -4,7 +4,7 @@ VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: train test test-all test-convert test-lowest bench lint dist clean
+.PHONY: train test test-all test-lowest test-peers bench lint dist clean
 
 train: $(STAMP)
 	@$(BIN)/python -m examples.train_classifier $(ARGS)
@@ -16,11 +16,11 @@ test: $(STAMP)
 test-all: $(STAMP)
 	@$(BIN)/python -m pytest $(ARGS)
 
-# Conversions from and to PyTorch, Keras and others, in an environment that has them.
-test-convert: $(STAMP)
-	@$(PYTHON) -m venv .venv-convert
-	@.venv-convert/bin/python -m pip install --quiet --quiet --disable-pip-version-check --editable ".[dev,convert]"
-	@.venv-convert/bin/python -m pytest tests/test_convert.py $(ARGS)
+# Conversions from and to PyTorch, Keras and others, and loggers, in an environment that has them.
+test-peers: $(STAMP)
+	@$(PYTHON) -m venv .venv-peers
+	@.venv-peers/bin/python -m pip install --quiet --quiet --disable-pip-version-check --editable ".[dev,convert,loggers]"
+	@.venv-peers/bin/python -m pytest tests/test_convert.py tests/test_loggers.py $(ARGS)
 
 # With the oldest release of each dependency that pyproject.toml allows.
 test-lowest: $(STAMP)
