@@ -16,11 +16,11 @@ test: $(STAMP)
 test-all: $(STAMP)
 	@$(BIN)/python -m pytest $(ARGS)
 
-# Conversions from and to PyTorch, Keras and others, and loggers, in an environment that has them.
+# What needs PyTorch, Keras, loggers and other libraries, in an environment that has them.
 test-peers: $(STAMP)
 	@$(PYTHON) -m venv .venv-peers
-	@.venv-peers/bin/python -m pip install --quiet --quiet --disable-pip-version-check --editable ".[dev,convert,loggers]"
-	@.venv-peers/bin/python -m pytest tests/test_convert.py tests/test_loggers.py $(ARGS)
+	@.venv-peers/bin/python -m pip install --quiet --quiet --disable-pip-version-check --editable ".[dev,peers]"
+	@.venv-peers/bin/python -m pytest tests/test_convert.py tests/test_loggers.py tests/test_works_with.py $(ARGS)
 
 # With the oldest release of each dependency that pyproject.toml allows.
 test-lowest: $(STAMP)

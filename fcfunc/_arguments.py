@@ -18,7 +18,7 @@ def describe(x) -> str:
     """`float32[3,4]` for an array, the type's name for anything else."""
     if not isinstance(x, ARRAYS):
         return type(x).__name__
-    return f"{jnp.result_type(x)}[{','.join(map(str, jnp.shape(x)))}]"
+    return f"{jnp.result_type(x)}[{','.join(map(str, np.shape(x)))}]"
 
 
 def first_line(error: BaseException) -> str:
@@ -84,8 +84,8 @@ def compute_dtype_of(where: str, compute_dtype) -> np.dtype:
 def one_shape(where: str, /, **arrays) -> None:
     """ValueError if arrays that are combined element by element differ in shape: nothing is broadcast."""
     array(where, **arrays)
-    if len({jnp.shape(x) for x in arrays.values()}) > 1:
-        came = ", ".join(f"{name} {list(jnp.shape(x))}" for name, x in arrays.items())
+    if len({np.shape(x) for x in arrays.values()}) > 1:
+        came = ", ".join(f"{name} {list(np.shape(x))}" for name, x in arrays.items())
         raise ValueError(f"{where}: one shape expected for all of {', '.join(arrays)}, got {came}")
 
 
@@ -94,10 +94,10 @@ def labels(where: str, labels, *, scores) -> None:
     array(where, labels=labels)
     if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
         raise TypeError(f"{where}: labels must be integers, got {describe(labels)}")
-    if jnp.ndim(scores) < 1 or jnp.shape(labels) != jnp.shape(scores)[:-1]:
+    if jnp.ndim(scores) < 1 or np.shape(labels) != np.shape(scores)[:-1]:
         raise ValueError(
             f"{where}: labels must have the shape of the scores without their last axis (the classes), "
-            f"got labels {list(jnp.shape(labels))} for scores {list(jnp.shape(scores))}"
+            f"got labels {list(np.shape(labels))} for scores {list(np.shape(scores))}"
         )
 
 
@@ -128,9 +128,9 @@ def loss_options(where: str, shape: tuple, mask, weights, smoothing, *, logits: 
     if weights is not None:
         floating(where, weights=weights)
     for name, a, other in (("where", mask, logits), ("weights", weights, None)):
-        if a is not None and jnp.shape(a) not in (tuple(shape), other):
+        if a is not None and np.shape(a) not in (tuple(shape), other):
             expected = f"the loss, {list(shape)}" + (f", or of the logits, {list(other)}" if other else "")
-            raise ValueError(f"{where}: {name} must have the shape of {expected}, got {list(jnp.shape(a))}")
+            raise ValueError(f"{where}: {name} must have the shape of {expected}, got {list(np.shape(a))}")
     smoothing = number(where, label_smoothing=smoothing)
     if not 0 <= smoothing <= 1:
         raise ValueError(f"{where}: label_smoothing must be in [0, 1], got {smoothing}")
@@ -142,8 +142,8 @@ def class_weights(where: str, weights, classes: int, *, name: str = "class_weigh
     if weights is None:
         return
     floating(where, **{name: weights})
-    if jnp.shape(weights) != (classes,):
-        raise ValueError(f"{where}: {name} must be [{classes}], one for each class, got {list(jnp.shape(weights))}")
+    if np.shape(weights) != (classes,):
+        raise ValueError(f"{where}: {name} must be [{classes}], one for each class, got {list(np.shape(weights))}")
 
 
 def axis(where: str, axis, **arrays) -> None:
@@ -151,7 +151,7 @@ def axis(where: str, axis, **arrays) -> None:
     integer(where, axis=axis)
     for name, x in arrays.items():
         if not -jnp.ndim(x) <= axis < jnp.ndim(x):
-            raise ValueError(f"{where}: {name} has no axis {axis}, its shape is {list(jnp.shape(x))}")
+            raise ValueError(f"{where}: {name} has no axis {axis}, its shape is {list(np.shape(x))}")
 
 
 def axes(where: str, wanted, **arrays) -> tuple[int, ...]:
@@ -322,7 +322,7 @@ def _numeric_array(where: str, here: str, leaf):
 def count(where: str, data, name: str = "data") -> int:
     """The number of examples, at least one."""
     leaves = jax.tree.leaves_with_path(data)
-    sizes = {f"{name}{jax.tree_util.keystr(path)}": jnp.shape(leaf) for path, leaf in leaves}
+    sizes = {f"{name}{jax.tree_util.keystr(path)}": np.shape(leaf) for path, leaf in leaves}
     if not sizes:
         raise ValueError(f"{where}: {name} must hold at least one array of examples, got none")
     for path, shape in sizes.items():

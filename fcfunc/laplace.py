@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fcfunc import _arguments, _layout, curvature
 from fcfunc._rule import upcast
@@ -243,9 +244,9 @@ def probabilities(outputs: jax.Array, covariance: jax.Array) -> jax.Array:
     """
     where = "probabilities"
     _arguments.floating(where, outputs=outputs, covariance=covariance)
-    shape = jnp.shape(outputs)
-    if not shape or jnp.shape(covariance) != (*shape, shape[-1]):
-        given = f"{list(shape)} and {list(jnp.shape(covariance))}"
+    shape = np.shape(outputs)
+    if not shape or np.shape(covariance) != (*shape, shape[-1]):
+        given = f"{list(shape)} and {list(np.shape(covariance))}"
         raise ValueError(
             f"{where}: expected outputs [..., classes] and covariance [..., classes, classes], got {given}"
         )

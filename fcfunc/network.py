@@ -348,7 +348,7 @@ class Network:
                 named = f"the activation {_shown(activation)} mixes examples"
                 raise ValueError(f"{where}: {named}; a single one has no gradient of its own")
         if jnp.ndim(x) != 2:
-            raise ValueError(f"{where}: x must be [batch, {self.dims[0]}], got {list(jnp.shape(x))}")
+            raise ValueError(f"{where}: x must be [batch, {self.dims[0]}], got {list(np.shape(x))}")
 
         def outputs_of(probes):
             h, taps = self._hidden_layers(where, params, x, key, probes=probes)
@@ -424,7 +424,7 @@ class Network:
                 f"{where}: {len(depths)} states expected, one per hidden entry of params, got {len(state)}"
             )
         for i, given in enumerate(state or []):
-            _check_leaves(f"{where}, state {i}", given, dict.fromkeys(("mean", "var"), jnp.shape(params[i]["scale"])))
+            _check_leaves(f"{where}, state {i}", given, dict.fromkeys(("mean", "var"), np.shape(params[i]["scale"])))
         h, layer, new_state = as_array(x), 0, []
         params = jax.tree.map(as_array, params)
         nothing = [None] * len(depths)
@@ -469,12 +469,12 @@ class Network:
         """The number of layers that an entry of the params stands for, which begins at a layer."""
         here, dims, stack = f"{where}, layer {layer}", self.dims, ()
         if isinstance(p, dict) and jnp.ndim(p.get("w", 0)) == 3 and layer < len(dims) - 2:
-            stack = jnp.shape(p["w"])[:1]
+            stack = np.shape(p["w"])[:1]
             widths = set(dims[layer : min(layer + stack[0], len(dims) - 2) + 1])
             if stack[0] < 1 or layer + stack[0] > len(dims) - 2 or len(widths) > 1:
                 raise ValueError(
                     f"{here}: a stack of {stack[0]} layers must stand for hidden layers of one width, "
-                    f"got w {list(jnp.shape(p['w']))} for dims {list(dims)}"
+                    f"got w {list(np.shape(p['w']))} for dims {list(dims)}"
                 )
         _check_leaves(here, p, {name: (*stack, *shape) for name, shape in self._shapes(layer).items()})
         _arguments.one_dtype(here, **p)
@@ -482,10 +482,10 @@ class Network:
 
     def _check_inputs(self, where: str, params, x, key) -> None:
         _arguments.floating(where, x=x)
-        if jnp.ndim(x) < 1 or jnp.shape(x)[-1] != self.dims[0]:
-            w = list(jnp.shape(params[0]["w"])[-2:])
+        if jnp.ndim(x) < 1 or np.shape(x)[-1] != self.dims[0]:
+            w = list(np.shape(params[0]["w"])[-2:])
             raise ValueError(
-                f"{where}: layer 0 expects {self.dims[0]} features (w is {w}), but x is {list(jnp.shape(x))}"
+                f"{where}: layer 0 expects {self.dims[0]} features (w is {w}), but x is {list(np.shape(x))}"
             )
         for i, p in enumerate(params):
             _arguments.operands(f"{where}, layer {i}", self.compute_dtype, x=x, w=p["w"])
@@ -595,9 +595,9 @@ def apply(params: Params, x: jax.Array, *, activation: Any = "relu") -> jax.Arra
       (5, 2)
     """
     _check_layers("apply", params)
-    dims = [jnp.shape(params[0]["w"])[-2]]
+    dims = [np.shape(params[0]["w"])[-2]]
     for p in params:
-        *depth, _, fan_out = jnp.shape(p["w"])
+        *depth, _, fan_out = np.shape(p["w"])
         dims += [fan_out] * (depth[0] if depth else 1)
     return mlp(dims, activation=activation).apply(params, x)
 
@@ -839,7 +839,7 @@ def _check_layers(where: str, params) -> None:
             raise TypeError(f"{here}: params must be dicts of w and b, got {p!r:.80}")
         _arguments.array(here, **p)
         if jnp.ndim(p["w"]) not in (2, 3) or (i == len(params) - 1 and jnp.ndim(p["w"]) != 2):
-            shape, advice = list(jnp.shape(p["w"])), f"for an ensemble of networks use jax.vmap({where})"
+            shape, advice = list(np.shape(p["w"])), f"for an ensemble of networks use jax.vmap({where})"
             raise ValueError(f"{here}: w must be [fan_in, fan_out], got {shape}; {advice}")
 
 
@@ -852,8 +852,8 @@ def _check_leaves(here: str, given, shapes: dict[str, tuple[int, ...]]) -> None:
         raise ValueError(f"{here}: expected the leaves {expected}, got {got}")
     _arguments.array(here, **given)
     for name, shape in shapes.items():
-        if jnp.shape(given[name]) != shape:
-            raise ValueError(f"{here}: {name} must be {list(shape)}, got {list(jnp.shape(given[name]))}")
+        if np.shape(given[name]) != shape:
+            raise ValueError(f"{here}: {name} must be {list(shape)}, got {list(np.shape(given[name]))}")
 
 
 def _kind(p) -> dict:

@@ -134,8 +134,8 @@ def weighted_sum(gradients, weights: jax.Array) -> Any:
     where = "weighted_sum"
     _arguments.floating(where, weights=weights)
     count = _batch_size(where, gradients=gradients)
-    if jnp.shape(weights) != (count,):
-        raise ValueError(f"{where}: weights must be [{count}], one per example, got {list(jnp.shape(weights))}")
+    if np.shape(weights) != (count,):
+        raise ValueError(f"{where}: weights must be [{count}], one per example, got {list(np.shape(weights))}")
 
     def of_outer(h, g):
         # dW = Hᵀ (c ∘ G), with G in the dtype in which the backward pass of `ops.affine` has it
@@ -258,8 +258,8 @@ def along(gradients, direction) -> jax.Array:
         raise ValueError(f"{where}: direction must have the structure of the parameters, {treedef!s:.200}")
     for a, v in zip(flat, jax.tree.leaves(direction), strict=True):
         expected = (*a[0].shape[:-2], *(part.shape[-1] for part in a))
-        if jnp.shape(v) != expected:
-            raise ValueError(f"{where}: a leaf of direction must be {list(expected)}, got {list(jnp.shape(v))}")
+        if np.shape(v) != expected:
+            raise ValueError(f"{where}: a leaf of direction must be {list(expected)}, got {list(np.shape(v))}")
     total: Any = 0
     for a, v in zip(flat, jax.tree.leaves(direction), strict=True):
         if isinstance(a, Outer):

@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fcfunc import _arguments
 from fcfunc._arguments import as_array
@@ -135,7 +136,7 @@ def softmax_cross_entropy_with_integer_labels(
     name = "softmax_cross_entropy_with_integer_labels"
     logits, where = _classes_last(_floating(name, logits), axis, where)
     _arguments.labels(name, labels, scores=logits)
-    _arguments.loss_options(name, jnp.shape(labels), where, weights, label_smoothing, logits=logits.shape)
+    _arguments.loss_options(name, np.shape(labels), where, weights, label_smoothing, logits=logits.shape)
     classes = where if where is not None and jnp.ndim(where) == logits.ndim else None
     rows = where if classes is None else jnp.any(classes, axis=-1)
     logits, is_label, ignored, poison = _labeled(logits, as_array(labels), ignore_index, rows)
@@ -180,7 +181,7 @@ def sigmoid_binary_cross_entropy(
     """Reference implementation of `fcfunc.losses.sigmoid_binary_cross_entropy`."""
     name = "sigmoid_binary_cross_entropy"
     _arguments.one_shape(name, logits=logits, labels=labels)
-    _arguments.loss_options(name, jnp.shape(logits), where, weights, label_smoothing)
+    _arguments.loss_options(name, np.shape(logits), where, weights, label_smoothing)
     z = upcast(_floating(name, logits))
     t = (
         upcast(_arguments.real_labels(name, labels, dtype=sum_dtype(jnp.result_type(logits)))) * (1 - label_smoothing)

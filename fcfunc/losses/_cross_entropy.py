@@ -3,6 +3,7 @@
 # ruff: noqa: I001  (a filled list of names)
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fcfunc import _arguments, _layout
 from fcfunc._arguments import as_array
@@ -65,7 +66,7 @@ def softmax_cross_entropy_with_integer_labels(
     logits, where = classes_last(name, axis, logits=logits, where=where)
     _arguments.floating(name, logits=logits)
     _arguments.labels(name, labels, scores=logits)
-    shape = jnp.shape(logits)
+    shape = np.shape(logits)
     smoothing = _arguments.loss_options(name, shape[:-1], where, weights, label_smoothing, logits=shape)
     _arguments.class_weights(name, class_weights, shape[-1])
     logits = as_array(logits)
@@ -155,7 +156,7 @@ def softmax_cross_entropy(
     labels = _arguments.real_labels(name, labels, dtype=sum_dtype(jnp.result_type(logits)))
     _arguments.one_shape(name, logits=logits, labels=labels)
     logits, labels, where = classes_last(name, axis, logits=logits, labels=labels, where=where)
-    shape = jnp.shape(logits)
+    shape = np.shape(logits)
     smoothing = _arguments.loss_options(name, shape[:-1], where, weights, label_smoothing, logits=shape)
     _arguments.class_weights(name, class_weights, shape[-1])
     logits = as_array(logits)
@@ -242,10 +243,10 @@ def sigmoid_binary_cross_entropy(
     _arguments.floating(name, logits=logits)
     labels = _arguments.real_labels(name, labels, dtype=sum_dtype(jnp.result_type(logits)))
     _arguments.one_shape(name, logits=logits, labels=labels)
-    smoothing = _arguments.loss_options(name, jnp.shape(logits), where, weights, label_smoothing)
+    smoothing = _arguments.loss_options(name, np.shape(logits), where, weights, label_smoothing)
     if positive_weights is not None:
         _arguments.axis(name, -1, logits=logits)
-        _arguments.class_weights(name, positive_weights, jnp.shape(logits)[-1], name="positive_weights")
+        _arguments.class_weights(name, positive_weights, np.shape(logits)[-1], name="positive_weights")
     logits = as_array(logits)
     labels = _layout.reshard_like(labels, logits)
     where, weights = (None if a is None else _layout.reshard_like(as_array(a), logits) for a in (where, weights))

@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fcfunc import _arguments, _layout
@@ -87,10 +88,10 @@ def check_affine(where, x, w, b, compute_dtype, out_dtype, *, flatten=False, col
     """Raises if these are not the arguments of an affine layer."""
     _arguments.operands(where, compute_dtype, x=x, w=w, **({} if b is None else {"b": b}))
     _arguments.dtype(where, out_dtype=out_dtype)
-    shape, kernel = jnp.shape(x), jnp.shape(w)
+    shape, kernel = np.shape(x), np.shape(w)
     fan_in = math.prod(shape[1:]) if flatten else math.prod(shape[-1:])
-    if not shape or len(kernel) != 2 or fan_in != kernel[0] or (b is not None and jnp.shape(b) != kernel[1:]):
-        given = f"x {list(shape)}, w {list(kernel)}, b {None if b is None else list(jnp.shape(b))}"
+    if not shape or len(kernel) != 2 or fan_in != kernel[0] or (b is not None and np.shape(b) != kernel[1:]):
+        given = f"x {list(shape)}, w {list(kernel)}, b {None if b is None else list(np.shape(b))}"
         raise ValueError(
             f"{where}: expected x [..., fan_in], w [fan_in, {columns}] and b [{columns}], "
             f"got {given}{' with flatten=True' if flatten else ''}"

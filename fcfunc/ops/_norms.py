@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fcfunc import _arguments, _layout
 from fcfunc._rule import rule, upcast
@@ -251,10 +252,10 @@ def _norm_arguments(where: str, x, eps, **features):
     if not eps > 0:
         raise ValueError(f"{where}: eps must be above 0, got {eps}")
     for name, f in features.items():
-        if jnp.ndim(x) < 1 or jnp.shape(f) != jnp.shape(x)[-1:]:
+        if jnp.ndim(x) < 1 or np.shape(f) != np.shape(x)[-1:]:
             raise ValueError(
                 f"{where}: expected x [..., features] and {name} [features], "
-                f"got x {list(jnp.shape(x))} and {name} {list(jnp.shape(f))}"
+                f"got x {list(np.shape(x))} and {name} {list(np.shape(f))}"
             )
     x = jnp.asarray(x)
     return x, eps, *(_layout.reshard_like_axes(jnp.asarray(f), x, (-1,)) for f in features.values())

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fcfunc import _arguments, _layout
 from fcfunc._rule import rule, upcast
@@ -115,7 +116,7 @@ def _exclude_masked(name, x, axes, where):
     try:
         where = jnp.broadcast_to(where, x.shape)
     except ValueError:
-        shapes = f"{list(x.shape)}, got {list(jnp.shape(where))}"
+        shapes = f"{list(x.shape)}, got {list(np.shape(where))}"
         raise ValueError(f"{name}: where must be broadcastable to the shape of x, {shapes}") from None
     where = _layout.reshard_like(where, x)
     return jnp.where(where, x, jnp.where(jnp.any(where, axis=axes, keepdims=True), -jnp.inf, 0)), where

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from fcfunc import _arguments
@@ -123,7 +124,7 @@ def uniform(loss_fn: Callable) -> Callable:
             loss, metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
         if not isinstance(loss, _arguments.ARRAYS) or not isinstance(metrics, dict):
             raise TypeError(f"loss_fn must return a loss or (loss, dict of metrics), got {result!r:.200}")
-        if jnp.shape(loss) != ():
+        if np.shape(loss) != ():
             raise ValueError(
                 f"loss_fn must return one number, the mean over the batch, got {_arguments.describe(loss)}; "
                 "take jnp.mean of the per-example losses"
