@@ -98,19 +98,27 @@ class _MLP(BaseEstimator):
 
         Raises:
           NotFittedError: it is not fitted.
+          TypeError: the activation is a function.
           ImportError: safetensors is not installed.
           OSError: the file cannot be written.
         """
         check_is_fitted(self)
-        options = {name: value for name, value in self.get_params().items() if _is_plain(value)}
+        given = {name: _plain(value) for name, value in self.get_params().items()}
+        options = {name: value for name, value in given.items() if value is not NotImplemented}
+        if "activation" not in options:
+            raise TypeError(
+                f"save: the activation {self.activation!r:.60} is a function, which cannot be saved; use a name"
+            )
         fitted = {name: getattr(self, name) for name in FITTED if hasattr(self, name)}
         config = {"estimator": type(self).__name__, "options": options, "fitted": fitted}
         arrays: dict[str, Any] = {"params": self._params()}
         named = {"norm_state": self._norm_state, "loss_curve": self.loss_curve_, "scores": self.validation_scores_}
         arrays |= {name: np.asarray(a) if name != "norm_state" else a for name, a in named.items() if a}
         classes = getattr(self, "classes_", None)
-        if classes is not None and classes.dtype.kind in "OUS":
-            config["classes"] = [str(name) for name in classes]
+        if classes is not None and classes.dtype.kind in "OU":
+            if not all(isinstance(name, str) for name in classes):
+                raise TypeError(f"save: classes that are strings, numbers or booleans expected, got {classes!s:.80}")
+            config["classes"] = classes.tolist()
         elif classes is not None:
             arrays["classes"] = classes
         if hasattr(self, "feature_names_in_"):
@@ -768,10 +776,12 @@ def _dense(X) -> np.ndarray:
     return X.toarray() if scipy.sparse.issparse(X) else X
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether a parameter of an estimator can be written as JSON."""
+def _plain(value: Any) -> Any:
+    """A parameter of an estimator as it can be written as JSON; NotImplemented if it cannot."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
     if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return value is None or isinstance(value, bool | int | str)
+        parts = [_plain(part) for part in value]
+        return NotImplemented if NotImplemented in parts else parts
+    known = value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))
+    return value if known else NotImplemented

@@ -3,6 +3,7 @@
 import functools
 import warnings
 
+import jax.numpy as jnp
 import joblib
 import numpy as np
 import optax
@@ -218,6 +219,18 @@ def test_a_saved_estimator_predicts_the_same_and_trains_on(kind, norm, tmp_path)
     assert (loaded.n_iter_, loaded.loss_curve_, loaded.coefs_[0].dtype) == (3, model.loss_curve_, model.coefs_[0].dtype)
     loaded.set_params(warm_start=True).fit(x, y)
     assert loaded.loss_curve_[-1] < model.loss_curve_[0]
+
+
+def test_parameters_of_numpy_are_saved_and_functions_refused(tmp_path):
+    x, y = problem("three classes")
+    options = {"alpha": np.float32(0.5), "random_state": np.random.RandomState(0), "optimizer": optax.sgd(0.1)}
+    model = MLPClassifier(np.array([5, 4]), max_iter=2, **options).fit(x, y)
+    model.save(tmp_path / "model.safetensors")
+    loaded = MLPClassifier.load(tmp_path / "model.safetensors")
+    np.testing.assert_array_equal(loaded.predict_proba(x), model.predict_proba(x))
+    assert (loaded.alpha, loaded.optimizer, loaded.hidden_layer_sizes) == (0.5, None, (5, 4))
+    with pytest.raises(TypeError, match="is a function, which cannot be saved; use a name"):
+        MLPClassifier(activation=jnp.sin, max_iter=2).fit(x, y).save(tmp_path / "model.safetensors")
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):

@@ -38,7 +38,8 @@ def from_torch(
       norm_eps: the norms' `eps`, for a state dict; None: PyTorch's defaults.
 
     Returns:
-      `(net, params, state)`: outputs and gradients are those of the module, in the dtype of its weights. `state` is
+      `(net, params, state)`: outputs and gradients are those of the module, in the dtype of its weights (float64 needs
+      `jax_enable_x64`). `state` is
       that of batch normalization, otherwise empty. To train on as PyTorch does, keep the defaults of
       `apply_batch_norm`, except that its decay is 1 minus PyTorch's momentum. Where some layers have no bias, or a norm
       no weight, the missing leaves are zeros and ones.
