@@ -39,10 +39,9 @@ def from_torch(
 
     Returns:
       `(net, params, state)`: outputs and gradients are those of the module, in the dtype of its weights (float64 needs
-      `jax_enable_x64`). `state` is
-      that of batch normalization, otherwise empty. To train on as PyTorch does, keep the defaults of
-      `apply_batch_norm`, except that its decay is 1 minus PyTorch's momentum. Where some layers have no bias, or a norm
-      no weight, the missing leaves are zeros and ones.
+      `jax_enable_x64`). `state` is that of batch normalization, otherwise empty. To train on as PyTorch does, keep the
+      defaults of `apply_batch_norm`, except that its decay is 1 minus PyTorch's momentum. Where some layers have no
+      bias, or a norm no weight, the missing leaves are zeros and ones.
 
     Raises:
       ValueError: a layer or an order of layers that cannot be represented, by its name.
