@@ -16,7 +16,7 @@ test: $(STAMP)
 test-all: $(STAMP)
 	@$(BIN)/python -m pytest $(ARGS)
 
-# What needs PyTorch, Keras, loggers and other libraries, in an environment that has them.
+# The tests that need PyTorch, Keras, loggers and other libraries, in an environment of their own.
 test-peers: $(STAMP)
 	@$(PYTHON) -m venv .venv-peers
 	@.venv-peers/bin/python -m pip install --quiet --quiet --disable-pip-version-check --editable ".[dev,peers]"

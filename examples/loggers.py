@@ -2,8 +2,8 @@
 
     python -m examples.loggers --logger tensorboard --out runs/logged
 
-A callback is a function of the state and of the epoch's record, a dict of numbers. What has to be closed at the end is
-a context manager around the run.
+A callback is a function of the state and of the epoch's record, a dict of numbers. Each logger is a context manager
+around the run, which closes its files at the end.
 """
 
 import argparse

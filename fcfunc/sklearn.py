@@ -354,7 +354,7 @@ class _MLP(BaseEstimator):
         X = validate_data(self, X, accept_sparse="csr", dtype=(np.float64, np.float32), reset=False)
         dtype = self.coefs_[0].dtype
         net, params = self._network(X.shape[1]), self._params()
-        # Padded to powers of two: as many programs as there are powers, whatever the numbers of rows.
+        # Padded to powers of two, so that few programs are compiled for many numbers of rows.
         size, parts = min(ROWS, 1 << (X.shape[0] - 1).bit_length()), []
         with _precision(dtype):
             for first in range(0, X.shape[0], size):

@@ -135,7 +135,7 @@ class TestTorch:
         self.torch = pytest.importorskip("torch")
         self.torch.manual_seed(0)
 
-    def test_a_module_of_ones_own_is_read_in_the_order_of_its_layers(self):
+    def test_a_custom_module_is_read_in_the_order_of_its_layers(self):
         torch, nn = self.torch, self.torch.nn
 
         class Net(nn.Module):
@@ -294,7 +294,7 @@ class TestFlax:
         theirs = updated["batch_stats"]["BatchNorm_0"]
         np.testing.assert_allclose(after[0]["var"], theirs["var"], rtol=1e-4)
 
-    def test_an_nnx_module_of_ones_own_is_read_by_its_attributes(self):
+    def test_a_custom_nnx_module_is_read_by_its_attributes(self):
         from flax import nnx
 
         class Net(nnx.Module):

@@ -99,7 +99,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(write, tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
-def test_a_function_of_ones_own_is_in_stablehlo_and_refused_by_onnx(tmp_path):
+def test_a_custom_activation_is_in_stablehlo_and_refused_by_onnx(tmp_path):
     net = fcfunc.mlp([3, 4, 2], activation=jnp.sin)
     params = net.init(jax.random.key(0))
     x = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)

@@ -14,7 +14,7 @@ PRIVATE = {
     "test_learning_rate_warmstart": "reads _optimizer.learning_rate",
     "test_adaptive_learning_rate": "reads _optimizer.learning_rate",
 }
-"""Tests that read private attributes, and which; tests/test_sklearn.py compares the same things by what is public."""
+"""Tests that read private attributes, and which ones; tests/test_sklearn.py compares the same behavior."""
 
 with unittest.mock.patch.multiple(sklearn.neural_network, **OURS):
     from sklearn.neural_network.tests import test_mlp
