@@ -278,7 +278,12 @@ def examples(where: str, data, name: str = "data"):
 
     TypeError with advice if a leaf is not an array of numbers.
     """
-    return jax.tree.map(clipped, numeric_arrays(where, data, name))
+    numbers = numeric_arrays(where, data, name)
+    return (
+        numbers
+        if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(numbers))
+        else jax.tree.map(clipped, numbers)
+    )
 
 
 def numeric_arrays(where: str, data, name: str = "data"):
@@ -286,15 +291,22 @@ def numeric_arrays(where: str, data, name: str = "data"):
 
     TypeError with advice if a leaf is not an array of numbers.
     """
-    leaves, treedef = jax.tree.flatten(data)
-    if all(isinstance(leaf, jax.Array) for leaf in leaves):
+    if all(map(_is_numeric, jax.tree.leaves(data))):  # in each step, which has no time for the names of the arrays
         return data
-    paths = [f"{name}{jax.tree_util.keystr(path)!s:.80}" for path, _ in jax.tree.leaves_with_path(data)]
-    return jax.tree.unflatten(treedef, [_numeric_array(where, path, a) for path, a in zip(paths, leaves, strict=True)])
+    return jax.tree.map_with_path(
+        lambda path, leaf: _numeric_array(where, f"{name}{jax.tree_util.keystr(path)!s:.80}", leaf), data
+    )
+
+
+def _is_numeric(leaf) -> bool:
+    if isinstance(leaf, np.ndarray):
+        known = jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == np.bool_
+        return known and not isinstance(leaf, np.ma.MaskedArray)
+    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
 
 
 def _numeric_array(where: str, here: str, leaf):
-    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+    if _is_numeric(leaf):
         return leaf
     kind = type(leaf)
     found = f"{kind.__module__.split('.')[0]} {kind.__name__}".removeprefix("builtins ")
@@ -309,7 +321,7 @@ def _numeric_array(where: str, here: str, leaf):
         raise TypeError(
             f"{where}: {here} must be an array, got {found} that NumPy cannot convert ({e!s:.120})"
         ) from None
-    if not (jnp.issubdtype(a.dtype, jnp.number) or a.dtype == np.bool_):
+    if not _is_numeric(a):
         hint = "; np.unique(names, return_inverse=True)[1] makes labels of names" if a.dtype.kind in "OSU" else ""
         columns = [
             str(name) for name, of in getattr(leaf, "dtypes", {}).items() if getattr(of, "kind", "O") not in "biuf"

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from fcfunc import _arguments
@@ -28,7 +29,7 @@ class EarlyStopping(NamedTuple):
     def judge(self, best: "Best", epoch: Any, record: dict, state: TrainState) -> "Best":
         """The best epoch after one more, of which `record` holds the metrics; without patience it is the last."""
         if self.patience is None:
-            return best._replace(epoch=jnp.int32(epoch))
+            return best._replace(epoch=epoch)
         score = jnp.asarray(record[self.monitor], best.score.dtype)
         model = (state.params, state.model_state)
         new = Best(score if self.mode == "min" else -score, jnp.int32(epoch), jnp.int32(0), model)
@@ -36,7 +37,7 @@ class EarlyStopping(NamedTuple):
 
     def stops(self, best: "Best") -> Any:
         """Whether no better epoch came for too long."""
-        return jnp.bool_(False) if self.patience is None else best.waited >= self.patience
+        return np.bool_(False) if self.patience is None else best.waited >= self.patience
 
     def restore(self, best: "Best", state: TrainState) -> TrainState:
         """The state with the model of the best epoch."""

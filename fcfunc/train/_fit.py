@@ -290,7 +290,7 @@ def fit(
                 handle = {"handle": bar.handle()} if bar and reports else {}
                 state, metrics, skipped, ok = run_chunk(None, sizes.sum(), before, **handle)
                 if not ok:
-                    history = _history(records, len(records) if patience is None else int(best.epoch))
+                    history = _history(records, int(best.epoch))
                     raise non_finite_error(
                         run_chunk, loss_fn, before, given_data, sizes, epoch, history, shuffle=bool(shuffle)
                     )
@@ -309,14 +309,10 @@ def fit(
             if bar:
                 bar.end_epoch(record)
             stop = on_epoch is not None and on_epoch(state, record)
-            stop = isinstance(stop, bool | np.bool_) and stop
-            if patience is not None:
-                best = stopping.judge(best, epoch, record | scores, state)
-                stop = stop or stopping.stops(best)
-            if stop:
+            best = stopping.judge(best, epoch, record | scores, state)
+            if (isinstance(stop, bool | np.bool_) and stop) or stopping.stops(best):
                 break
-    kept_epoch = len(records) if patience is None else int(best.epoch)
-    return stopping.restore(best, state), _history(records, kept_epoch)
+    return stopping.restore(best, state), _history(records, int(best.epoch))
 
 
 @cached_by_id
