@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fcfunc import _arguments, _files
-from fcfunc.network import Network, unstack
+from fcfunc.network import Network, unstack, unstacked_state
 
 __all__ = ["onnx", "stablehlo"]
 
@@ -125,7 +125,7 @@ def onnx(
         h = graph.add("Sub", graph.add("Sub", h, graph.constant(mean)), graph.constant(rest))
         h = graph.add("Div", h, graph.constant(scale))
     layers = jax.device_get(unstack(params))
-    states = _states(state) if net.norm == "batch_norm" else [None] * len(layers)
+    states = unstacked_state(jax.device_get(state)) if net.norm == "batch_norm" else [None] * len(layers)
     for i, p in enumerate(layers):
         before, hidden = h, i < len(layers) - 1
         h = graph.add("MatMul", h, graph.constant(p["w"]))
@@ -197,15 +197,6 @@ def _checked(where, path, net, params, state, standardizer, final_activation):
     rounded = mean.astype(np.float32)
     # A column such as a year has a mean that float32 rounds by more than its spread allows: the rest is subtracted too.
     return net, tuple(a.astype(np.float32)[None] for a in (rounded, mean - rounded, scale))
-
-
-def _states(state) -> list[dict]:
-    """The running statistics, one entry per layer."""
-    entries = []
-    for entry in jax.device_get(list(state)):
-        several = np.ndim(entry["mean"]) > 1
-        entries += [{n: a[i] for n, a in entry.items()} for i in range(len(entry["mean"]))] if several else [entry]
-    return entries
 
 
 def _norm(graph: _Graph, net: Network, p, running, h: str) -> str:

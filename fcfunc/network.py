@@ -656,6 +656,15 @@ def unstack(params: Params) -> Params:
     return layers
 
 
+def unstacked_state(state: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The running statistics of batch normalization with one entry per layer, stacked before or not."""
+    entries = []
+    for entry in state:
+        several = np.ndim(entry["mean"]) > 1
+        entries += [{n: a[i] for n, a in entry.items()} for i in range(len(entry["mean"]))] if several else [entry]
+    return entries
+
+
 def _init(key, shapes, w_init, b_init, param_dtype):
     params = []
     for layer, leaves in enumerate(shapes):

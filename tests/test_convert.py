@@ -479,6 +479,16 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(name, monk
         getattr(convert, f"from_{name}")(None)
 
 
+def test_stacked_running_statistics_are_unstacked():
+    pytest.importorskip("flax")
+    net = fcfunc.mlp([3, 5, 5, 5, 2], norm="batch_norm")
+    params = fcfunc.stack(net.init(jax.random.key(0)))
+    x = np.random.default_rng(0).standard_normal((9, 3)).astype(np.float32)
+    _, state = net.apply_batch_norm(params, net.init_batch_norm_state(params), x, training=True)
+    module, variables = convert.to_flax(net, params, state)
+    np.testing.assert_allclose(module.apply(variables, x), predicted(net, params, state, x), rtol=1e-5, atol=1e-5)
+
+
 def test_params_of_another_network_are_refused():
     pytest.importorskip("flax")
     net, other = fcfunc.mlp([3, 4, 2]), fcfunc.mlp([3, 5, 2])

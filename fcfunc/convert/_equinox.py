@@ -51,12 +51,11 @@ def from_equinox(module: Any, state: Any = None) -> tuple[Network, list, Any]:
     if not isinstance(module, eqx.nn.MLP | eqx.nn.Sequential | eqx.nn.Linear):
         raise TypeError(f"{where}: an eqx.nn.MLP or eqx.nn.Sequential expected, got {type(module).__name__}")
     net, params, new_state = network_of(where, [*_layers(where, eqx, module, "", state)])
-    stateful = any(isinstance(layer, eqx.nn.BatchNorm) for layer in getattr(module, "layers", ()))
 
     def run(x):
         still = eqx.nn.inference_mode(module)
         rows = jnp.asarray(x)
-        if stateful:
+        if net.norm == "batch_norm":
             return jax.vmap(lambda x: still(x, state)[0], axis_name="batch")(rows)
         return jax.vmap(lambda x: still(x))(rows)
 

@@ -205,8 +205,8 @@ def _linen_layers(where: str, linen, module, variables) -> list:
         for i, part in enumerate(module.layers):
             path = (f"layers_{i}",)
             if isinstance(part, linen.Sequential):
-                inner = {name: {"x": _at(tree, path)} for name, tree in variables.items()}
-                layers += _linen_layers(where, linen, part, {name: tree["x"] for name, tree in inner.items()})
+                inner = {name: _at(tree, path) for name, tree in variables.items()}
+                layers += _linen_layers(where, linen, part, inner)
             elif isinstance(part, linen.Module):
                 layers.append(layer_of(part, path))
             else:

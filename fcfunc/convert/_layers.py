@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcfunc.network import NORMS, NUMBERS, Network, mlp, unstack
+from fcfunc.network import NORMS, NUMBERS, Network, mlp, unstack, unstacked_state
 
 DEFAULT_EPS = 1e-5
 
@@ -160,7 +160,7 @@ def layers_of(where: str, net: Network, params: Any, state: Any) -> list[Block]:
     if shapes != [net._shapes(i) for i in range(len(net.dims) - 1)]:
         raise ValueError(f"{where}: params must be those of the network, {list(net.dims)}, got {shapes!s:.120}")
     if net.norm == "batch_norm":
-        state = jax.device_get(unstack([*state, {"w": np.zeros((1, 1))}])[:-1] if _stacked(state) else state)
+        state = unstacked_state(jax.device_get(state))
         if len(state) != len(layers) - 1:
             raise ValueError(f"{where}: a network with batch normalization needs its state, {len(layers) - 1} entries")
     eps = DEFAULT_EPS if net.norm_eps is None else net.norm_eps
@@ -243,7 +243,3 @@ def _or(a: Any, fill: Callable, width: int, dtype) -> Any:
 
 def _is_pair(activation: Any) -> bool:
     return len(activation) == 2 and isinstance(activation[1], int | float)
-
-
-def _stacked(state: Any) -> bool:
-    return any(np.ndim(entry["mean"]) > 1 for entry in state)
