@@ -31,7 +31,7 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import check_classification_targets, type_of_target, unique_labels
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
-from fcfunc import losses, network, ops, params_file, train
+from fcfunc import _arguments, losses, network, ops, params_file, train
 from fcfunc.network import NORMS, Network
 
 __all__ = ["MLPClassifier", "MLPRegressor"]
@@ -215,9 +215,7 @@ class _MLP(BaseEstimator):
             data, held_out = self._split(data, rng)
         n = len(data["x"])
         batch_size = min(200, n) if self.batch_size == "auto" else self.batch_size
-        if batch_size > n:
-            warnings.warn(f"batch_size {batch_size} is more than the {n} examples, which are one batch", stacklevel=4)
-            batch_size = n
+        batch_size = _arguments.fitting_batch_size(type(self).__name__, batch_size, n)
         if self.norm == "batch_norm" and (n % batch_size == 1 or n == 1):
             raise ValueError(
                 f"batch normalization needs at least 2 rows in each batch, {n} examples leave 1 in the last"
@@ -247,15 +245,13 @@ class _MLP(BaseEstimator):
             if self.verbose:
                 print(f"Iteration {self.n_iter_}, loss = {self.loss_:.8f}")
             if held_out is None:
-                worse, better = self.loss_ > self.best_loss_ - self.tol, self.loss_ < self.best_loss_
+                worse = self.loss_ > self.best_loss_ - self.tol
                 self.best_loss_ = min(self.best_loss_, self.loss_)
             else:
                 score = self._held_out_score(net, state, held_out)
                 worse = score < self.best_validation_score_ + self.tol
-                better = score > self.best_validation_score_
-                self.best_validation_score_ = max(self.best_validation_score_, score)
-                if better:
-                    best = jax.tree.map(jnp.copy, (state.params, state.model_state))
+                if score > self.best_validation_score_:
+                    self.best_validation_score_, best = score, (state.params, state.model_state)
             self._no_improvement_count = self._no_improvement_count + 1 if worse else 0
             if self._no_improvement_count > self.n_iter_no_change:
                 slower = self._adapts() and float(state.opt_state.hyperparams["learning_rate"]) > SMALLEST_RATE
@@ -299,12 +295,10 @@ class _MLP(BaseEstimator):
     def _split(self, data, rng):
         """The examples to train on and those to stop by, with the same share of every class in both."""
         n = len(data["x"])
-        y = data["y"]
-        stratify = None
+        options = {"test_size": self.validation_fraction, "random_state": rng}
         if isinstance(self, ClassifierMixin) and not self._multilabel:
-            stratify = y
-        fraction = self.validation_fraction
-        kept, held = train_test_split(np.arange(n), random_state=rng, test_size=fraction, stratify=stratify)
+            options["stratify"] = data["y"]
+        kept, held = train_test_split(np.arange(n), **options)
         if len(held) < 2:
             raise ValueError(
                 f"The validation set is too small, {len(held)} of {n} examples. Increase 'validation_fraction' or the "
@@ -366,13 +360,11 @@ class _MLP(BaseEstimator):
         return np.concatenate(parts)
 
     def _network(self, features: int) -> Network:
-        hidden = self.hidden_layer_sizes
+        hidden, activation = self.hidden_layer_sizes, self.activation
         widths = [int(w) for w in (hidden if np.iterable(hidden) else [hidden])]
         return network.mlp(
             [features, *widths, self.n_outputs_],
-            activation=ACTIVATIONS.get(self.activation, self.activation)
-            if isinstance(self.activation, str)
-            else self.activation,
+            activation=ACTIVATIONS.get(activation, activation) if isinstance(activation, str) else activation,
             norm=self.norm if widths else None,
             dropout_rate=self.dropout_rate,
             residual=self.residual,
@@ -419,12 +411,9 @@ class _MLP(BaseEstimator):
                 )
         for name in ("momentum", "validation_fraction", "beta_1", "beta_2"):
             value = getattr(self, name)
-            if (
-                not isinstance(value, numbers.Real)
-                or not 0 <= value < (math.inf if name == "momentum" else 1)
-                or value > 1
-            ):
-                raise ValueError(f"{name} must be in [0, 1{']' if name == 'momentum' else ')'}, got {value!r}")
+            closed = name == "momentum"
+            if not isinstance(value, numbers.Real) or not (0 <= value < 1 or (closed and value == 1)):
+                raise ValueError(f"{name} must be in [0, 1{']' if closed else ')'}, got {value!r}")
         counts = {name: getattr(self, name) for name in ("max_iter", "max_fun", "n_iter_no_change", "batch_size")}
         for name, value in counts.items():
             free = {"n_iter_no_change": math.inf, "batch_size": "auto"}.get(name)
@@ -533,7 +522,11 @@ class MLPClassifier(ClassifierMixin, _MLP):
 
     def predict(self, X) -> np.ndarray:
         """The classes, `[n]`, or for several labels the indicators, `[n, labels]`."""
-        return self._predicted(self._forward(X))
+        outputs = self._forward(X)
+        if self._multilabel:
+            return (outputs > 0.5).astype(int)
+        chosen = np.argmax(outputs, axis=1) if self.out_activation_ == "softmax" else (outputs[:, 0] > 0.5).astype(int)
+        return self.classes_[np.minimum(chosen, len(self.classes_) - 1)]
 
     def predict_proba(self, X) -> np.ndarray:
         """The probabilities of the classes, `[n, classes]`, in the order of `classes_`."""
@@ -546,12 +539,6 @@ class MLPClassifier(ClassifierMixin, _MLP):
         """The logarithms of `predict_proba`."""
         with np.errstate(divide="ignore"):
             return np.log(self.predict_proba(X))
-
-    def _predicted(self, outputs: np.ndarray) -> np.ndarray:
-        if self._multilabel:
-            return (outputs > 0.5).astype(int)
-        chosen = np.argmax(outputs, axis=1) if self.out_activation_ == "softmax" else (outputs[:, 0] > 0.5).astype(int)
-        return self.classes_[np.minimum(chosen, len(self.classes_) - 1)]
 
     def _score(self, y, outputs, weights):
         """The accuracy against encoded classes."""
