@@ -2,8 +2,8 @@
 
     python -m examples.train_classifier --data fashion-mnist --dims 784,512,512,10 --epochs 15
 
-Writes params.safetensors, history.jsonl and learning_curve.png to --out, and net.onnx or net.stablehlo with --export.
-The README shows how to load the parameters.
+Writes params.safetensors, history.jsonl and learning_curve.png to --out, preprocessing.skops if a CSV file has text or
+missing values, and net.onnx or net.stablehlo with --export. The README shows how to load the parameters.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,12 +35,13 @@ OPTIMIZERS = {
 
 
 class Task(NamedTuple):
-    """What is learned: the parts of the data, the classes, and the standardization of inputs and targets."""
+    """What is learned: the parts of the data, the classes, and how inputs and targets become numbers of order 1."""
 
     parts: tuple[data.Dataset, ...]
     classes: int | None
     scaling: dict[str, data.Standardizer]
     names: list[str] | None = None
+    preprocessing: Any = None  # a fitted scikit-learn transformer of a table with text or missing values
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -73,9 +74,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     print(net)
     compare_rules(net, task.classes, args.l2, args.seed)
 
-    if args.norm == "batch_norm" and len(training.y) % args.batch_size == 1:
-        raise ValueError(f"--batch-size {args.batch_size}: leaves a last batch of 1, which batch_norm cannot normalize")
-    steps = train.num_steps(len(training.y), epochs=args.epochs, batch_size=args.batch_size)
+    batch_size = min(args.batch_size, len(training.y))
+    if batch_size < args.batch_size:
+        print(f"--batch-size {args.batch_size}: the {batch_size} training examples are one batch")
+    if args.norm == "batch_norm" and len(training.y) % batch_size == 1:
+        raise ValueError(f"--batch-size {batch_size}: leaves a last batch of 1, which batch_norm cannot normalize")
+    steps = train.num_steps(len(training.y), epochs=args.epochs, batch_size=batch_size)
     optimizer = make_optimizer(args.optimizer, args.learning_rate, args.weight_decay, steps)
     loss_fn, eval_fn = (make_loss_fn(net, task.classes, l2) for l2 in (args.l2, 0.0))
     params = net.init(init_key)
@@ -89,7 +93,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         state,
         training,
         epochs=args.epochs,
-        batch_size=args.batch_size,
+        batch_size=batch_size,
         validation_data=validation,
         eval_fn=eval_fn,
         monitor=score,
@@ -110,7 +114,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         print(f"test RMSE {figures['rmse']:.4g} in the target's unit, standard deviation {figures['std']:.4g}, "
               f"R² {figures['r2']:.3f} after {epochs}")  # fmt: skip
     config = {"network": net.to_dict(), "class_names": task.names}
-    files = write(out, net, state, history, score, config, task.scaling, args.export)
+    files = write(out, net, state, history, score, config, task, args.export)
     print(f"wrote {', '.join(files[:-1])} and {files[-1]} to {out}/")
     return figures
 
@@ -219,14 +223,15 @@ def load(source: str, task: str, target: str | None, seed: int) -> Task:
         training, test = data.fashion_mnist(*[folder] if folder else [])
         parts = (*data.split(training, (0.9, 0.1), seed=seed), test)
         return Task(tuple(data.Dataset(p.x.reshape(len(p.x), -1) / np.float32(255), p.y) for p in parts), 10, {})
-    parts, names = read_parts(Path(source), target, seed)
+    parts, names, preprocessing = read_parts(Path(source), target, seed)
     data.check_values(parts, name=source)
     if any(np.abs(p.x).max() > np.finfo(np.float32).max for p in parts):
         raise ValueError(f"{source}: x has numbers too large for float32")
     parts = tuple(data.Dataset(p.x.reshape(len(p.x), -1).astype(np.float32), p.y) for p in parts)
-    inputs = data.standardizer(parts[0].x)
-    parts = tuple(p._replace(x=inputs(p.x)) for p in parts)
-    scaling = {"input": inputs}
+    scaling = {}
+    if preprocessing is None:
+        scaling["input"] = data.standardizer(parts[0].x)
+        parts = tuple(p._replace(x=scaling["input"](p.x)) for p in parts)
     whole = np.issubdtype(parts[0].y.dtype, np.integer)
     if task == "classification" and not whole:
         raise ValueError(f"{source}: --task classification needs integer labels, got {parts[0].y.dtype}")
@@ -237,18 +242,31 @@ def load(source: str, task: str, target: str | None, seed: int) -> Task:
     if task == "regression" or not whole:
         targets = data.standardizer(parts[0].y)
         scaling |= {"target": targets}
-        return Task(tuple(p._replace(y=targets(p.y)) for p in parts), None, scaling)
+        return Task(tuple(p._replace(y=targets(p.y)) for p in parts), None, scaling, preprocessing=preprocessing)
     classes = int(max(p.y.max() for p in parts[:2])) + 1  # of the training file; a test label beyond is refused
     if classes > 10_000:
         raise ValueError(f"{source}: labels up to {classes - 1}; if y is a quantity, say --task regression")
-    return Task(parts, max(classes, 2), scaling, names)
+    return Task(parts, max(classes, 2), scaling, names, preprocessing)
 
 
-def read_parts(path: Path, target: str | None, seed: int) -> tuple[tuple[data.Dataset, ...], list[str] | None]:
-    """The training, validation and test part of the user's own file, and the names of its classes."""
+def read_parts(path: Path, target: str | None, seed: int) -> tuple[tuple[data.Dataset, ...], list[str] | None, Any]:
+    """The training, validation and test part of the user's own file, the names of its classes, and preprocessing."""
+    fractions = (0.7, 0.15, 0.15)
     if path.suffix == ".csv":
-        table = data.read_csv(path, target=target)
-        return data.split(data.Dataset(table.x, table.y), (0.7, 0.15, 0.15), seed=seed), table.classes
+        try:
+            table = data.read_csv(path, target=target)
+        except ValueError:
+            from examples import tables
+
+            mixed = tables.read(path, target)
+            if mixed is None:
+                raise
+            print_columns(mixed.features)
+            halves = data.split((np.arange(len(mixed.y)), mixed.y), fractions, seed=seed)
+            preprocessing = tables.preprocessing(mixed.features).fit(mixed.features.iloc[halves[0][0]])
+            parts = tuple(data.Dataset(preprocessing.transform(mixed.features.iloc[rows]), y) for rows, y in halves)
+            return parts, mixed.classes, preprocessing
+        return data.split(data.Dataset(table.x, table.y), fractions, seed=seed), table.classes, None
     if path.suffix != ".npz":
         raise ValueError(f"--data {path}: expected digits, fashion-mnist, fashion-mnist:FOLDER, a .npz or a .csv file")
     arrays = {name.lower(): array for name, array in data.read_npz(path).items()}
@@ -256,10 +274,17 @@ def read_parts(path: Path, target: str | None, seed: int) -> tuple[tuple[data.Da
         training, test = (checked(path, arrays, f"x_{part}", f"y_{part}") for part in ("train", "test"))
         if training.x.shape[1:] != test.x.shape[1:] or training.y.dtype.kind != test.y.dtype.kind:
             raise ValueError(f"{path}: x_train and x_test, or y_train and y_test, are not of one width and kind")
-        return (*data.split(training, (0.85, 0.15), seed=seed), test), None
+        return (*data.split(training, (0.85, 0.15), seed=seed), test), None, None
     if {"x", "y"} <= arrays.keys():
-        return data.split(checked(path, arrays, "x", "y"), (0.7, 0.15, 0.15), seed=seed), None
+        return data.split(checked(path, arrays, "x", "y"), fractions, seed=seed), None, None
     raise ValueError(f"{path}: arrays x and y (or x_train, y_train, x_test, y_test) expected, got {', '.join(arrays)}")
+
+
+def print_columns(features) -> None:
+    """Says which columns of a table were taken for text and which have missing values."""
+    text = [name for name in features if features[name].dtype.kind not in "iuf"]
+    missing = [name for name in features if features[name].isna().any()]
+    print(f"columns of text: {', '.join(text) or 'none'}; with missing values: {', '.join(missing) or 'none'}")
 
 
 def checked(path: Path, arrays: dict[str, np.ndarray], x_name: str, y_name: str) -> data.Dataset:
@@ -294,7 +319,7 @@ def select_device(device: str | None) -> None:
 
 
 def write(
-    out: Path, net: fcfunc.Network, state: train.TrainState, history, score: str, config: dict, scaling: dict,
+    out: Path, net: fcfunc.Network, state: train.TrainState, history, score: str, config: dict, task: Task,
     exported: list[str],
 ) -> list[str]:  # fmt: skip
     """Writes into a temporary folder first and moves complete files over: none is left half-written."""
@@ -318,10 +343,14 @@ def write(
         figure.savefig(Path(staging) / "learning_curve.png", dpi=120)
         plt.close(figure)
         arrays = {"layers": state.params} | ({"statistics": state.model_state} if state.model_state else {})
-        params_file.save(Path(staging) / "params.safetensors", arrays | scaling, config=config)
-        numbers = "target" in scaling
-        predicting = in_unit(state.params, scaling["target"]) if numbers else state.params
-        options = {"standardizer": scaling.get("input"), "final_activation": None if numbers else "softmax"}
+        params_file.save(Path(staging) / "params.safetensors", arrays | task.scaling, config=config)
+        if task.preprocessing is not None:
+            import skops.io
+
+            skops.io.dump(task.preprocessing, Path(staging) / "preprocessing.skops")
+        numbers = "target" in task.scaling
+        predicting = in_unit(state.params, task.scaling["target"]) if numbers else state.params
+        options = {"standardizer": task.scaling.get("input"), "final_activation": None if numbers else "softmax"}
         for kind in exported:
             getattr(export, kind)(Path(staging) / f"net.{kind}", net, predicting, state=state.model_state, **options)
         (Path(staging) / "history.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
