@@ -1,6 +1,8 @@
 """Checks and conversions of arguments. A message says where, what was expected, and what was given."""
 
+import importlib
 import os
+import sys
 import warnings
 from typing import Any
 
@@ -26,6 +28,17 @@ def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     count = 2 if lines and lines[0].endswith(":") else 1
     return f"{type(error).__name__}: {' '.join(lines[:count])[:400]}"
+
+
+def library(where: str, package: str, *modules: str) -> Any:
+    """Imports modules of an optional package and returns the topmost; ImportError with what to install without it."""
+    top = modules[0].partition(".")[0]
+    try:
+        for name in (top, *modules):
+            importlib.import_module(name)
+    except ImportError:
+        raise ImportError(f"{where}: {package} is not installed; pip install {package}") from None
+    return sys.modules[top]
 
 
 def array(where: str, /, **arrays) -> None:

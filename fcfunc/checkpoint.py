@@ -178,10 +178,7 @@ def steps(folder: Any) -> list[int]:
 
 @contextlib.contextmanager
 def _orbax():
-    try:
-        import orbax.checkpoint as ocp
-    except ImportError:
-        raise ImportError("checkpoint: orbax-checkpoint is not installed; pip install orbax-checkpoint") from None
+    ocp = _arguments.library("checkpoint", "orbax-checkpoint", "orbax.checkpoint").checkpoint
     log = logging.getLogger("absl")
     level = log.level
     log.setLevel(logging.CRITICAL)  # each of its threads logs the error that is raised here

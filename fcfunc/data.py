@@ -73,11 +73,8 @@ def digits() -> Dataset:
 
     Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI repository.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise ImportError("digits: scikit-learn is not installed; pip install scikit-learn") from None
-    x, y = load_digits(return_X_y=True)
+    sklearn = _arguments.library("digits", "scikit-learn", "sklearn.datasets")
+    x, y = sklearn.datasets.load_digits(return_X_y=True)
     return Dataset((x / 16).astype(np.float32), y.astype(np.int32))
 
 

@@ -117,7 +117,7 @@ def onnx(
       (5, 3)
     """
     where = "export.onnx"
-    library = _library()
+    library = _arguments.library(where, "onnx", "onnx", "onnx.checker")
     net, (mean, rest, scale) = _checked(where, path, net, params, state, standardizer, final_activation)
     graph = _Graph(library)
     h = "x"
@@ -167,15 +167,6 @@ class _Graph:
         name = output or f"h{len(self.nodes)}"
         self.nodes.append(self.library.helper.make_node(operator, list(inputs), [name], **attributes))
         return name
-
-
-def _library():
-    try:
-        import onnx
-        import onnx.checker
-    except ImportError:
-        raise ImportError("export.onnx: onnx is not installed; pip install onnx") from None
-    return onnx
 
 
 def _checked(where, path, net, params, state, standardizer, final_activation):

@@ -64,7 +64,7 @@ def save(path: str | os.PathLike, params: Any, *, config: Any = None) -> None:
     tensors = {name: _host(name, a) for name, a in _named(params, "").items()}
     text = json.dumps(_files.plain(config, "params_file.save: config"), sort_keys=True)
     metadata = {"config": text, "sha256": _digest(tensors, text)}
-    content = _library().numpy.save(tensors, metadata=metadata)
+    content = _safetensors().numpy.save(tensors, metadata=metadata)
     _files.write_whole(Path(path), content)
 
 
@@ -95,7 +95,7 @@ def load(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> tuple[Any, A
         length = int.from_bytes(f.read(8), "little")
     if size < 8 or length > min(size - 8, HEADER_BYTES):
         raise ValueError(f"{path}: not a whole safetensors file ({size} bytes, with a header of {length})")
-    library = _library()
+    library = _safetensors()
     try:
         with library.safe_open(path, "numpy") as f:
             metadata = f.metadata() or {}
@@ -115,12 +115,8 @@ def load(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> tuple[Any, A
     return _tree(path, {name: jax.device_put(a) if kept[name] else a for name, a in tensors.items()}), config
 
 
-def _library():
-    try:
-        import safetensors.numpy
-    except ImportError:
-        raise ImportError("params_file: safetensors is not installed; pip install safetensors") from None
-    return safetensors
+def _safetensors():
+    return _arguments.library("params_file", "safetensors", "safetensors.numpy")
 
 
 def _host(name: str, a) -> np.ndarray:

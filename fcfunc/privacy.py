@@ -300,13 +300,7 @@ def noise_multiplier(*, epsilon: float, rate: float, steps: int, delta: float) -
 
 
 def _accounting() -> Any:
-    try:
-        import dp_accounting
-        import dp_accounting.pld
-        import dp_accounting.rdp
-    except ImportError as e:
-        raise ImportError('privacy needs dp-accounting: pip install "fcfunc[privacy]"') from e
-    return dp_accounting
+    return _arguments.library("privacy", "dp-accounting", "dp_accounting", "dp_accounting.pld", "dp_accounting.rdp")
 
 
 def _rate(where: str, rate) -> float:

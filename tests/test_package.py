@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from fcfunc import checkpoint, data, params_file, train
+from fcfunc import checkpoint, data, params_file, privacy, train
 from fcfunc.train._progress import ProgressBar
 
 STATE = train.init_state({"w": jnp.ones(1)}, optax.sgd(0.1), jax.random.key(0))
@@ -63,6 +63,11 @@ def test_the_oldest_releases_are_those_of_pyproject():
         ("tqdm", "tqdm", lambda path: ProgressBar(epochs=1, steps=1, first_step=0)),
         ("sklearn.datasets", "scikit-learn", lambda path: data.digits()),
         ("safetensors.numpy", "safetensors", lambda path: params_file.save(path, [{"w": jnp.ones(1)}])),
+        (
+            "dp_accounting",
+            "dp-accounting",
+            lambda path: privacy.epsilon(rate=0.1, noise_multiplier=1.0, steps=1, delta=0.1),
+        ),
         ("orbax.checkpoint", "orbax-checkpoint", lambda path: checkpoint.save(path, STATE)),
     ],
 )

@@ -1,6 +1,5 @@
 """Private steps: what an example can change, how batches are drawn, and ε against a closed form."""
 
-import builtins
 import math
 
 import jax
@@ -214,19 +213,6 @@ def test_an_ordinary_batch_is_refused():
 def test_numbers_out_of_range_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_without_dp_accounting_the_error_names_the_extra(monkeypatch):
-    real = builtins.__import__
-
-    def fake(name, *args, **kwargs):
-        if name.startswith("dp_accounting"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", fake)
-    with pytest.raises(ImportError, match=r'pip install "fcfunc\[privacy\]"'):
-        privacy.epsilon(rate=0.1, noise_multiplier=1.0, steps=1, delta=1e-5)
 
 
 def test_an_example_is_clipped_where_the_square_of_a_factor_underflows():

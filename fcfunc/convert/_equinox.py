@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fcfunc._arguments import library
 from fcfunc.convert._layers import (
     Activation,
     Affine,
@@ -47,7 +48,8 @@ def from_equinox(module: Any, state: Any = None) -> tuple[Network, list, Any]:
       >>> net.dims
       (3, 4, 2)
     """
-    where, eqx = "from_equinox", _library()
+    where = "from_equinox"
+    eqx = library(where, "equinox", "equinox")
     if not isinstance(module, eqx.nn.MLP | eqx.nn.Sequential | eqx.nn.Linear):
         raise TypeError(f"{where}: an eqx.nn.MLP or eqx.nn.Sequential expected, got {type(module).__name__}")
     net, params, new_state = network_of(where, [*_layers(where, eqx, module, "", state)])
@@ -84,7 +86,7 @@ def to_equinox(net: Network, params: list, state: Any = ()) -> Any:
       >>> jax.vmap(module)(jnp.ones((5, 3))).shape
       (5, 2)
     """
-    eqx = _library()
+    eqx = library("to_equinox", "equinox", "equinox")
     key, layers, running = jax.random.key(0), [], []
     for block in layers_of("to_equinox", net, params, state):
         w, b, width = block.affine.w, block.affine.b, block.affine.w.shape[1]
@@ -117,14 +119,6 @@ def to_equinox(net: Network, params: list, state: Any = ()) -> Any:
         new_state = new_state.set(norm.ema_state_index, (jnp.asarray(mean), jnp.asarray(var)))
         new_state = new_state.set(norm.ema_first_time_index, jnp.array(False))
     return module, new_state
-
-
-def _library():
-    try:
-        import equinox
-    except ImportError:
-        raise ImportError("fcfunc.convert: Equinox is not installed; pip install equinox") from None
-    return equinox
 
 
 def _layers(where: str, eqx, module, name: str, state):

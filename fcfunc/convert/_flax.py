@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fcfunc._arguments import library
 from fcfunc.convert._layers import (
     Activation,
     Affine,
@@ -60,7 +61,9 @@ def from_flax(
       >>> net.activation, net.dims
       ('gelu', (3, 4, 2))
     """
-    where, (linen, nnx) = "from_flax", _library()
+    where = "from_flax"
+    flax = library(where, "flax", "flax.linen", "flax.nnx")
+    linen, nnx = flax.linen, flax.nnx
     if isinstance(module, nnx.Module):
         layers, run = [*_nnx_layers(where, nnx, module, "")], _nnx_run(nnx, module)
     elif isinstance(module, linen.Module):
@@ -96,7 +99,7 @@ def to_flax(net: Network, params: list, state: Any = (), *, training: bool = Fal
       >>> module.apply(variables, jnp.ones((5, 3))).shape
       (5, 2)
     """
-    linen, _ = _library()
+    linen = library("to_flax", "flax", "flax.linen").linen
     layers, variables = [], {}
     for block in layers_of("to_flax", net, params, state):
         name, dtype = f"layers_{len(layers)}", block.affine.w.dtype
@@ -136,7 +139,7 @@ def to_nnx(net: Network, params: list, state: Any = (), *, rngs: Any = None) -> 
       >>> to_nnx(net, net.init(jax.random.key(0)))(jnp.ones((5, 3))).shape
       (5, 2)
     """
-    _, nnx = _library()
+    nnx = library("to_nnx", "flax", "flax.nnx").nnx
     rngs = nnx.Rngs(0) if rngs is None else rngs
     layers: list[Any] = []
     for block in layers_of("to_nnx", net, params, state):
@@ -150,14 +153,6 @@ def to_nnx(net: Network, params: list, state: Any = (), *, rngs: Any = None) -> 
             _set(layers[-1], scale=norm.scale, bias=norm.offset, mean=norm.mean, var=norm.var)
         layers += _after(block, lambda rate: nnx.Dropout(rate, rngs=rngs))
     return nnx.Sequential(*layers)
-
-
-def _library():
-    try:
-        from flax import linen, nnx
-    except ImportError:
-        raise ImportError("fcfunc.convert: Flax is not installed; pip install flax") from None
-    return linen, nnx
 
 
 def _present(**arrays) -> dict[str, jax.Array]:

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from fcfunc._arguments import library
 from fcfunc.convert._layers import Activation, Affine, Dropout, Norm, check_same, layers_of, network_of, unknown
 from fcfunc.network import Network
 
@@ -40,7 +41,8 @@ def from_keras(model: Any) -> tuple[Network, list, Any]:
     Example:
       >>> net, params, state = from_keras(model)  # doctest: +SKIP
     """
-    where, keras = "from_keras", _library()
+    where = "from_keras"
+    keras = library(where, "keras", "keras")
     if not isinstance(model, keras.Model):
         raise TypeError(f"{where}: a Keras model expected, got {type(model).__name__}")
     if not model.built:
@@ -72,7 +74,8 @@ def to_keras(net: Network, params: list, state: Any = ()) -> Any:
     Example:
       >>> to_keras(net, params)  # doctest: +SKIP
     """
-    where, keras = "to_keras", _library()
+    where = "to_keras"
+    keras = library(where, "keras", "keras")
     of, layers, weights = keras.layers, [], []
     for block in layers_of(where, net, params, state):
         w, b, dtype = block.affine.w, block.affine.b, str(block.affine.w.dtype)
@@ -94,14 +97,6 @@ def to_keras(net: Network, params: list, state: Any = ()) -> Any:
         if arrays:
             layer.set_weights([np.asarray(a) for a in arrays])
     return model
-
-
-def _library():
-    try:
-        import keras
-    except ImportError:
-        raise ImportError("fcfunc.convert: Keras is not installed; pip install keras") from None
-    return keras
 
 
 def _layers(where: str, keras, layer):

@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from fcfunc._arguments import library
 from fcfunc.convert._layers import Activation, Affine, layers_of, network_of
 from fcfunc.network import Network
 
@@ -74,11 +75,8 @@ def to_sklearn(net: Network, params: list, *, classes: Any = None) -> Any:
       (5, 3)
     """
     where = "to_sklearn"
-    try:
-        from sklearn.neural_network import MLPClassifier, MLPRegressor
-        from sklearn.preprocessing import LabelBinarizer
-    except ImportError:
-        raise ImportError("fcfunc.convert: scikit-learn is not installed; pip install scikit-learn") from None
+    sklearn = library(where, "scikit-learn", "sklearn.neural_network", "sklearn.preprocessing")
+    networks = sklearn.neural_network
     blocks = layers_of(where, net, params, ())
     if net.norm is not None or net.dropout_rate:
         raise ValueError(f"{where}: scikit-learn has neither norms nor dropout, got {net.norm or net.dropout_rate}")
@@ -97,7 +95,8 @@ def to_sklearn(net: Network, params: list, *, classes: Any = None) -> Any:
         raise ValueError(
             f"{where}: a final activation of {' or '.join(map(str, expected))} expected, got {final!r:.60}"
         )
-    model = (MLPRegressor if classes is None else MLPClassifier)(net.dims[1:-1], activation=names[used.pop()])
+    kind = networks.MLPRegressor if classes is None else networks.MLPClassifier
+    model = kind(net.dims[1:-1], activation=names[used.pop()])
     model.coefs_ = [block.affine.w for block in blocks]
     zeros = [np.zeros(block.affine.w.shape[1], block.affine.w.dtype) for block in blocks]
     model.intercepts_ = [
@@ -106,7 +105,7 @@ def to_sklearn(net: Network, params: list, *, classes: Any = None) -> Any:
     model.n_layers_, model.n_outputs_, model.out_activation_ = len(net.dims), outputs, out
     model.n_features_in_, model.n_iter_, model.t_ = net.dims[0], 0, 0
     if classes is not None:
-        model._label_binarizer = LabelBinarizer().fit(np.asarray(classes))
+        model._label_binarizer = sklearn.preprocessing.LabelBinarizer().fit(np.asarray(classes))
         model.classes_ = model._label_binarizer.classes_
         if list(model.classes_) != list(classes):
             raise ValueError(f"{where}: classes in ascending order expected, got {classes!s:.80}")

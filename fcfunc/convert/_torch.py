@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fcfunc._arguments import library
 from fcfunc.convert._layers import Activation, Affine, Block, Dropout, Norm, check_same, layers_of, network_of, unknown
 from fcfunc.network import Network
 
@@ -52,7 +53,8 @@ def from_torch(
       >>> import torch  # doctest: +SKIP
       >>> net, params, state = from_torch(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU()))  # doctest: +SKIP
     """
-    where, torch = "from_torch", _library()
+    where = "from_torch"
+    torch = library(where, "torch", "torch")
     options = {"activation": activation, "final_activation": final_activation}
     if isinstance(module_or_state_dict, dict):
         if activation == "as given":
@@ -98,7 +100,8 @@ def to_torch(net: Network, params: list, state: Any = ()) -> Any:
       >>> to_torch(net, params)  # doctest: +SKIP
       Sequential(...)
     """
-    where, torch = "to_torch", _library()
+    where = "to_torch"
+    torch = library(where, "torch", "torch")
     nn, modules = torch.nn, []
     for block in layers_of(where, net, params, state):
         modules.append(_linear(torch, block))
@@ -115,14 +118,6 @@ def to_torch(net: Network, params: list, state: Any = ()) -> Any:
         if block.rate:
             modules.append(nn.Dropout(block.rate))
     return nn.Sequential(*modules)
-
-
-def _library():
-    try:
-        import torch
-    except ImportError:
-        raise ImportError("fcfunc.convert: PyTorch is not installed; pip install torch") from None
-    return torch
 
 
 def _layers(where: str, torch, module, name: str):

@@ -7,6 +7,8 @@ import weakref
 import jax
 import jax.numpy as jnp
 
+from fcfunc import _arguments
+
 BAR = "{l_bar}{bar}| {n:.2f}/{total} [{elapsed}<{remaining}{postfix}]"
 
 
@@ -17,10 +19,7 @@ class ProgressBar:
     """
 
     def __init__(self, epochs: int, steps: int, first_step: int):
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            raise ImportError("fit: progress=True needs tqdm, which is not installed; pip install tqdm") from None
+        tqdm = _arguments.library("fit: progress=True", "tqdm", "tqdm").tqdm
         self.redraws = sys.stderr is not None and sys.stderr.isatty()
         self.bar = tqdm(total=epochs, unit="epoch", dynamic_ncols=True, bar_format=BAR, disable=not self.redraws)
         self.steps, self.first_step = steps, first_step
