@@ -328,18 +328,19 @@ def _numeric_array(where: str, here: str, leaf):
     if isinstance(leaf, np.generic) or not hasattr(leaf, "__array__"):
         hint = f"use {here}.toarray()" if hasattr(leaf, "toarray") else "np.asarray converts lists"
         raise TypeError(f"{where}: {here} must be an array, got {found}; {hint}")
+    columns = dict(zip(leaf.columns, leaf.dtypes, strict=True)) if hasattr(leaf, "columns") else {}
+    others = [str(name) for name, of in columns.items() if getattr(of, "kind", "O") not in "biuf"]
     try:
         a = np.asarray(leaf)
+        if a.dtype == object and columns and not others:  # columns of several dtypes, or with a mask
+            a = leaf.to_numpy(np.result_type(*(np.dtype(f"{of.kind}{of.itemsize}") for of in columns.values())))
     except Exception as e:  # a tensor on a GPU, or one that records gradients
         raise TypeError(
             f"{where}: {here} must be an array, got {found} that NumPy cannot convert ({e!s:.120})"
         ) from None
     if not _is_numeric(a):
         hint = "; np.unique(names, return_inverse=True)[1] makes labels of names" if a.dtype.kind in "OSU" else ""
-        columns = [
-            str(name) for name, of in getattr(leaf, "dtypes", {}).items() if getattr(of, "kind", "O") not in "biuf"
-        ]
-        hint = f": the columns {', '.join(columns)!s:.80} do not" if columns else hint
+        hint = f": the columns {', '.join(others)!s:.80} do not" if others else hint
         raise TypeError(f"{where}: {here} must hold numbers, got dtype {a.dtype!s:.40}{hint}")
     return a
 

@@ -68,7 +68,8 @@ def hessian_vector_product(
         `Network.example_gradients`.
       TypeError: as for `Network.example_gradients`.
 
-    Source: Pearlmutter 1994, Fast Exact Multiplication by the Hessian; derived in docs/derivations.md#curvature.
+    Source: Pearlmutter 1994, Fast Exact Multiplication by the Hessian; derived in
+    docs/background/derivations.md#curvature.
 
     Example:
       >>> net = fcfunc.mlp([1, 1], use_bias=False)
@@ -104,7 +105,8 @@ def ggn_vector_product(
     Raises:
       ValueError, TypeError: as for `hessian_vector_product`.
 
-    Source: Schraudolph 2002, Fast Curvature Matrix-Vector Products; derived in docs/derivations.md#curvature.
+    Source: Schraudolph 2002, Fast Curvature Matrix-Vector Products; derived in
+    docs/background/derivations.md#curvature.
 
     Example:
       >>> net = fcfunc.mlp([1, 1], use_bias=False)
@@ -137,7 +139,7 @@ def ggn_diagonal(net: Network, params: Params, x: jax.Array, loss_fn: Callable, 
       ValueError, TypeError: as for `Network.example_gradients`.
 
     Source: Martens et al. 2012, Estimating the Hessian by Back-propagating Curvature; derived in
-    docs/derivations.md#curvature.
+    docs/background/derivations.md#curvature.
 
     Example:
       >>> net = fcfunc.mlp([1, 1], use_bias=False)
@@ -171,7 +173,8 @@ def kronecker_factors(net: Network, params: Params, x: jax.Array, loss_fn: Calla
       ValueError, TypeError: as for `Network.example_gradients`.
 
     Source: Martens and Grosse 2015, Optimizing Neural Networks with Kronecker-factored Approximate Curvature; Botev et
-    al. 2017, Practical Gauss-Newton Optimisation for Deep Learning; derived in docs/derivations.md#curvature.
+    al. 2017, Practical Gauss-Newton Optimisation for Deep Learning; derived in
+    docs/background/derivations.md#curvature.
 
     Example:
       >>> net = fcfunc.mlp([1, 1], use_bias=False)

@@ -250,7 +250,7 @@ def split(data: Any, fractions: Sequence[float], *, seed: int, stratify: Any = N
     """Splits examples at random into parts that share none.
 
     Args:
-      data: a pytree of NumPy arrays with a common leading axis.
+      data: a pytree of NumPy arrays, or of DataFrames and Series, with a common leading axis.
       fractions: the share of each part, positive, with a sum of 1.
       seed: of the order; the same seed gives the same parts.
       stratify: labels, `[n]`, such as `data.y`: each part receives its share of every class, to within two examples.
@@ -293,7 +293,7 @@ def split(data: Any, fractions: Sequence[float], *, seed: int, stratify: Any = N
     parts = [rng.permutation(part) if stratify is not None else part for part in np.split(order, ends[:-1])]
     if min(map(len, parts)) == 0:
         raise ValueError(f"split: {n} examples are too few for parts of {fractions}")
-    return tuple(jax.tree.map(lambda a, part=part: a[part], data) for part in parts)
+    return tuple(jax.tree.map(lambda a, rows=rows: getattr(a, "iloc", a)[rows], data) for rows in parts)
 
 
 class Standardizer(NamedTuple):

@@ -69,12 +69,12 @@ def stablehlo(
       (5, 3)
     """
     where = "export.stablehlo"
-    net, constants = _checked(where, path, net, params, state, standardizer, final_activation)
-    mean, rest, scale = constants
+    net, (mean, rest, scale) = _checked(where, path, net, params, state, standardizer, final_activation)
     params, state = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (params, state))
 
     def predict(x):
-        z = x if scale is None else ((x - mean) - rest) / scale
+        # Divided in two: XLA would make one constant of (x - mean) - rest.
+        z = x if mean is None or rest is None or scale is None else (x - mean) / scale - rest / scale
         if net.norm == "batch_norm":
             return net.apply_batch_norm(params, state, z, training=False, key=None)[0]
         return net.apply(params, z, key=None)

@@ -79,7 +79,7 @@ def last_layer(
       TypeError: as for `Network.example_gradients`.
 
     Source: MacKay 1992, A Practical Bayesian Framework for Backpropagation Networks; Kristiadi et al. 2020, Being
-    Bayesian, Even Just a Bit, Fixes Overconfidence in ReLU Networks; derived in docs/derivations.md#laplace.
+    Bayesian, Even Just a Bit, Fixes Overconfidence in ReLU Networks; derived in docs/background/derivations.md#laplace.
 
     Example:
       >>> net = fcfunc.mlp([1, 1])
@@ -117,7 +117,8 @@ def kronecker(
       ValueError, TypeError: as for `last_layer`.
 
     Source: Ritter et al. 2018, A Scalable Laplace Approximation for Neural Networks; Immer et al. 2021, Scalable
-    Marginal Likelihood Estimation for Model Selection in Deep Learning; derived in docs/derivations.md#laplace.
+    Marginal Likelihood Estimation for Model Selection in Deep Learning; derived in
+    docs/background/derivations.md#laplace.
 
     Example:
       >>> net = fcfunc.mlp([1, 1], use_bias=False)
@@ -153,7 +154,7 @@ def log_marginal_likelihood(posterior: Posterior, prior_precision: float | jax.A
       ValueError: `prior_precision` is not above 0.
 
     Source: MacKay 1992, A Practical Bayesian Framework for Backpropagation Networks; derived in
-    docs/derivations.md#laplace.
+    docs/background/derivations.md#laplace.
 
     Example:
       >>> net = fcfunc.mlp([1, 1], use_bias=False)
@@ -189,7 +190,7 @@ def predict(net: Network, posterior: Posterior, x: jax.Array) -> tuple[jax.Array
       ValueError, TypeError: as for `Network.example_gradients`.
 
     Source: Immer et al. 2021, Improving Predictions of Bayesian Neural Nets via Local Linearization; derived in
-    docs/derivations.md#laplace.
+    docs/background/derivations.md#laplace.
 
     Example:
       >>> net = fcfunc.mlp([1, 1], use_bias=False)
@@ -236,7 +237,7 @@ def probabilities(outputs: jax.Array, covariance: jax.Array) -> jax.Array:
       TypeError: not floating-point numbers.
 
     Source: MacKay 1992, The Evidence Framework Applied to Classification Networks, for two classes; for more, each pair
-    of classes by itself. It is an approximation: derived in docs/derivations.md#laplace.
+    of classes by itself. It is an approximation: derived in docs/background/derivations.md#laplace.
 
     Example:
       >>> probabilities(jnp.array([2.0, 0.0]), jnp.diag(jnp.array([8.0, 8.0])))

@@ -298,7 +298,7 @@ class Network:
             examples; otherwise as for `apply`.
           TypeError: as for `apply`.
 
-        Source: derived in docs/derivations.md#gradients-of-single-examples.
+        Source: derived in docs/background/derivations.md#gradients-of-single-examples.
 
         Example:
           >>> net = mlp([3, 4, 2])

@@ -56,7 +56,7 @@ def leaf_squared_norms(gradients) -> Any:
     Raises:
       TypeError: `gradients` holds something that is not an `Outer` or `Rows`.
 
-    Source: derived in docs/derivations.md#gradients-of-single-examples.
+    Source: derived in docs/background/derivations.md#gradients-of-single-examples.
 
     Example:
       >>> outer = Outer(jnp.array([[1.0, 2.0]]), jnp.array([[3.0]]))

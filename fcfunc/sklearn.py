@@ -7,6 +7,7 @@ program, so that a search over them compiles once.
 """
 
 import contextlib
+import dataclasses
 import functools
 import math
 import numbers
@@ -64,6 +65,7 @@ class _MLP(BaseEstimator):
     _norm_state: Any = ()
     _opt_state: Any = None
     _steps = 0
+    _no_improvement_count = 0
     _multilabel = False
 
     def __sklearn_tags__(self):
@@ -90,8 +92,8 @@ class _MLP(BaseEstimator):
     def save(self, path: str | os.PathLike) -> None:
         """Writes a fitted estimator to a safetensors file, which `load` reads; nothing is pickled.
 
-        The parameters that are not plain data, such as an optax optimizer, and the state of the optimizer are left out:
-        further training starts with a new one.
+        The state of the optimizer and parameters that are not plain data, such as an optax optimizer or a function, are
+        left out: further training starts with a new one.
 
         Args:
           path: the file, `*.safetensors` by convention.
@@ -118,7 +120,7 @@ class _MLP(BaseEstimator):
         if classes is not None and classes.dtype.kind in "OU":
             if not all(isinstance(name, str) for name in classes):
                 raise TypeError(f"save: classes that are strings, numbers or booleans expected, got {classes!s:.80}")
-            config["classes"] = classes.tolist()
+            config |= {"classes": classes.tolist(), "classes_are_objects": classes.dtype == object}
         elif classes is not None:
             arrays["classes"] = classes
         if hasattr(self, "feature_names_in_"):
@@ -146,7 +148,7 @@ class _MLP(BaseEstimator):
             found = config.get("estimator") if isinstance(config, dict) else None
             raise ValueError(f"{path}: a fitted {cls.__name__} expected, got {found or 'another file'}")
         options = config["options"].items()
-        estimator = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in options})
+        estimator = cls(**{name: _given(value) for name, value in options})
         for name, value in config["fitted"].items():
             setattr(estimator, name, value)
         arrays = jax.device_get(arrays)
@@ -156,10 +158,27 @@ class _MLP(BaseEstimator):
         estimator.best_loss_ = None if estimator.early_stopping else min(losses_, default=math.inf)
         estimator.best_validation_score_ = max(scores, default=-math.inf) if estimator.early_stopping else None
         if "classes" in config or "classes" in arrays:
-            estimator.classes_ = np.asarray(config.get("classes", arrays.get("classes")))
+            dtype = object if config.get("classes_are_objects") else None
+            estimator.classes_ = np.asarray(config.get("classes", arrays.get("classes")), dtype)
         if "feature_names" in config:
             estimator.feature_names_in_ = np.asarray(config["feature_names"], object)
         return estimator
+
+    def to_network(self) -> tuple[Network, list, Any]:
+        """The fitted network, for the rest of fcfunc.
+
+        Returns:
+          `(net, params, state)`, as from `fcfunc.convert.from_sklearn`: the outputs of the network are those of
+          `predict_proba`, for two classes the probability of the second one, or of `predict`.
+
+        Raises:
+          NotFittedError: it is not fitted.
+        """
+        check_is_fitted(self)
+        final = {"softmax": "softmax", "logistic": "sigmoid", "identity": None, "exp": jnp.exp}[self.out_activation_]
+        net = dataclasses.replace(self._network(self.n_features_in_), final_activation=final)
+        with _precision(self.coefs_[0].dtype):
+            return net, *jax.tree.map(jnp.asarray, (self._params(), self._norm_state or ()))
 
     def _fit(self, X, y, sample_weight, *, incremental):
         self._check_parameters()
@@ -209,12 +228,14 @@ class _MLP(BaseEstimator):
         if incremental and self.early_stopping:
             raise ValueError("partial_fit does not support early_stopping=True")
         net = self._network(data["x"].shape[1])
-        key = jax.random.key(int(rng.randint(2**31)))
         held_out = None
         if self.early_stopping:
             data, held_out = self._split(data, rng)
+        key = jax.random.key(int(rng.randint(2**31)))  # after the split, whose examples are those of scikit-learn
         n = len(data["x"])
         batch_size = min(200, n) if self.batch_size == "auto" else self.batch_size
+        if self.norm == "batch_norm" and self.batch_size == "auto":  # none of 1 example, which has no variance
+            batch_size = next((size for size in range(batch_size, 1, -1) if n % size != 1), batch_size)
         batch_size = _arguments.fitting_batch_size(type(self).__name__, batch_size, n)
         if self.norm == "batch_norm" and (n % batch_size == 1 or n == 1):
             raise ValueError(
@@ -296,7 +317,7 @@ class _MLP(BaseEstimator):
         """The examples to train on and those to stop by, with the same share of every class in both."""
         n = len(data["x"])
         options = {"test_size": self.validation_fraction, "random_state": rng}
-        if isinstance(self, ClassifierMixin) and not self._multilabel:
+        if isinstance(self, ClassifierMixin) and not self._multilabel and np.bincount(data["y"].ravel()).min() > 1:
             options["stratify"] = data["y"]
         kept, held = train_test_split(np.arange(n), **options)
         if len(held) < 2:
@@ -421,7 +442,11 @@ class _MLP(BaseEstimator):
                 raise ValueError(
                     f"{name} must be an integer of at least 1{f' or {free!r}' if free else ''}, got {value!r}"
                 )
+        if self.optimizer is not None and not (callable(self.optimizer) or hasattr(self.optimizer, "update")):
+            raise ValueError(f"optimizer must be an optax optimizer or make one, got {self.optimizer!r:.60}")
         hidden = self.hidden_layer_sizes
+        if isinstance(hidden, str) or not all(isinstance(w, numbers.Integral) for w in np.ravel(np.asarray(hidden))):
+            raise ValueError(f"hidden_layer_sizes must be integers, got {hidden!r:.60}")
         if min(hidden if np.iterable(hidden) else [hidden], default=1) <= 0:
             raise ValueError(f"hidden_layer_sizes must be > 0, got {hidden!r}")
         known = {"solver": ("lbfgs", "sgd", "adam"), "learning_rate": ("constant", "invscaling", "adaptive")}
@@ -554,6 +579,8 @@ class MLPClassifier(ClassifierMixin, _MLP):
             self, X, y, accept_sparse=("csr", "csc"), multi_output=True, dtype=(np.float64, np.float32), reset=first
         )
         check_classification_targets(y)
+        if type_of_target(y) == "multiclass-multioutput":
+            raise ValueError("Multioutput target data is not supported: y must be [n], or 0 and 1 for each label")
         y = y.toarray() if scipy.sparse.issparse(y) else y
         if y.ndim == 2 and y.shape[1] == 1:
             y = column_or_1d(y, warn=True)
@@ -669,6 +696,8 @@ class MLPRegressor(RegressorMixin, _MLP):
         )  # fmt: skip
         if y.ndim == 2 and y.shape[1] == 1:
             y = column_or_1d(y, warn=True)
+        if self.loss == "poisson" and np.min(y) < 0:
+            raise ValueError(f"loss='poisson' needs y of at least 0, got {np.min(y):g}")
         weights = None if sample_weight is None else _check_sample_weight(sample_weight, X)
         return X, y.reshape(len(y), -1).astype(X.dtype), weights
 
@@ -696,8 +725,12 @@ def _adam() -> optax.GradientTransformation:
 
 @functools.cache
 def _sgd(nesterov: bool) -> optax.GradientTransformation:
-    make = optax.inject_hyperparams(lambda learning_rate, momentum: optax.sgd(learning_rate, momentum, nesterov))
-    return make(0.0, 0.0)
+    """SGD whose momentum remembers steps, not gradients, as in scikit-learn: it differs once the rate changes."""
+
+    def make(learning_rate, momentum):
+        return optax.chain(optax.scale(-1.0 * learning_rate), optax.trace(momentum, nesterov))
+
+    return optax.inject_hyperparams(make)(0.0, 0.0)
 
 
 @functools.cache
@@ -708,7 +741,7 @@ def _falling_sgd(nesterov: bool) -> optax.GradientTransformation:
         def rate(count):
             return -learning_rate / (1 + seen + count // steps * examples) ** power
 
-        return optax.chain(optax.trace(momentum, nesterov), optax.scale_by_schedule(rate))
+        return optax.chain(optax.scale_by_schedule(rate), optax.trace(momentum, nesterov))
 
     return optax.inject_hyperparams(make)(*[1.0] * 6)
 
@@ -767,8 +800,21 @@ def _plain(value: Any) -> Any:
     """A parameter of an estimator as it can be written as JSON; NotImplemented if it cannot."""
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | range):
         parts = [_plain(part) for part in value]
         return NotImplemented if NotImplemented in parts else parts
-    known = value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))
-    return value if known else NotImplemented
+    if isinstance(value, dict):
+        pairs = _plain(list(value.items()))
+        return NotImplemented if pairs is NotImplemented else {"dict": pairs}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
+    return value if value is None or isinstance(value, bool | int | float | str) else NotImplemented
+
+
+def _given(value: Any) -> Any:
+    """The inverse of `_plain`; lists become tuples."""
+    if isinstance(value, list):
+        return tuple(map(_given, value))
+    if isinstance(value, dict):
+        return float(value["float"]) if "float" in value else dict(map(_given, value["dict"]))
+    return value

@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -157,6 +159,52 @@ class TestTorch:
         with pytest.raises(ValueError, match="computes something else"):
             convert.from_torch(module, activation="tanh")
 
+    def test_a_state_dict_in_alphabetical_order_is_put_in_the_order_of_its_numbers(self):
+        nn = self.torch.nn
+        module = nn.Sequential(*(layer for _ in range(6) for layer in (nn.Linear(4, 4), nn.Tanh())))[:-1]
+        as_saved = {name: a.numpy() for name, a in sorted(module.state_dict().items())}  # as in a safetensors file
+        net, params, _ = convert.from_torch(as_saved, activation="tanh")
+        x = self.torch.randn(5, 4)
+        np.testing.assert_allclose(net.apply(params, x.numpy()), module(x).detach(), rtol=1e-5, atol=1e-6)
+
+    def test_a_state_dict_of_unknown_order_needs_the_names_of_its_layers(self):
+        nn = self.torch.nn
+        module = nn.Sequential()
+        for name in ("first", "middle", "head"):
+            module.add_module(name, nn.Linear(4, 4))
+        as_saved = dict(sorted(module.state_dict().items()))
+        with pytest.raises(TypeError, match="the order of the layers first, head, middle is not known"):
+            convert.from_torch(as_saved, activation="linear")
+        with pytest.raises(ValueError, match="layer_names must be first, head, middle in order"):
+            convert.from_torch(as_saved, activation="linear", layer_names=["first", "head"])
+        net, params, _ = convert.from_torch(as_saved, activation="linear", layer_names=["first", "middle", "head"])
+        x = self.torch.randn(5, 4)
+        np.testing.assert_allclose(net.apply(params, x.numpy()), module(x).detach(), rtol=1e-5, atol=1e-6)
+
+    def test_a_module_that_is_used_twice_is_read_twice(self):
+        nn = self.torch.nn
+        act, drop = nn.Tanh(), nn.Dropout(0.5)
+        module = nn.Sequential(nn.Linear(4, 5), act, drop, nn.Linear(5, 5), act, drop, nn.Linear(5, 2))
+        net, _, _ = convert.from_torch(module)
+        assert (net.activation, net.dropout_rate) == ("tanh", 0.5)
+
+    def test_shared_weights_are_refused(self):
+        nn = self.torch.nn
+        module = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+        module[2].weight = module[0].weight
+        with pytest.raises(ValueError, match=r"2.weight is 0.weight again; shared weights cannot be represented"):
+            convert.from_torch(module)
+
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+    def test_running_statistics_in_half_precision_become_float32(self, dtype):
+        nn = self.torch.nn
+        layers = [nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 2)]
+        module = nn.Sequential(*layers).to(getattr(self.torch, dtype))
+        net, params, state = convert.from_torch(module)
+        assert [a.dtype for a in jax.tree.leaves(state)] == [jnp.float32, jnp.float32]
+        convert.from_torch(convert.to_torch(net, params, state))
+        convert.to_equinox(net, params, state)
+
     def test_a_state_dict_with_norms_is_the_network_of_its_module(self):
         torch, nn = self.torch, self.torch.nn
         blocks = [
@@ -294,6 +342,40 @@ class TestFlax:
         theirs = updated["batch_stats"]["BatchNorm_0"]
         np.testing.assert_allclose(after[0]["var"], theirs["var"], rtol=1e-4)
 
+    def test_a_linen_module_is_told_that_it_predicts_and_may_hold_a_sequential(self):
+        from flax import linen
+
+        class Net(linen.Module):
+            @linen.compact
+            def __call__(self, x, train=True):
+                x = linen.Dense(8)(x)
+                x = linen.relu(linen.BatchNorm(use_running_average=not train)(x))
+                return linen.Sequential([linen.Dropout(0.5, deterministic=not train), linen.Dense(3)])(x)
+
+        module, keys = Net(), dict(zip(("params", "dropout"), jax.random.split(jax.random.key(0)), strict=True))
+        net, _, _ = convert.from_flax(module, module.init(keys, jnp.ones((2, 4))), activation="relu")
+        assert (net.dims, net.norm, net.dropout_rate) == ((4, 8, 3), "batch_norm", 0.5)
+
+    def test_layers_that_are_made_in_reverse_are_read_as_they_are_called(self):
+        from flax import linen
+
+        class Net(linen.Module):
+            @linen.compact
+            def __call__(self, x):
+                return linen.Dense(2)(linen.relu(linen.Dense(8)(x)))  # the outer one is made first
+
+        variables = Net().init(jax.random.key(0), jnp.ones((1, 3)))
+        assert convert.from_flax(Net(), variables, activation="relu")[0].dims == (3, 8, 2)
+        with pytest.raises(TypeError, match="variables with params expected, got Dense_1, Dense_0"):
+            convert.from_flax(Net(), variables["params"], activation="relu")
+
+    def test_an_adapter_of_nnx_is_refused(self):
+        from flax import nnx
+
+        module = nnx.LoRALinear(3, 4, lora_rank=2, rngs=nnx.Rngs(0))
+        with pytest.raises(ValueError, match=r"layers.0 \(LoRALinear\) cannot be represented"):
+            convert.from_flax(nnx.Sequential(module))
+
     def test_a_custom_nnx_module_is_read_by_its_attributes(self):
         from flax import nnx
 
@@ -340,6 +422,14 @@ class TestEquinox:
         x = np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)
         np.testing.assert_allclose(net.apply(params, x), jax.vmap(module)(x), rtol=1e-5, atol=1e-6)
         assert net.final_activation == (None if final is None else "sigmoid")
+
+    def test_a_function_that_is_the_identity_on_small_numbers_alone_is_kept(self):
+        import equinox as eqx
+
+        module = eqx.nn.MLP(4, 2, 8, 1, final_activation=lambda z: jnp.clip(z, -3.0, 3.0), key=jax.random.key(0))
+        net, params, _ = convert.from_equinox(module)
+        x = 100 * jax.random.normal(jax.random.key(1), (5, 4))
+        np.testing.assert_allclose(net.apply(params, x), jax.vmap(module)(x), rtol=1e-5, atol=1e-5)
 
     def test_batch_normalization_in_both_modes_is_read_from_its_state(self):
         import equinox as eqx
@@ -391,6 +481,24 @@ class TestKeras:
         assert net.activation == ("gelu_exact", ("leaky_relu", 0.2))
         x = np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)
         np.testing.assert_allclose(net.apply(params, x), model(x), rtol=1e-5, atol=1e-6)
+
+    def test_a_leading_flatten_takes_the_shape_of_the_model(self):
+        import keras
+
+        layers = [keras.Input((6, 5)), keras.layers.Flatten(), keras.layers.Dense(4, "relu"), keras.layers.Dense(2)]
+        assert convert.from_keras(keras.Sequential(layers))[0].dims == (30, 4, 2)
+
+    @pytest.mark.filterwarnings("ignore:__array__ implementation")  # of Keras
+    def test_a_saved_model_with_the_tanh_gelu_is_loaded_as_the_docs_say(self, tmp_path):
+        import keras
+
+        net = fcfunc.mlp([3, 4, 2], activation="gelu")
+        model = convert.to_keras(net, net.init(jax.random.key(0)))
+        model.save(tmp_path / "net.keras")
+        objects = {"gelu_tanh": lambda x: keras.activations.gelu(x, approximate=True)}
+        loaded = keras.saving.load_model(tmp_path / "net.keras", custom_objects=objects)
+        x = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)
+        np.testing.assert_array_equal(*(keras.ops.convert_to_numpy(made(x)) for made in (loaded, model)))
 
     def test_a_functional_model_with_norms_after_training_is_the_same_network(self):
         import keras
@@ -456,6 +564,32 @@ class TestSklearn:
         )
         again = convert.to_sklearn(net, params)
         np.testing.assert_allclose(again.predict(x.astype(np.float32)), model.predict(x.astype(np.float32)), rtol=1e-4)
+
+    @pytest.mark.parametrize(
+        "options", [{"norm": "layer_norm"}, {"norm": "batch_norm"}, {"residual": True}, {"activation": "gelu"}]
+    )
+    def test_estimators_of_fcfunc_keep_what_scikit_learn_does_not_have(self, options):
+        from fcfunc.sklearn import MLPClassifier
+
+        x = np.random.default_rng(0).standard_normal((60, 4)).astype(np.float32)
+        model = MLPClassifier((6, 6), max_iter=1, random_state=0, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of convergence
+            model.fit(x, np.arange(60) % 3)
+        net, params, state = convert.from_sklearn(model)
+        if state:
+            outputs, _ = net.apply_batch_norm(params, state, x, training=False)
+        else:
+            outputs = net.apply(params, x)
+        np.testing.assert_allclose(outputs, model.predict_proba(x), rtol=1e-5, atol=1e-6)
+
+    def test_an_estimator_of_scikit_learn_can_be_trained_on(self):
+        net = fcfunc.mlp([4, 6, 3])
+        model = convert.to_sklearn(net, net.init(jax.random.key(0)), classes=[0, 1, 2])
+        x = np.random.default_rng(0).standard_normal((60, 4)).astype(np.float32)
+        before = model.coefs_[0].copy()
+        model.partial_fit(x, np.arange(60) % 3)
+        assert np.abs(model.coefs_[0] - before).max() > 0
 
     def test_what_scikit_learn_does_not_have_is_refused(self):
         net = fcfunc.mlp([3, 4, 2], activation="gelu")

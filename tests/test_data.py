@@ -8,6 +8,7 @@ import zipfile
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas
 import pytest
 
 from fcfunc import data
@@ -219,6 +220,13 @@ def test_a_stratified_split_gives_each_part_its_share_of_every_class(seed):
             assert abs(np.sum(part.y == name) - fraction * np.sum(y == name)) < 2
         if len(part.y) > 10 and seed == 0:
             assert not np.array_equal(part.x, np.sort(part.x))
+
+
+def test_split_takes_the_rows_of_a_data_frame_in_any_order_of_its_index():
+    frame = pandas.DataFrame({"a": np.arange(10.0), "y": np.arange(10)}).sample(frac=1, random_state=0)
+    for part in data.split({"x": frame[["a"]].to_numpy(), "frame": frame, "y": frame["y"]}, [0.8, 0.2], seed=0):
+        np.testing.assert_array_equal(part["x"][:, 0], part["y"])
+        np.testing.assert_array_equal(part["frame"]["y"], part["y"])
 
 
 def test_rare_classes_go_to_different_parts():

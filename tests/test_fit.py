@@ -228,7 +228,7 @@ def test_the_training_loss_can_be_monitored_beside_validation_data():
     assert (history["epochs"], history["kept_epoch"]) == (3, 1)
 
 
-@pytest.mark.parametrize("answer", [True, np.True_])
+@pytest.mark.parametrize("answer", [True, np.True_, jnp.array(True)])
 def test_a_run_ends_with_the_epoch_whose_callback_returns_true(answer):
     state, history = fit(epochs=9, on_epoch=lambda s, record: answer if record["epoch"] == 3 else None)
     assert (history["epochs"], history["kept_epoch"], int(state.step)) == (3, 3, 12)
@@ -264,6 +264,15 @@ def test_data_frames_are_trained_on_as_their_numbers():
     data = make_data(50)
     frame = Dataset(pandas.DataFrame(data.x, columns=list("abcd")), pandas.Series(data.y))  # type: ignore[arg-type]
     chex.assert_trees_all_equal(fit(frame)[0].params, fit(data)[0].params)
+    of_several_dtypes = frame.x.assign(b=frame.x["b"] > 0).convert_dtypes()  # nullable numbers and booleans
+    as_numbers = data.x.copy()
+    as_numbers[:, 1] = as_numbers[:, 1] > 0
+    chex.assert_trees_all_equal(
+        fit(Dataset(of_several_dtypes, frame.y))[0].params, fit(Dataset(as_numbers, data.y))[0].params
+    )
+    for names in (pandas.Series(["a"] * 50), pandas.Series(["a"] * 50, dtype="category")):
+        with pytest.raises(TypeError, match=r"fit: data\.y must hold numbers.*makes labels of names"):
+            fit(Dataset(data.x, names))  # type: ignore[arg-type]
     mixed = frame.x.assign(city="here")
     with pytest.raises(TypeError, match=r"fit: data\.x must hold numbers, got dtype object: the columns city do not"):
         fit(Dataset(mixed, frame.y))  # type: ignore[arg-type]

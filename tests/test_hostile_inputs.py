@@ -1,4 +1,4 @@
-"""Hostile inputs give what is right, or NaN in loss and gradient, or an error: the table of docs/hostile-inputs.md."""
+"""Hostile inputs give what is right, or NaN in loss and gradient, or an error, as docs/background/hostile-inputs.md."""
 
 from pathlib import Path
 

@@ -92,12 +92,43 @@ def test_the_same_options_train_the_network_of_scikit_learn(kind, solver, weight
 def test_activations_and_schedules_are_those_of_scikit_learn(activation, learning_rate):
     x, y = problem("three classes")
     options = {"activation": activation, "learning_rate": learning_rate, "solver": "sgd", "learning_rate_init": 0.1}
-    stops = {"max_iter": 60, "tol": 0.05, "n_iter_no_change": 2, "momentum": 0.0}
+    stops = {"max_iter": 60, "tol": 0.05, "n_iter_no_change": 2}
     ours, sklearns = pair("three classes", shuffle=False, random_state=1, **options, **stops)
     ours.fit(x, y), sklearns.fit(x, y)
     np.testing.assert_allclose(ours.predict_proba(x), sklearns.predict_proba(x), rtol=1e-6, atol=1e-8)
     assert ours.n_iter_ == sklearns.n_iter_
     np.testing.assert_allclose(ours.loss_curve_, sklearns.loss_curve_, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["binary", "numbers"])
+def test_the_held_out_examples_are_those_of_scikit_learn(kind):
+    x, y = problem(kind)
+    options = {"early_stopping": True, "shuffle": False, "random_state": 1, "solver": "sgd", "max_iter": 5}
+    ours, sklearns = pair(kind, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of convergence
+        ours.fit(x, y), sklearns.fit(x, y)
+    np.testing.assert_allclose(ours.validation_scores_, sklearns.validation_scores_, rtol=1e-6)
+    np.testing.assert_allclose(ours.coefs_[0], sklearns.coefs_[0], rtol=1e-6, atol=1e-8)
+
+
+def test_several_columns_of_classes_are_refused():
+    x, y = problem("three classes")
+    with pytest.raises(ValueError, match="Multioutput target data is not supported"):
+        MLPClassifier().fit(x, np.c_[y, y + 1])
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_batch_normalization_leaves_no_batch_of_one_example():
+    x, y = np.random.default_rng(0).standard_normal((401, 3)), np.arange(401) % 2
+    assert MLPClassifier((4,), norm="batch_norm", max_iter=1).fit(x, y).n_iter_ == 1
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_a_class_of_one_example_does_not_stop_early_stopping():
+    x, y = problem("three classes")
+    y = np.where(np.arange(len(y)) == 0, 3, np.searchsorted(np.unique(y), y))
+    assert MLPClassifier((4,), early_stopping=True, max_iter=1).fit(x, y).n_iter_ == 1
 
 
 @pytest.mark.parametrize("kind", ["binary", "three classes", "numbers"])
@@ -233,6 +264,19 @@ def test_parameters_of_numpy_are_saved_and_functions_refused(tmp_path):
         MLPClassifier(activation=jnp.sin, max_iter=2).fit(x, y).save(tmp_path / "model.safetensors")
 
 
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_class_weights_infinities_and_objects_come_back_from_a_file(tmp_path):
+    x, y = problem("three classes")
+    names = np.array(["a", "b", "c"], object)[np.searchsorted(np.unique(y), y)]
+    weights = {"a": 1.0, "b": 2.0, "c": 0.5}
+    model = MLPClassifier(range(4, 6), max_iter=2, class_weight=weights, n_iter_no_change=np.inf).fit(x, names)
+    model.save(tmp_path / "net.safetensors")
+    loaded = MLPClassifier.load(tmp_path / "net.safetensors")
+    assert (loaded.class_weight, loaded.n_iter_no_change, loaded.hidden_layer_sizes) == (weights, np.inf, (4, 5))
+    assert loaded.classes_.dtype == object
+    loaded.partial_fit(x, names)
+
+
 def test_a_file_of_another_kind_is_refused(tmp_path):
     x, y = problem("numbers")
     MLPRegressor(max_iter=1).fit(x, y).save(tmp_path / "model.safetensors")
@@ -245,6 +289,8 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"optimizer": "adam"}, "optimizer must be an optax optimizer or make one, got 'adam'"),
+        ({"hidden_layer_sizes": "abc"}, "hidden_layer_sizes must be integers, got 'abc'"),
         ({"solver": "newton"}, "solver must be one of lbfgs, sgd, adam, got 'newton'"),
         ({"alpha": -1}, "alpha must be a number of at least 0, got -1"),
         ({"learning_rate_init": 0}, "learning_rate_init must be a number above 0, got 0"),

@@ -1,4 +1,4 @@
-"""Networks inside other libraries of JAX, as the table in docs/other-libraries.md says."""
+"""Networks inside other libraries of JAX, as the table in docs/guides/importing-and-exporting.md says."""
 
 import dataclasses
 

@@ -96,7 +96,7 @@ def to_equinox(net: Network, params: list, state: Any = ()) -> Any:
         if block.norm is not None:
             norm = block.norm
             if norm.kind == "batch_norm":
-                made = eqx.nn.BatchNorm(width, "batch", eps=norm.eps, mode="ema", dtype=w.dtype)
+                made = eqx.nn.BatchNorm(width, "batch", eps=norm.eps, mode="ema", dtype=norm.mean.dtype)
                 running.append((len(layers), norm.mean, norm.var))
             elif norm.kind == "layer_norm":
                 made = eqx.nn.LayerNorm(width, eps=norm.eps)
@@ -171,6 +171,5 @@ def _scalar(where: str, activation) -> Any:
     """The activation of an `eqx.nn.MLP`, which must not have parameters."""
     if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(activation)):
         raise ValueError(f"{where}: an activation with parameters, {type(activation).__name__}, cannot be represented")
-    tried = jnp.array([-2.0, 0.0, 3.0])
-    # Its default for the last layer is a function of no name.
-    return None if np.array_equal(jax.vmap(activation)(tried), tried) else of_jax(activation)
+    program = jax.make_jaxpr(activation)(0.0).jaxpr  # its default for the last layer is a function of no name
+    return None if program.outvars == program.invars else of_jax(activation)

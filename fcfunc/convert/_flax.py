@@ -1,5 +1,6 @@
 """Flax: `flax.linen` modules with their variables, and `flax.nnx` modules."""
 
+import inspect
 from typing import Any
 
 import jax
@@ -69,6 +70,9 @@ def from_flax(
     elif isinstance(module, linen.Module):
         if not isinstance(variables, dict) and not hasattr(variables, "keys"):
             raise TypeError(f"{where}: a linen module needs its variables, got {type(variables).__name__}")
+        if "params" not in variables:
+            raise TypeError(f"{where}: variables with params expected, got {', '.join(map(str, variables))!s:.80}")
+        variables = linen.meta.unbox(variables)
         layers, run = _linen_layers(where, linen, module, variables), _linen_run(linen, module, variables)
     else:
         raise TypeError(f"{where}: a flax.linen or flax.nnx module expected, got {type(module).__name__}")
@@ -212,28 +216,37 @@ def _linen_layers(where: str, linen, module, variables) -> list:
 
     def watch(next_fun, args, kwargs, context):
         part = context.module
-        if context.method_name == "__call__" and type(part).__module__.startswith("flax."):
+        inside = context.method_name == "__call__" and type(part).__module__.startswith("flax.")
+        if inside and not isinstance(part, linen.Sequential):
             called.append(layer_of(part, part.path))
         return next_fun(*args, **kwargs)
 
-    kernel = next((a for path, a in jax.tree_util.tree_leaves_with_path(params) if "kernel" in str(path[-1])), None)
-    if kernel is None:
+    kernels = [a for path, a in jax.tree_util.tree_leaves_with_path(params) if "kernel" in str(path[-1])]
+    if not kernels:
         raise ValueError(f"{where}: at least one Dense layer expected, got none")
-    with linen.intercept_methods(watch):
-        _linen_run(linen, module, variables)(jnp.zeros((2, kernel.shape[0]), kernel.dtype))
-    return called
+    run, errors = _linen_run(linen, module, variables), []
+    for width in dict.fromkeys(kernel.shape[0] for kernel in kernels):  # one of them is that of the inputs
+        called.clear()
+        try:
+            with linen.intercept_methods(watch):
+                run(jnp.zeros((2, width), kernels[0].dtype))
+        except library(where, "flax", "flax.errors").errors.ScopeParamShapeError as e:
+            errors.append(e)
+        else:
+            return called
+    raise ValueError(f"{where}: the module cannot be called on rows of numbers ({errors[0]!s:.120})")
+
+
+FOR_PREDICTION = {
+    "training": False, "train": False, "is_training": False, "deterministic": True, "use_running_average": True,
+}  # fmt: skip
+"""The arguments by which modules of linen are told that they predict."""
 
 
 def _linen_run(linen, module, variables):
-    def run(x):
-        for options in ({}, {"training": False}, {"train": False}, {"deterministic": True}):
-            try:
-                return module.apply(variables, jnp.asarray(x), **options)
-            except TypeError as e:
-                error = e
-        raise error
-
-    return run
+    taken = inspect.signature(type(module).__call__).parameters
+    options = {name: value for name, value in FOR_PREDICTION.items() if name in taken}
+    return lambda x: module.apply(variables, jnp.asarray(x), **options)
 
 
 def _at(tree, path) -> dict:
@@ -249,17 +262,20 @@ def _nnx_layers(where: str, nnx, module, name: str):
         values = {n: getattr(module, n, None) for n in names}
         return {n: v[...] for n, v in values.items() if v is not None}
 
-    if isinstance(module, nnx.Linear):
+    if isinstance(module, nnx.Linear) and type(module).__call__ is nnx.Linear.__call__:
         arrays = leaves("kernel", "bias")
         yield Affine(here, arrays["kernel"], arrays.get("bias"))
     elif isinstance(module, nnx.BatchNorm | nnx.LayerNorm | nnx.RMSNorm):
-        of = {"BatchNorm": "batch_norm", "LayerNorm": "layer_norm", "RMSNorm": "rms_norm"}[kind]
+        kinds = {nnx.BatchNorm: "batch_norm", nnx.LayerNorm: "layer_norm", nnx.RMSNorm: "rms_norm"}
+        of = next(name for base, name in kinds.items() if isinstance(module, base))
         yield _norm(
             where, here, of, module, leaves("scale", "bias"), leaves("mean", "var") if of == "batch_norm" else {}
         )
     elif isinstance(module, nnx.Dropout):
         yield Dropout(here, float(module.rate))
-    elif type(module).__module__.startswith("flax.") and not isinstance(module, nnx.Sequential | nnx.List):
+    elif isinstance(module, nnx.Linear) or (
+        type(module).__module__.startswith("flax.") and not isinstance(module, nnx.Sequential | nnx.List)
+    ):
         raise unknown(where, here, kind)
     else:
         parts = enumerate(module) if isinstance(module, nnx.List) else vars(module).items()

@@ -51,7 +51,8 @@ def from_keras(model: Any) -> tuple[Network, list, Any]:
     net, params, state = network_of(where, layers)
 
     def run(x):
-        return keras.ops.convert_to_numpy(model(keras.ops.convert_to_tensor(x), training=False))
+        rows = x.reshape(len(x), *model.input_shape[1:]) if isinstance(model.input_shape, tuple) else x
+        return keras.ops.convert_to_numpy(model(keras.ops.convert_to_tensor(rows), training=False))
 
     check_same(where, net, params, state, run, ADVICE)
     return net, params, state
@@ -65,7 +66,8 @@ def to_keras(net: Network, params: list, state: Any = ()) -> Any:
       state: the running statistics of batch normalization.
 
     Returns:
-      The model.
+      The model. Keras has no name for the tanh approximation of GELU: to load a saved model with it, pass
+      `custom_objects={"gelu_tanh": lambda x: keras.activations.gelu(x, approximate=True)}`.
 
     Raises:
       ValueError: a residual connection, or an activation that Keras does not have.
@@ -114,6 +116,8 @@ def _layers(where: str, keras, layer):
     if isinstance(layer, keras.Sequential):
         for part in layer.layers:
             yield from _layers(where, keras, part)
+    elif getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None):
+        raise ValueError(f"{where}: {here}: a layer with LoRA or quantized weights cannot be represented")
     elif isinstance(layer, of.Dense):
         yield Affine(here, array(layer.kernel), array(layer.bias) if layer.use_bias else None)
         yield Activation(here, _activation(where, here, layer.activation))

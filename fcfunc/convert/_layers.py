@@ -139,9 +139,10 @@ def network_of(
             filled = {"scale": (block.norm.scale, np.ones), "offset": (block.norm.offset, np.zeros)}
             leaves |= {name: _or(*filled[name], w.shape[1], w.dtype) for name in NORMS[block.norm.kind]}
             if block.norm.kind == "batch_norm":
-                state.append({"mean": block.norm.mean, "var": block.norm.var})
+                dtype = jnp.promote_types(block.norm.mean.dtype, jnp.float32)  # running statistics need 24 bits
+                state.append({name: jnp.asarray(getattr(block.norm, name), dtype) for name in ("mean", "var")})
         params.append({name: jnp.asarray(a) for name, a in leaves.items()})
-    return net, params, jax.tree.map(jnp.asarray, state) if state else ()
+    return net, params, state or ()
 
 
 def layers_of(where: str, net: Network, params: Any, state: Any) -> list[Block]:

@@ -24,15 +24,16 @@ def from_sklearn(estimator: Any) -> tuple[Network, list, Any]:
     """The network of a fitted `MLPClassifier` or `MLPRegressor`.
 
     Args:
-      estimator: one of scikit-learn's.
+      estimator: one of scikit-learn's or of `fcfunc.sklearn`'s.
 
     Returns:
-      `(net, params, state)` with an empty state: the outputs are those of `predict_proba`, for two classes the
-      probability of the second one, or of `predict`. For the losses on logits,
+      `(net, params, state)`, with an empty state for scikit-learn's: the outputs are those of `predict_proba`, for two
+      classes the probability of the second one, or of `predict`. For the losses on logits,
       `dataclasses.replace(net, final_activation=None)` is the network without the last activation.
 
     Raises:
       TypeError: not such an estimator, or not fitted.
+      ImportError: scikit-learn is not installed.
 
     Example:
       >>> from sklearn.datasets import load_iris
@@ -42,9 +43,13 @@ def from_sklearn(estimator: Any) -> tuple[Network, list, Any]:
       >>> net.dims, net.final_activation
       ((4, 4, 3), 'softmax')
     """
-    if not hasattr(estimator, "coefs_") or not hasattr(estimator, "out_activation_"):
+    networks = library("from_sklearn", "scikit-learn", "sklearn.neural_network").neural_network
+    known = isinstance(estimator, networks.MLPClassifier | networks.MLPRegressor) or hasattr(estimator, "to_network")
+    if not known or not hasattr(estimator, "coefs_"):
         kind = type(estimator).__name__
         raise TypeError(f"from_sklearn: a fitted MLPClassifier or MLPRegressor expected, got {kind}")
+    if hasattr(estimator, "to_network"):
+        return estimator.to_network()
     layers: list[Any] = []
     activations = [estimator.activation] * (len(estimator.coefs_) - 1) + [estimator.out_activation_]
     for i, (w, b, name) in enumerate(zip(estimator.coefs_, estimator.intercepts_, activations, strict=True)):
@@ -97,13 +102,14 @@ def to_sklearn(net: Network, params: list, *, classes: Any = None) -> Any:
         )
     kind = networks.MLPRegressor if classes is None else networks.MLPClassifier
     model = kind(net.dims[1:-1], activation=names[used.pop()])
-    model.coefs_ = [block.affine.w for block in blocks]
+    model.coefs_ = [np.array(block.affine.w) for block in blocks]  # writable
     zeros = [np.zeros(block.affine.w.shape[1], block.affine.w.dtype) for block in blocks]
     model.intercepts_ = [
-        z if block.affine.b is None else block.affine.b for block, z in zip(blocks, zeros, strict=True)
+        z if block.affine.b is None else np.array(block.affine.b) for block, z in zip(blocks, zeros, strict=True)
     ]
     model.n_layers_, model.n_outputs_, model.out_activation_ = len(net.dims), outputs, out
     model.n_features_in_, model.n_iter_, model.t_ = net.dims[0], 0, 0
+    model.loss_curve_, model.best_loss_, model._no_improvement_count = [], np.inf, 0  # for partial_fit
     if classes is not None:
         model._label_binarizer = sklearn.preprocessing.LabelBinarizer().fit(np.asarray(classes))
         model.classes_ = model._label_binarizer.classes_

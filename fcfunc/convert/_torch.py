@@ -1,5 +1,7 @@
 """PyTorch: `torch.nn` modules and state dicts."""
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,6 +28,7 @@ def from_torch(
     activation: Any = "as given",
     final_activation: Any = None,
     norm_eps: float | None = None,
+    layer_names: Sequence[str] | None = None,
 ) -> tuple[Network, list, Any]:
     """A network of PyTorch with its weights.
 
@@ -37,6 +40,9 @@ def from_torch(
         `Sequential` or another module; or the state dict of such a module, which does not know the activations.
       activation, final_activation: as for `fcfunc.mlp`, in place of the module's; required for a state dict.
       norm_eps: the norms' `eps`, for a state dict; None: PyTorch's defaults.
+      layer_names: the layers of a state dict in the order in which they are applied, such as `["fc1", "norm1", "fc2"]`.
+        None: the order of PyTorch's own state dict, in which layers are registered. A safetensors file has another
+        one: its layers are put in the order of their numbers, if their names differ in nothing else.
 
     Returns:
       `(net, params, state)`: outputs and gradients are those of the module, in the dtype of its weights (float64 needs
@@ -46,7 +52,8 @@ def from_torch(
 
     Raises:
       ValueError: a layer or an order of layers that cannot be represented, by its name.
-      TypeError: neither a module nor a state dict, or a state dict without `activation`.
+      TypeError: neither a module nor a state dict, or a state dict without `activation` or, where their order is not
+        known, `layer_names`.
       ImportError: PyTorch is not installed.
 
     Example:
@@ -59,11 +66,13 @@ def from_torch(
     if isinstance(module_or_state_dict, dict):
         if activation == "as given":
             raise TypeError(f"{where}: a state dict does not know the activations; name them: activation=...")
-        return network_of(where, _layers_of_state_dict(where, module_or_state_dict, norm_eps), **options)
+        return network_of(where, _layers_of_state_dict(where, module_or_state_dict, norm_eps, layer_names), **options)
     module = module_or_state_dict
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"{where}: a torch.nn.Module or a state dict expected, got {type(module).__name__}")
-    net, params, state = network_of(where, [*_layers(where, torch, module, "")], **options)
+    layers = [*_layers(where, torch, module, "")]
+    _check_not_tied(where, module)
+    net, params, state = network_of(where, layers, **options)
 
     def run(x):
         modes = {part: part.training for part in module.modules()}
@@ -152,19 +161,35 @@ def _layers(where: str, torch, module, name: str):
         yield Activation(here, "softplus")
     elif isinstance(module, nn.Flatten):
         return
-    elif [*module.children()] and not type(module).__module__.startswith("torch.nn.modules.conv"):
-        for child_name, child in module.named_children():
+    elif isinstance(module, nn.Sequential) or (
+        [*module.children()] and not type(module).__module__.startswith("torch.nn.modules.conv")
+    ):
+        for child_name, child in module._modules.items():  # named_children leaves out a module that is used again
             yield from _layers(where, torch, child, f"{name}.{child_name}" if name else child_name)
     elif [*module.parameters()] or type(module).__module__.startswith("torch."):
         raise unknown(where, here, kind)
 
 
-def _layers_of_state_dict(where: str, state_dict: dict, eps: float | None):
-    """The layers of a state dict in its order."""
+def _check_not_tied(where: str, module) -> None:
+    """ValueError for weights that two layers share: here each has its own, and a gradient of its own."""
+    names: dict[int, str] = {}
+    for name, tensor in module.named_parameters(remove_duplicate=False):
+        if names.setdefault(id(tensor), name) != name:
+            raise ValueError(f"{where}: {name} is {names[id(tensor)]} again; shared weights cannot be represented")
+
+
+def _layers_of_state_dict(where: str, state_dict: dict, eps: float | None, names: Sequence[str] | None):
+    """The layers of a state dict in the order in which they are applied."""
     groups: dict[str, dict[str, Any]] = {}
     for name, value in state_dict.items():
         prefix, _, leaf = name.rpartition(".")
         groups.setdefault(prefix, {})[leaf] = value
+    if names is not None:
+        if sorted(names) != sorted(groups):
+            raise ValueError(f"{where}: layer_names must be {', '.join(groups)!s:.120} in order, got {names!s:.120}")
+        groups = {name: groups[name] for name in names}
+    elif not hasattr(state_dict, "_metadata"):  # which PyTorch's own has
+        groups = _by_number(where, groups)
     layers: list[Any] = []
     for prefix, leaves in groups.items():
         named, arrays = prefix or "the module", {name: _array(a) for name, a in leaves.items()}
@@ -182,6 +207,15 @@ def _layers_of_state_dict(where: str, state_dict: dict, eps: float | None):
             shapes = {name: list(a.shape) for name, a in arrays.items()}
             raise ValueError(f"{where}: {named} with {shapes!s:.120} cannot be represented as a layer of fcfunc.mlp")
     return layers
+
+
+def _by_number(where: str, groups: dict[str, Any]) -> dict[str, Any]:
+    """Layers in the order of the numbers in their names, such as `net.0` and `net.10`."""
+    if len({re.sub(r"\d+", "#", name) for name in groups}) > 1:
+        raise TypeError(
+            f"{where}: the order of the layers {', '.join(groups)!s:.120} is not known; give it: layer_names=[...]"
+        )
+    return dict(sorted(groups.items(), key=lambda item: [*map(int, re.findall(r"\d+", item[0]))]))
 
 
 def _array(tensor) -> Any:

@@ -55,7 +55,7 @@ def softmax_cross_entropy_with_integer_labels(
       ValueError: `labels` or `weights` does not have the shape of `logits` without `axis`; `where` has neither that
         shape nor that of `logits`; `class_weights` is not `[classes]`; `label_smoothing` is outside [0, 1].
 
-    Source: derived in docs/derivations.md#softmax-with-cross-entropy.
+    Source: derived in docs/background/derivations.md#softmax-with-cross-entropy.
 
     Example:
       >>> softmax_cross_entropy_with_integer_labels(jnp.array([[0., 0.], [0., 0.]]), jnp.array([1, 2]))
@@ -145,7 +145,7 @@ def softmax_cross_entropy(
       ValueError: `logits` and `labels` differ in shape; `weights` does not have that shape without `axis`; `where` has
         neither shape; `class_weights` is not `[classes]`; `label_smoothing` is outside [0, 1].
 
-    Source: derived in docs/derivations.md#softmax-with-cross-entropy.
+    Source: derived in docs/background/derivations.md#softmax-with-cross-entropy.
 
     Example:
       >>> softmax_cross_entropy(jnp.array([[0., 0.]]), jnp.array([[0.5, 0.5]]))
@@ -233,7 +233,7 @@ def sigmoid_binary_cross_entropy(
       TypeError: `logits` or weights are not floating-point, or `labels` not numbers; `where` that is not boolean.
       ValueError: the shapes differ; `positive_weights` is not `[classes]`; `label_smoothing` is outside [0, 1].
 
-    Source: derived in docs/derivations.md#sigmoid-with-cross-entropy.
+    Source: derived in docs/background/derivations.md#sigmoid-with-cross-entropy.
 
     Example:
       >>> sigmoid_binary_cross_entropy(jnp.array([0., 1e30]), jnp.array([1., 1.]))

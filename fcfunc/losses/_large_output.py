@@ -64,7 +64,7 @@ def linear_softmax_cross_entropy(
       TypeError: as for `affine` and `softmax_cross_entropy_with_integer_labels`.
       ValueError: the same, and a `chunk_size` below 1.
 
-    Source: derived in docs/derivations.md#linear-layer-with-softmax-and-cross-entropy.
+    Source: derived in docs/background/derivations.md#linear-layer-with-softmax-and-cross-entropy.
 
     Example:
       >>> x, w, b = jnp.array([[1., 2.]]), jnp.zeros((2, 5)), jnp.zeros(5)

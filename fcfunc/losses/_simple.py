@@ -53,7 +53,7 @@ def squared_error(predictions: jax.Array, targets: jax.Array | None = None) -> j
       TypeError: `predictions` are not floating-point, or `targets` not numbers.
       ValueError: the shapes differ: `[N]` against `[N, 1]` is not broadcast to `[N, N]`.
 
-    Source: derived in docs/derivations.md#squared-error.
+    Source: derived in docs/background/derivations.md#squared-error.
 
     Example:
       >>> squared_error(jnp.array([1., 3.]), jnp.array([1., 1.]))
@@ -107,7 +107,7 @@ def negative_log_likelihood(
       TypeError: float labels, or probabilities that are not floating-point.
       ValueError: `labels` does not have the shape of `probs` without `axis`.
 
-    Source: derived in docs/derivations.md#negative-log-likelihood.
+    Source: derived in docs/background/derivations.md#negative-log-likelihood.
 
     Example:
       >>> negative_log_likelihood(jnp.array([[0.25, 0.75]]), jnp.array([1]))
@@ -163,7 +163,7 @@ def multiclass_svm(
       TypeError: float labels, or scores that are not floating-point.
       ValueError: `labels` does not have the shape of `scores` without `axis`.
 
-    Source: derived in docs/derivations.md#multiclass-svm.
+    Source: derived in docs/background/derivations.md#multiclass-svm.
 
     Example:
       >>> multiclass_svm(jnp.array([[3., 2.5, 0.]]), jnp.array([0]))
@@ -217,7 +217,7 @@ def l2_penalty(params) -> jax.Array:
       TypeError: a weight is not of a floating-point dtype.
       ValueError: the tree has no leaf named `"w"`.
 
-    Source: derived in docs/derivations.md#l2-penalty.
+    Source: derived in docs/background/derivations.md#l2-penalty.
 
     Example:
       >>> l2_penalty([{"w": jnp.array([[3., 4.]]), "b": jnp.array([9., 9.])}])

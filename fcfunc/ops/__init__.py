@@ -2,7 +2,7 @@
 
 Every rule reads the same way: the public function; `<name>_fwd(*args) -> (out, residuals)`;
 `<name>_bwd(residuals, g) -> cotangents`, with the derived formula above the line that computes it; and the line that
-joins them. docs/derivations.md has the derivations, `fcfunc.reference` a plain JAX implementation of each.
+joins them. docs/background/derivations.md has the derivations, `fcfunc.reference` a plain JAX implementation of each.
 
 All take float16, bfloat16, float32 or float64, compute in at least float32 and return the dtype they were given.
 All are differentiable in reverse mode to any order and in forward-over-reverse; for `jax.jvp` alone use the reference

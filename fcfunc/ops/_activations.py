@@ -24,7 +24,7 @@ def relu(x: jax.Array) -> jax.Array:
     Raises:
       TypeError: `x` is not of a floating-point dtype.
 
-    Source: derived in docs/derivations.md#relu.
+    Source: derived in docs/background/derivations.md#relu.
 
     Example:
       >>> relu(jnp.array([-1., 0., 2.]))
@@ -63,7 +63,7 @@ def sigmoid(x: jax.Array) -> jax.Array:
     Raises:
       TypeError: `x` is not of a floating-point dtype.
 
-    Source: derived in docs/derivations.md#sigmoid.
+    Source: derived in docs/background/derivations.md#sigmoid.
 
     Example:
       >>> sigmoid(jnp.array([0., 1e30]))
@@ -102,7 +102,7 @@ def tanh(x: jax.Array) -> jax.Array:
     Raises:
       TypeError: `x` is not of a floating-point dtype.
 
-    Source: derived in docs/derivations.md#tanh.
+    Source: derived in docs/background/derivations.md#tanh.
 
     Example:
       >>> tanh(jnp.array([0., 1e30]))
@@ -141,7 +141,7 @@ def softplus(x: jax.Array) -> jax.Array:
     Raises:
       TypeError: `x` is not of a floating-point dtype.
 
-    Source: derived in docs/derivations.md#softplus.
+    Source: derived in docs/background/derivations.md#softplus.
 
     Example:
       >>> softplus(jnp.array([0., 1e30]))
@@ -182,7 +182,7 @@ def leaky_relu(x: jax.Array, *, negative_slope: float = 0.01) -> jax.Array:
     Raises:
       TypeError: `x` is not of a floating-point dtype.
 
-    Source: derived in docs/derivations.md#leaky-relu.
+    Source: derived in docs/background/derivations.md#leaky-relu.
 
     Example:
       >>> leaky_relu(jnp.array([-1., 0., 2.]))
@@ -225,7 +225,8 @@ def elu(x: jax.Array, *, alpha: float = 1.0) -> jax.Array:
       TypeError: `x` is not of a floating-point dtype.
       ValueError: `alpha` is below 0.
 
-    Source: Clevert et al. 2015, Fast and Accurate Deep Network Learning by ELUs; derived in docs/derivations.md#elu.
+    Source: Clevert et al. 2015, Fast and Accurate Deep Network Learning by ELUs; derived in
+    docs/background/derivations.md#elu.
 
     Example:
       >>> elu(jnp.array([-jnp.inf, 0., 2.]))
@@ -268,7 +269,7 @@ def silu(x: jax.Array) -> jax.Array:
     Raises:
       TypeError: `x` is not of a floating-point dtype.
 
-    Source: Elfwing et al. 2017, Sigmoid-Weighted Linear Units; derived in docs/derivations.md#silu.
+    Source: Elfwing et al. 2017, Sigmoid-Weighted Linear Units; derived in docs/background/derivations.md#silu.
 
     Example:
       >>> silu(jnp.array([-jnp.inf, 0., 100.]))
@@ -311,7 +312,7 @@ def gelu(x: jax.Array, *, approximate: bool = True) -> jax.Array:
     Raises:
       TypeError: `x` is not of a floating-point dtype.
 
-    Source: Hendrycks and Gimpel 2016, Gaussian Error Linear Units; derived in docs/derivations.md#gelu.
+    Source: Hendrycks and Gimpel 2016, Gaussian Error Linear Units; derived in docs/background/derivations.md#gelu.
 
     Example:
       >>> gelu(jnp.array([-jnp.inf, 0., 100.]))

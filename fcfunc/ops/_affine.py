@@ -39,7 +39,7 @@ def affine(
       TypeError: the arguments are not of one floating-point dtype and there is no `compute_dtype`, or it is not
         bfloat16, float32 or float64.
 
-    Source: derived in docs/derivations.md#affine.
+    Source: derived in docs/background/derivations.md#affine.
 
     Example:
       >>> affine(jnp.array([[1., 2.]]), jnp.array([[1., 0.], [0., 3.]]), jnp.array([0.5, 0.5]))

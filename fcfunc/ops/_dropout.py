@@ -25,7 +25,7 @@ def dropout(x: jax.Array, *, rate: float, key: jax.Array) -> jax.Array:
       TypeError: `x` is not of a floating-point dtype; no key.
       ValueError: `rate` is outside [0, 1].
 
-    Source: Srivastava et al. 2014, Dropout; derived in docs/derivations.md#dropout.
+    Source: Srivastava et al. 2014, Dropout; derived in docs/background/derivations.md#dropout.
 
     Example:
       >>> jnp.unique(dropout(jnp.ones(100), rate=0.5, key=jax.random.key(0)))

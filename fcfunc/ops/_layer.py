@@ -38,7 +38,7 @@ def layer(
       ValueError: the shapes do not fit together; an unknown activation or option.
       TypeError: as for `affine`.
 
-    Source: derived in docs/derivations.md#layer.
+    Source: derived in docs/background/derivations.md#layer.
 
     Example:
       >>> layer(jnp.array([[1., 2.]]), jnp.array([[1., 0.], [0., -3.]]), jnp.zeros(2), activation="relu")

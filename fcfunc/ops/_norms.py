@@ -33,7 +33,7 @@ def layer_norm(x: jax.Array, scale: jax.Array, offset: jax.Array, *, eps: float 
       TypeError: an argument is not of a floating-point dtype; `scale` and `offset` differ in dtype.
       ValueError: `scale` or `offset` is not `[features]`; `eps` is not above 0.
 
-    Source: Ba et al. 2016, Layer Normalization; derived in docs/derivations.md#layer-norm.
+    Source: Ba et al. 2016, Layer Normalization; derived in docs/background/derivations.md#layer-norm.
 
     Example:
       >>> layer_norm(jnp.array([[1., 3.]]), jnp.ones(2), jnp.zeros(2)).round(3)
@@ -86,7 +86,8 @@ def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float = 1e-5) -> jax.Array:
       TypeError: an argument is not of a floating-point dtype.
       ValueError: `scale` is not `[features]`; `eps` is not above 0.
 
-    Source: Zhang and Sennrich 2019, Root Mean Square Layer Normalization; derived in docs/derivations.md#rms-norm.
+    Source: Zhang and Sennrich 2019, Root Mean Square Layer Normalization; derived in
+    docs/background/derivations.md#rms-norm.
 
     Example:
       >>> rms_norm(jnp.array([[5., -5.]]), jnp.ones(2)).round(3)
@@ -158,7 +159,7 @@ def batch_norm(
       ValueError: `scale`, `offset` or the state is not `[features]`; a training batch of fewer than two rows, which has
         no variance; `eps` is not above 0; `decay` is outside [0, 1].
 
-    Source: Ioffe and Szegedy 2015, Batch Normalization; derived in docs/derivations.md#batch-norm.
+    Source: Ioffe and Szegedy 2015, Batch Normalization; derived in docs/background/derivations.md#batch-norm.
 
     Example:
       >>> state = {"mean": jnp.zeros(1), "var": jnp.ones(1)}

@@ -27,7 +27,7 @@ def softmax(x: jax.Array, axis: int | tuple[int, ...] | None = -1, where: jax.Ar
       TypeError: `x` is not of a floating-point dtype; `where` that is not boolean.
       ValueError: `x` has no axis of that number; `where` cannot be broadcast to `x`.
 
-    Source: derived in docs/derivations.md#softmax.
+    Source: derived in docs/background/derivations.md#softmax.
 
     Example:
       >>> softmax(jnp.array([1e8, 1e8]))
@@ -75,7 +75,7 @@ def log_softmax(x: jax.Array, axis: int | tuple[int, ...] | None = -1, where: ja
       TypeError: `x` is not of a floating-point dtype; `where` that is not boolean.
       ValueError: `x` has no axis of that number; `where` cannot be broadcast to `x`.
 
-    Source: derived in docs/derivations.md#log-softmax.
+    Source: derived in docs/background/derivations.md#log-softmax.
 
     Example:
       >>> log_softmax(jnp.array([0., 0.]))

@@ -2,7 +2,7 @@
 
 `check_vjp(fun, args)` runs its checks on a function that has a `custom_vjp` or `custom_jvp` rule, or that calls some,
 and reports what it found; `assert_vjp` raises where it found something. `python -m fcfunc.testing module:function
-shapes` does it from a shell. docs/checking-rules.md is the guide.
+shapes` does it from a shell. docs/guides/checking-a-rule.md is the guide.
 """
 
 from fcfunc.testing._compare import Finding

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     """Checks the function that the command line names; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m fcfunc.testing", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("function", help="package.module:function")
-    parser.add_argument("shapes", help='the arguments by shape, "n d, d m, m"; see docs/checking-rules.md')
+    parser.add_argument("shapes", help='the arguments by shape, "n d, d m, m"; see docs/guides/checking-a-rule.md')
     parser.add_argument("--kwargs", type=json_object, default={}, help='options of the function, as JSON: {"axis": 0}')
     parser.add_argument("--reference", help="package.module:function to compare with, where the rule's own is in doubt")
     parser.add_argument("--require", nargs="*", choices=(*GROUPS, "all"), default=[], help="groups of further checks")

@@ -186,7 +186,7 @@ def check_vjp(
 
     The oracle is automatic differentiation of the undecorated function, which is read from the `custom_vjp` objects
     that the function calls, wherever they are; in a function that has none, from its `custom_jvp` objects.
-    docs/checking-rules.md lists the checks.
+    docs/guides/checking-a-rule.md lists the checks.
 
     Args:
       fun: a function with a rule, or one that calls some, of positional arrays or trees of arrays.

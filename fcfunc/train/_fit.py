@@ -308,11 +308,16 @@ def fit(
             records.append(record)
             if bar:
                 bar.end_epoch(record)
-            stop = on_epoch is not None and on_epoch(state, record)
+            stop = on_epoch is not None and _is_true(on_epoch(state, record))
             best = stopping.judge(best, epoch, record | scores, state)
-            if (isinstance(stop, bool | np.bool_) and stop) or stopping.stops(best):
+            if stop or stopping.stops(best):
                 break
     return stopping.restore(best, state), _history(records, int(best.epoch))
+
+
+def _is_true(value: Any) -> bool:
+    """Whether a callback said True, in Python or as an array; what else it returns, such as a count, says nothing."""
+    return isinstance(value, bool | np.bool_ | jax.Array) and np.asarray(value).dtype == bool and bool(value)
 
 
 @cached_by_id
