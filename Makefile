@@ -4,7 +4,7 @@ VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: train test test-all test-lowest test-peers bench lint dist clean
+.PHONY: train test test-all test-lowest test-peers bench docs docs-serve docs-test lint dist clean
 
 train: $(STAMP)
 	@$(BIN)/python -m examples.train_classifier $(ARGS)
@@ -33,9 +33,26 @@ bench: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --editable ".[bench]"
 	@$(BIN)/python -m benchmarks.training $(ARGS)
 
+# Builds the site in docs/_build/html: every cell is executed, and a warning is an error.
+docs: $(VENV)/.docs
+	@$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --jobs 2 docs docs/_build/html
+	@echo "The site is docs/_build/html/index.html."
+
+docs-serve: docs
+	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory docs/_build/html 8000
+
+# Reads the site in a real browser: Debian's package chromium, or the program that CHROMIUM names.
+docs-test: docs
+	@$(BIN)/python -m pytest docs/test_site.py $(ARGS)
+
+$(VENV)/.docs: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --editable ".[docs]"
+	@touch $@
+
 lint: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/codespell
 	@$(BIN)/lint-imports --no-logo --no-cache
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 
@@ -46,7 +63,7 @@ dist: $(STAMP)
 	@cd dist && sha256sum *
 
 clean:
-	rm -rf .venv .venv-* dist runs
+	rm -rf .venv .venv-* dist docs/_build runs
 
 # Installed once: the stamp is newer than pyproject.toml until the requirements change.
 $(STAMP): pyproject.toml

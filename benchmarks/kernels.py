@@ -12,7 +12,7 @@ from benchmarks.peers import Task, classifier_loss
 from fcfunc import train
 
 KINDS = {
-    "products": r"/dot_general",
+    "matmuls": r"/dot_general",
     "order": r"/order/",
     "gather": r"/gather/",
     "update": r"/update/",
@@ -60,7 +60,7 @@ def shares(task: Task, epochs: int) -> dict[str, float]:
         (file,) = Path(folder).rglob("*.xplane.pb")
         planes = jax.profiler.ProfileData.from_file(str(file)).planes
         events = [event for plane in planes for line in plane.lines for event in line.events]
-    # A product may be cut into parts that run on both cores, each an event of its own with the kernel's name.
+    # A matmul may be split into parts that run on both cores, each an event of its own with the kernel's name.
     running = {kind: [] for kind in KINDS}
     for event in events:
         if event.name in kinds:
@@ -78,7 +78,7 @@ def shares(task: Task, epochs: int) -> dict[str, float]:
 def table(tasks: dict[str, tuple[Task, int]]) -> list[str]:
     """The shares of several tasks."""
     names = [*KINDS, "between"]
-    lines = ["", "## The step by its kernels", "", f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    lines = ["", "## Time of a step by kernel", "", f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for title, (task, epochs) in tasks.items():
         found = shares(task, epochs)
         lines.append(f"| {title} | " + " | ".join(f"{100 * found[name]:.0f} %" for name in names) + " |")

@@ -1,12 +1,14 @@
-"""What the rules save, and what a gradient needs: writes docs/memory.md.
+"""The memory that rules save for the backward pass and that a gradient needs; writes docs/background/memory.md.
 
     python -m benchmarks.memory
 
-Bytes are those of the compiled programs (`memory_analysis`) and of the residuals between forward and backward pass;
-times are medians of runs in turns, as ratios.
+Bytes are those of the compiled programs (`memory_analysis`) and of the residuals between the forward and the backward
+pass. Times are ratios of runs in turns, as medians.
 """
 
 import functools
+import os
+import platform
 import statistics
 import time
 from pathlib import Path
@@ -19,7 +21,7 @@ from fcfunc import losses, ops, reference
 
 N, D = 2048, 512
 UNIT = 4 * N * D
-PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
+PAGE = Path(__file__).parents[1] / "docs" / "background" / "memory.md"
 
 x, w, b = jax.ShapeDtypeStruct((N, D), "float32"), jnp.zeros((D, D)), jnp.zeros(D)
 LABELS = jnp.zeros(N, jnp.int32)
@@ -59,7 +61,7 @@ SAVED = {
 
 
 def saved_units(fun) -> float:
-    """What stands between forward and backward pass, in activations [N, D] of float32; weights are not counted."""
+    """The residuals between the forward and the backward pass, in float32 activations [N, D], without weights."""
     residuals = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(fun, x)[1], x))
     return sum(r.size * r.dtype.itemsize for r in residuals if r.shape[:1] == (N,)) / UNIT
 
@@ -94,7 +96,7 @@ def network(layers: int, activation: str, scanned: bool, by_rules: bool):
 
 
 def in_turns(programs: dict, rounds: int = 7) -> dict[str, list[float]]:
-    """Seconds of each program, run in turns so that a drift of the machine meets all alike."""
+    """Seconds of each program, run in turns so that a drift of the machine affects all of them."""
     seconds = {name: [] for name in programs}
     for _ in range(rounds + 1):
         for name, (compiled, args) in programs.items():
@@ -111,14 +113,14 @@ def ratio(a: list[float], b: list[float]) -> str:
 
 
 def table_of_residuals() -> str:
-    """What each rule saves, beside autodiff."""
+    """The memory that each rule saves, compared with autodiff."""
     rows = [f"| {name} | {saved_units(f):.2f} | {saved_units(g):.2f} |" for name, (f, g) in SAVED.items()]
     return "\n".join(["| function | rule | autodiff |", "|---|---|---|", *rows])
 
 
 def table_of_networks() -> str:
     """Temporaries and times of gradients of eight layers."""
-    rows = ["| eight layers | autodiff | rules | ratio of temporaries | ratio of times |", "|---|---|---|---|---|"]
+    rows = ["| eight layers | autodiff | rules | memory ratio | time ratio |", "|---|---|---|---|---|"]
     for scanned in (True, False):
         for activation in ("relu", "gelu", "silu", "tanh"):
             programs, units = {}, {}
@@ -162,36 +164,59 @@ def compilation() -> str:
     return ratio(seconds[64], seconds[4])
 
 
+PAGE_TEXT = """# Memory use
+
+This page compares the memory and the time of fcfunc's backward rules with those of automatic differentiation.
+Written by `python -m benchmarks.memory` with jax {version} on {device} ({cores} cores, {machine}).
+
+All sizes are in units of one float32 activation of shape [{rows}, {width}], {unit:.1f} MB.
+
+## Memory saved for the backward pass
+
+The table shows the size of the arrays that are kept from the forward pass for the backward pass. Weights are
+excluded. A function's own inputs and outputs are included, although an adjacent layer often keeps them anyway.
+"autodiff" is the automatic differentiation of JAX's own function, or of the reference implementation where JAX has
+none.
+
+{residuals}
+
+## Memory and time of a gradient
+
+The table shows the temporary memory and the time of the compiled gradient of eight layers of width {width}, with
+fcfunc's rules and with automatic differentiation of the same layers in plain JAX. Scanned layers are stacked by
+`fcfunc.stack`. Under a scan, the memory depends on what each rule saves. In an unrolled program, XLA decides what to
+keep, and it merges a recomputed pre-activation with the first one. Both ratios are rules over autodiff. The time
+ratio is the median of seven runs in turns, with the lowest and the highest.
+
+{networks}
+
+The next table shows what options of `fcfunc.mlp` add. For some bfloat16 matmuls, XLA's CPU backend converts the
+operands into separate arrays of a wider dtype. The arrays kept between the passes are half as large, which pays off
+where the hardware multiplies bfloat16.
+
+{options}
+
+The gradient of 64 stacked layers takes {compilation} times as long to compile as that of 4.
+"""
+
+
 def main() -> None:
     """Writes the page."""
-    PAGE.write_text(f"""# Memory
-
-Written by `python -m benchmarks.memory` with jax {jax.__version__} on {jax.devices()[0].platform.upper()}; all sizes in
-units of one activation of [{N}, {D}] float32, {UNIT / 1e6:.1f} MB.
-
-## What is saved for the backward pass
-
-Between the forward and the backward pass; weights are not counted, and what is the function's own argument or output
-is, although it is often held by a neighbor anyway. Autodiff is that of JAX's own function, or of the reference
-implementation where JAX has none.
-
-{table_of_residuals()}
-
-## What a gradient needs
-
-Temporaries of the compiled gradient of eight layers {D} wide, by `apply` and by autodiff of the same in plain JAX, and
-its time. Scanned layers are those of `fcfunc.stack`. What a rule saves decides under a scan; in an unrolled program XLA
-keeps what it likes, and merges a pre-activation that is computed again with the one computed before.
-
-{table_of_networks()}
-
-What options of `fcfunc.mlp` add. XLA's CPU backend widens the operands of some bfloat16 products into arrays of their
-own; what is kept between the passes is half as large, which shows where the hardware multiplies bfloat16.
-
-{table_of_options()}
-
-Compile time of the gradient of 64 stacked layers over that of 4: {compilation()}.
-""")
+    PAGE.write_text(
+        PAGE_TEXT.format(
+            version=jax.__version__,
+            device=jax.devices()[0].platform.upper(),
+            cores=os.cpu_count(),
+            machine=platform.machine(),
+            rows=N,
+            width=D,
+            unit=UNIT / 1e6,
+            residuals=table_of_residuals(),
+            networks=table_of_networks(),
+            options=table_of_options(),
+            compilation=compilation(),
+        )
+    )
     print(PAGE.read_text())
 
 

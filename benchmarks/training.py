@@ -1,9 +1,9 @@
-"""Training beside its peers, in turns, as ratios of medians; writes docs/benchmarks.md.
+"""Training time of fcfunc and other libraries, in turns, as ratios; writes docs/background/benchmarks.md.
 
     make bench                                           # everything, and the page
     python -m benchmarks.training --only small,digits    # some of it, printed alone
 
-A turn runs every peer once, each time beginning with another one, so that a drift of the machine meets all alike.
+A turn runs every peer once. Each turn begins with a different peer, so that a drift of the machine affects all of them.
 """
 
 import argparse
@@ -28,49 +28,57 @@ from benchmarks.peers import PEERS, Task, classifier_loss, with_fcfunc, with_tor
 from benchmarks.process import PROCESSES
 from fcfunc import data, train
 
-PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+PAGE = Path(__file__).parents[1] / "docs" / "background" / "benchmarks.md"
 
 INTRODUCTION = """# Benchmarks
 
-Written by `make bench` on {cores} CPU cores ({machine}), Python {python}: {versions}.
+This page compares the training time of fcfunc with that of other libraries. Written by `make bench` on {cores} CPU
+cores ({machine}), Python {python}: {versions}. Nothing here was measured on a GPU.
 
-Times are ratios: how many times as long as fcfunc a peer takes, the median of ratios of turns side by side, with the
-lowest and the highest. Same data, same batches, same optimizer and learning rate, same initial parameters (but for
-scikit-learn, which draws its own); the accuracy is that after all turns, over as many epochs each. The peers are in
-`benchmarks/peers.py`, each with the fastest loop that its users write. "bare scan" is plain JAX without a shuffle, and
-"products" are the matrix products of the step alone, at the same shapes in the same run: bounds, not peers.
+Times are ratios: the time of a peer divided by the time of fcfunc. Each is the median over runs in turns, with the
+lowest and the highest. The data, batches, optimizer, learning rate and initial parameters are the same for all,
+except that scikit-learn draws its own initial parameters. The accuracy is measured after all turns, when each peer
+has trained for the same number of epochs. The peers are in `benchmarks/peers.py`, each with the fastest loop that
+its users write.
+
+Two rows are bounds, not peers. "bare scan" is plain JAX without a shuffle. "matmuls" are the matmuls of the steps
+alone, at the same shapes and in the same run.
 """
 
 NOTES = """
 ## Where the time goes
 
-- The table by kernels is JAX's profile of fcfunc's epochs, each kernel named by its operation in the compiled program:
-  "products" forward and backward, "order" the shuffle, "gather" the batch, "update" optax's, "others" the activations,
-  the loss and the sums of the bias gradients, and "between" what runs while no kernel has begun: the runtime's own work
-  from one kernel to the next. In the wide network that last share is still a product: the runtime cuts the gradient of
-  the first weights into parts for its pool of threads, and the profile shows the time before its update with no event.
-- What is left to the limit: at the smallest network three fifths of the step are kernels that are no products and the
-  way between them; only fewer or larger kernels would help, which is XLA's fusion, not this library's code. From the
-  digits on, the products are the larger part, and what could still be saved here is the shuffle and the gather, 1 to
-  12 %.
-- What "products" takes no program can save. Between it and "bare scan" are the rest of the arithmetic, the update, and
-  what XLA's CPU runtime spends between the kernels of a step; between "bare scan" and fcfunc are the shuffle and the
-  gathering of each batch. These two rows bound what can be gained here over a loop that dispatches one compiled step at
-  a time: it runs the same kernels, and its dispatch overlaps with them.
-- The order of an epoch is computed element by element by a keyed bijection (`train/_permutation.py`). As a sort it
-  cost 18.4 ms for 54,000 examples and 478 ms for a million, and now 0.4 and 1.5 ms, measured side by side.
-- The mask of a ReLU layer is packed into bits only where its output is not kept anyway, under a scan over layers:
-  packing took 7 to 9 % of the step of the digits' network.
-- Whole process, measured apart: importing JAX 0.3 s, fcfunc and optax 0.1, reading and unpacking the images 0.2, the
-  first parameters 0.25 (they were 0.85 as single operations; now one program, compiled at XLA's lower level), tracing
-  and compiling the epoch 0.55, five epochs 0.5, evaluation 0.2. With JAX's persistent compilation cache
-  (`JAX_COMPILATION_CACHE_DIR=folder JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
-  JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1`) a second process took 1.77 s where it took 2.47 without.
-- No GPU was at hand for these pages: nothing here was measured on one. `python -m benchmarks.accelerator` measures
-  bfloat16 networks there as shares of the card's own products, rules beside autodiff, scan beside loop, the two output
-  layers, the dtypes of the products in the compiled program, and what repeating to the bit costs; `pytest -m gpu -n 0`
-  runs the tests that only a GPU can answer.
-- Images stay bytes on the device until a step uses them: `batch.x.astype(jnp.float32) / 255` in the loss function.
+- **Kernels.** The table of kernels is JAX's profile of fcfunc's epochs. Each kernel is classified by its operation
+  in the compiled program: "matmuls" are those of the forward and the backward pass, "order" is the shuffle, "gather"
+  collects the batch, "update" is optax's update, and "others" are the activations, the loss and the sums of the bias
+  gradients. "between" is the time when no kernel runs: the runtime's own work from one kernel to the next. In the
+  wide network, this time still belongs to a matmul: the runtime splits the gradient of the first weights into parts
+  for its thread pool, and the profile shows no event for the time before its update.
+- **Headroom.** In the smallest network, three fifths of a step are spent outside matmul kernels and between kernels.
+  Only fewer or larger kernels would help, which depends on XLA's fusion and not on this library. From the digits
+  network on, the matmuls are the larger part. The shuffle and the gather, 1 to 12 %, are what could still be saved.
+- **Bounds.** No program can be faster than the "matmuls" row. The difference between it and "bare scan" is the rest
+  of the arithmetic, the update, and the time that XLA's CPU runtime spends between the kernels of a step. The
+  difference between "bare scan" and fcfunc is the shuffle and the gather of each batch. The two rows limit what can
+  be gained over a loop that dispatches one compiled step at a time: it runs the same kernels, and its dispatch
+  overlaps with them.
+- **Shuffle.** The order of an epoch is computed element by element by a keyed bijection (`train/_permutation.py`).
+  It takes 0.4 ms for 54,000 examples and 1.5 ms for a million. Sorting took 18.4 and 478 ms, measured side by side.
+- **ReLU masks.** The mask of a ReLU layer is packed into bits only where the output of the layer is not kept anyway,
+  such as under a scan over layers. Packing took 7 to 9 % of a step of the digits network.
+- **Whole process**, measured separately: importing JAX 0.3 s, importing fcfunc and optax 0.1 s, reading and
+  unpacking the images 0.2 s, initial parameters 0.25 s, tracing and compiling the epoch 0.55 s, five epochs 0.5 s,
+  evaluation 0.2 s. The initial parameters are made by one program, compiled at XLA's lower optimization level. As
+  separate operations they took 0.85 s.
+- **Compilation cache.** With JAX's persistent compilation cache (`JAX_COMPILATION_CACHE_DIR=folder
+  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1`), a second process took
+  1.77 s instead of 2.47 s.
+- **Images** stay bytes on the device until a step converts them, with `batch.x.astype(jnp.float32) / 255` in the
+  loss function.
+- **GPUs.** On a GPU, `python -m benchmarks.accelerator` measures bfloat16 networks as shares of the GPU's own matmul
+  rate, rules against autodiff, a scan against a loop, the two output layers, the dtypes of the matmuls in the
+  compiled program, and the cost of bit-for-bit reproducible execution. `pytest -m gpu -n 0` runs the tests that need
+  a GPU.
 """
 
 
@@ -97,12 +105,12 @@ def fashion(dims=(784, 128, 10), batch_size=128, count=59_904) -> Task:
 
 
 def wide() -> Task:
-    """A network whose time is its matrix products; ten batches."""
+    """A network that spends its time in matmuls; ten batches."""
     return fashion((784, 2048, 2048, 10), 512, 5120)
 
 
-def with_products(task: Task):
-    """The matrix products of a step alone: forward, by the weights, and by the inputs of all layers but the first."""
+def with_matmuls(task: Task):
+    """The matmuls of a step alone: forward, weight gradients, and input gradients of all layers but the first."""
     whole = len(task.x) - len(task.x) % task.batch_size
     batches = jnp.asarray(task.x[:whole]).reshape(-1, task.batch_size, task.dims[0])
 
@@ -110,11 +118,11 @@ def with_products(task: Task):
         inputs = [x]
         for w in weights:
             inputs.append(inputs[-1] @ w)
-        g, products = inputs.pop(), []
+        g, results = inputs.pop(), []
         for layer, w in reversed(list(enumerate(weights))):
-            products.insert(0, inputs[layer].T @ g)
+            results.insert(0, inputs[layer].T @ g)
             g = g @ w.T if layer else g
-        return products, None  # in the place of the weights: nothing is left out, and nothing else is done
+        return results, None  # in place of the weights, so that nothing is optimized away and nothing is added
 
     run, weights = jax.jit(lambda ws, xs: jax.lax.scan(step, ws, xs)[0]), [p["w"] for p in task.params]
 
@@ -126,12 +134,12 @@ def with_products(task: Task):
 
 
 ROWS: dict[str, tuple[str, Callable, int, int, list[str]]] = {
-    "small": ("4-32-32-2, batch 32, Adam", small, 10, 9, [*PEERS, "products"]),
-    "digits": ("digits 64-128-10, batch 32, SGD", digits, 20, 9, [*PEERS, "products"]),
-    "fashion": ("Fashion-MNIST 784-128-10, batch 128, SGD, an epoch", fashion, 1, 7, [*PEERS, "products"]),
-    "wide": ("784-2048-2048-10, batch 512, SGD, ten steps", wide, 1, 7, [*PEERS, "products"]),
+    "small": ("4-32-32-2, batch 32, Adam", small, 10, 9, [*PEERS, "matmuls"]),
+    "digits": ("digits 64-128-10, batch 32, SGD", digits, 20, 9, [*PEERS, "matmuls"]),
+    "fashion": ("Fashion-MNIST 784-128-10, batch 128, SGD, one epoch", fashion, 1, 7, [*PEERS, "matmuls"]),
+    "wide": ("784-2048-2048-10, batch 512, SGD, ten steps", wide, 1, 7, [*PEERS, "matmuls"]),
 }
-"""What is trained, by which task, epochs in a turn, turns, and beside whom."""
+"""Title, task, epochs in a turn, turns, and peers."""
 
 
 def in_turns(runs: dict[str, Callable], turns: int, before: dict[str, Callable]) -> dict[str, list[float]]:
@@ -153,23 +161,23 @@ def in_turns(runs: dict[str, Callable], turns: int, before: dict[str, Callable])
 
 
 def table_of_training(name: str) -> list[str]:
-    """One network beside all peers."""
+    """One network in all libraries."""
     title, make, epochs, turns, peers = ROWS[name]
     task = make()
-    made = {peer: with_products(task) if peer == "products" else PEERS[peer](task) for peer in peers}
+    made = {peer: with_matmuls(task) if peer == "matmuls" else PEERS[peer](task) for peer in peers}
     for run, _ in made.values():
         run(1)
     timed = {peer: functools.partial(run, epochs) for peer, (run, _) in made.items()}
     seconds = in_turns(timed, turns, {peer: functools.partial(run, 1) for peer, (run, _) in made.items()})
-    lines = ["", f"## {title}", "", "| | time over fcfunc's | test accuracy |", "|---|---|---|"]
+    lines = ["", f"## {title}", "", "| | time relative to fcfunc | test accuracy |", "|---|---|---|"]
     for peer, (_, accuracy) in made.items():
-        score = "" if peer == "products" else f"{float(accuracy()):.4f}"
+        score = "" if peer == "matmuls" else f"{float(accuracy()):.4f}"
         lines.append(f"| {peer} | {ratio(seconds[peer], seconds['fcfunc'])} | {score} |")
     return lines
 
 
 def table_of_processes() -> list[str]:
-    """Whole processes: import, data, five epochs, accuracy printed."""
+    """Whole processes: import, read data, train five epochs, print the accuracy."""
     accuracies: dict[str, str] = {}
 
     def run(peer):
@@ -177,14 +185,14 @@ def table_of_processes() -> list[str]:
         accuracies[peer] = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
 
     seconds = in_turns({peer: functools.partial(run, peer) for peer in PROCESSES}, 5, dict.fromkeys(PROCESSES, int))
-    lines = ["", "## Whole process: import, data, 5 epochs of Fashion-MNIST, accuracy printed", ""]
-    lines += ["| | time over fcfunc's | test accuracy |", "|---|---|---|"]
+    lines = ["", "## Whole process: import, read data, train 5 epochs on Fashion-MNIST, print the accuracy", ""]
+    lines += ["| | time relative to fcfunc | test accuracy |", "|---|---|---|"]
     lines += [f"| {p} | {ratio(seconds[p], seconds['fcfunc'])} | {accuracies[p]} |" for p in PROCESSES]
     return lines
 
 
 def table_of_sweeps() -> list[str]:
-    """64 networks in one program, beside PyTorch one after the other."""
+    """64 networks in one program, compared with PyTorch one after the other."""
     task, rates, seeds, epochs = digits(), np.logspace(-2.0, -0.5, 8), 8, 20
     arrays = jnp.asarray(task.x), jnp.asarray(task.y)
     make = lambda rate: optax.inject_hyperparams(optax.sgd)(learning_rate=rate)  # noqa: E731
@@ -208,9 +216,9 @@ def table_of_sweeps() -> list[str]:
     runs["fcfunc"]()
     alone(1)
     seconds = in_turns(runs, 3, {name: lambda: alone(1) for name in runs})
-    lines = ["", "## 64 networks 64-128-10 (8 seeds x 8 learning rates), 20 epochs of digits", ""]
-    lines += [f"One program, traced {len(traces)} time, compiled once.", ""]
-    lines += ["| | time over fcfunc's |", "|---|---|"]
+    lines = ["", "## Sweep: 64 networks 64-128-10 (8 seeds x 8 learning rates), 20 epochs of digits", ""]
+    lines += [f'The row "fcfunc" is a single program ({len(traces)} trace, 1 compilation).', ""]
+    lines += ["| | time relative to fcfunc |", "|---|---|"]
     return lines + [f"| {name} | {ratio(seconds[name], seconds['fcfunc'])} |" for name in runs]
 
 
@@ -220,7 +228,7 @@ TABLES |= {"process": table_of_processes, "sweep": table_of_sweeps}
 
 
 def versions() -> str:
-    """Of all that is compared."""
+    """The versions of everything that is compared."""
     from importlib.metadata import version
 
     names = ("fcfunc", "jax", "optax", "flax", "equinox", "torch", "scikit-learn", "numpy")
@@ -228,7 +236,7 @@ def versions() -> str:
 
 
 def main():
-    """Prints the tables; writes the page where all were asked for."""
+    """Prints the tables; writes the page if all of them were requested."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", help=f"some of {','.join(TABLES)}; the page is then not written")
     args = parser.parse_args()

@@ -21,7 +21,7 @@ DIMS = [64, 128, 10]
 
 
 def loss_fn(params, batch, key):
-    """The mean cross-entropy, and the share of examples that are recognised."""
+    """The mean cross-entropy, and the share of examples that are recognized."""
     del key
     logits = fcfunc.apply(params, batch.x)
     loss = jnp.mean(losses.softmax_cross_entropy_with_integer_labels(logits, batch.y))

@@ -4,7 +4,8 @@
     srun python -m examples.train_distributed --cluster      # or mpirun; in Kubernetes the command of each pod of a Job
 
 Writes a checkpoint to --out after each epoch, and within it where --save-every says so; `--resume` goes on from the
-last one, on as many devices as there are then. SIGTERM saves and ends with status 4. docs/many-devices.md says more.
+last one, on as many devices as there are then. SIGTERM saves and ends with status 4.
+docs/guides/multiple-devices.md says more.
 """
 
 import argparse

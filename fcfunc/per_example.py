@@ -298,11 +298,11 @@ class NoiseScale(NamedTuple):
     """The size of the gradient and of its noise, as one batch shows them.
 
     Attributes:
-      noise_scale: tr Σ / |G|², the batch size at which the noise of a mean gradient is as large as the gradient. It is
-        negative or very large where the batch is too small to see the gradient at all.
-      squared_gradient: |G|² of the expected gradient, estimated without bias.
-      variance: tr Σ, the sum of the variances of one example's gradient, estimated without bias.
-      signal_to_noise: |G|² / tr Σ of each leaf, in the structure of the parameters.
+      noise_scale: `tr Σ / |G|²`, the batch size at which the noise of a mean gradient is as large as the gradient. It
+        is negative or very large where the batch is too small to see the gradient at all.
+      squared_gradient: `|G|²` of the expected gradient, estimated without bias.
+      variance: `tr Σ`, the sum of the variances of one example's gradient, estimated without bias.
+      signal_to_noise: `|G|² / tr Σ` of each leaf, in the structure of the parameters.
     """
 
     noise_scale: jax.Array

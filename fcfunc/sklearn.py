@@ -467,9 +467,9 @@ class MLPClassifier(ClassifierMixin, _MLP):
       norm, dropout_rate, residual: as for `fcfunc.mlp`.
       class_weight: a dict of weights by class, or "balanced", for weights that fall with the size of a class.
 
-    Attributes:
-      classes_, coefs_, intercepts_, loss_, loss_curve_, best_loss_, validation_scores_, best_validation_score_,
-        n_iter_, t_, n_layers_, n_outputs_, out_activation_, n_features_in_, feature_names_in_: as in scikit-learn.
+    Fitted attributes, as in scikit-learn: `classes_`, `coefs_`, `intercepts_`, `loss_`, `loss_curve_`,
+    `best_loss_`, `validation_scores_`, `best_validation_score_`, `n_iter_`, `t_`, `n_layers_`, `n_outputs_`,
+    `out_activation_`, `n_features_in_`, `feature_names_in_`.
 
     Example:
       >>> from sklearn.datasets import load_iris
@@ -615,9 +615,9 @@ class MLPRegressor(RegressorMixin, _MLP):
     Args:
       activation, optimizer, norm, dropout_rate, residual: as for `MLPClassifier`.
 
-    Attributes:
-      coefs_, intercepts_, loss_, loss_curve_, best_loss_, validation_scores_, best_validation_score_, n_iter_, t_,
-        n_layers_, n_outputs_, out_activation_, n_features_in_, feature_names_in_: as in scikit-learn.
+    Fitted attributes, as in scikit-learn: `coefs_`, `intercepts_`, `loss_`, `loss_curve_`, `best_loss_`,
+    `validation_scores_`, `best_validation_score_`, `n_iter_`, `t_`, `n_layers_`, `n_outputs_`, `out_activation_`,
+    `n_features_in_`, `feature_names_in_`.
 
     Example:
       >>> from sklearn.datasets import load_diabetes

@@ -1,14 +1,17 @@
-"""How accurate each rule's gradient is, in units in the last place, beside automatic differentiation and torch.
+"""The accuracy of each rule's gradient in units in the last place, next to automatic differentiation and PyTorch.
 
-    python -m proofs.accuracy > docs/accuracy.md
+    python -m proofs.accuracy > docs/background/accuracy.md
 
-The truth is the gradient in numbers of 60 digits, at arguments and cotangents that the dtype can hold; an error is
-counted in ulps, the distances between neighboring numbers of the dtype, of each element of the truth. Autodiff is that
-of the reference implementation in fcfunc.reference, and torch's is its own. Needs mpmath, and torch for its columns.
+The true gradient is computed in numbers of 60 digits, at arguments and cotangents that the dtype can represent. An
+error is counted in ulps of the true element, the distance between neighboring numbers of the dtype. Autodiff
+differentiates the reference implementation in fcfunc.reference. Needs mpmath, and torch for its column.
 """
 
 import importlib.util
+import os
+import platform
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import jax
@@ -191,40 +194,73 @@ def shown(errors: tuple[float, ...] | None) -> str:
     return "" if errors is None else " / ".join(f"{e:.1f}" if e < 100 else f"{e:.1e}" for e in errors)
 
 
-INTRODUCTION = f"""# Accuracy of the gradients
+INTRODUCTION = """# Accuracy of the gradients
 
-Printed by `python -m proofs.accuracy`. Each cell has three errors in units in the last place (ulps) of the true
-gradient: the median and the largest, each in ulps of the element itself, and the largest in ulps of the largest element
-of its array; of {DRAWS} draws each is the median. 0.5 is correct rounding. Where a sum cancels, or a slope is much
-smaller than the numbers it is the difference of, its error is many ulps of what is left, for everyone; the third figure
-says how much it matters beside the other elements.
+This page compares the errors of every rule's gradient with those of automatic differentiation and PyTorch.
+Written by `python -m proofs.accuracy` with {versions} on {machine}.
 
-A layer in half precision rounds the cotangent of its pre-activation to that dtype, so that both products of the
-backward pass run in it, as torch does; the reference leaves it in float32. This shows in the second figure alone.
+Each cell has three errors in units in the last place (ulps) of the true gradient:
 
-The arrays have {ROWS} rows and {COLUMNS} columns of ordinary numbers (standard normal); then the first argument has
-{", ".join(f"{t:g}" for t in TAILS)}
-in places; then it is at a common offset of {OFFSET["float32"]:g} (of {OFFSET["float16"]:g} in half precision). The
-truth is computed in {DIGITS} digits at the same numbers.
+1. the median error, in ulps of each element,
+2. the largest error, in ulps of each element,
+3. the largest error, in ulps of the largest element of the same array.
+
+Each figure is the median of {draws} draws, and 0.5 is correct rounding. The true gradient is computed with {digits}
+digits from the same numbers. The column "autodiff" is automatic differentiation of the reference implementation in
+`fcfunc.reference`. The column "torch" is empty where PyTorch has no such function.
+
+Where a sum cancels, or where a slope is the small difference of larger numbers, few digits are left and the second
+figure is large. The third figure shows how much that matters relative to the other elements.
+
+A layer in half precision rounds the cotangent of its pre-activation to that dtype, so that both matmuls of the backward
+pass run in it, as in PyTorch. The reference implementation keeps that cotangent in float32. The difference shows mainly
+in the second figure.
+
+Each draw has arrays of {rows} rows and {columns} columns at three kinds of points:
+
+- standard normal numbers,
+- the same with many elements of the first argument replaced by one of
+  {tails},
+- the same with the first argument shifted by {offset:g} ({half_offset:g} in half precision).
+
+`negative_log_likelihood` and `l2_penalty` are measured on the first kind only.
 """
 
 
+def introduction() -> str:
+    """What was measured, with what, and how to read it."""
+    installed = [name for name in ("jax", "numpy", "torch") if importlib.util.find_spec(name)]
+    return INTRODUCTION.format(
+        versions=", ".join(f"{name} {version(name)}" for name in installed),
+        machine=f"{os.cpu_count()} CPU cores ({platform.machine()})",
+        draws=DRAWS,
+        digits=DIGITS,
+        rows=ROWS,
+        columns=COLUMNS,
+        tails=", ".join(f"{t:g}" for t in TAILS),
+        offset=OFFSET["float32"],
+        half_offset=OFFSET["float16"],
+    )
+
+
 def main() -> list[str]:
-    """Prints the page; returns the rules that are more than twice as inaccurate as autodiff."""
-    print(INTRODUCTION)
+    """Prints the page; returns the errors that are more than twice those of autodiff."""
+    print(introduction())
     worse = []
     for dtype in DTYPES:
-        print(f"## {dtype}\n\n| rule | fcfunc | autodiff of the reference | torch |\n|---|---|---|---|")
+        print(f"## {dtype}\n\n| rule | fcfunc | autodiff | torch |\n|---|---|---|---|")
         for entry in functions():
             errors = compared(entry, dtype)
             print(f"| {entry.row} | {' | '.join(shown(errors.get(by)) for by in ('rule', 'autodiff', 'torch'))} |")
             for kind, rule, auto in zip(
-                ("median", "by element", "by array"), errors["rule"], errors["autodiff"], strict=True
+                ("median", "largest by element", "largest by array"), errors["rule"], errors["autodiff"], strict=True
             ):
                 if rule > 2 * max(auto, 0.5):
-                    worse.append(f"{entry.row} in {dtype} ({kind}: {rule:.1f} against {auto:.1f})")
+                    worse.append(f"| {entry.row} | {dtype} | {kind} | {rule:.1f} | {auto:.1f} |")
         print()
-    print(f"More than twice as inaccurate as autodiff: {', '.join(worse) or 'none'}.")
+    print("## Errors more than twice those of autodiff\n")
+    print("Errors of autodiff below 0.5 count as 0.5.\n")
+    print("| rule | dtype | error | fcfunc | autodiff |\n|---|---|---|---|---|", *worse, sep="\n")
     return worse
 
 

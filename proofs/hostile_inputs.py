@@ -1,12 +1,14 @@
-"""What hostile inputs give, here, in optax and in torch: writes docs/hostile-inputs.md.
+"""What fcfunc, optax and PyTorch return for hostile inputs; writes docs/background/hostile-inputs.md.
 
-python -m proofs.hostile_inputs
+    python -m proofs.hostile_inputs
 
-The rule: right, or NaN in loss and gradient, or an error before anything runs; never finite and wrong. What is right is
-computed in float64 by NumPy from the inputs as they are in their own dtype, element by element and from the definition.
+The criterion: a correct result, or NaN in the loss and gradient, or an error before execution. NumPy computes the
+correct result in float64 from the definition, element by element, from the inputs as they are in their own dtype.
 """
 
 import itertools
+import os
+import platform
 import warnings
 from collections.abc import Callable
 from importlib.metadata import version
@@ -22,7 +24,7 @@ import optax
 import fcfunc
 from fcfunc import losses, ops
 
-PAGE = Path(__file__).parents[1] / "docs" / "hostile-inputs.md"
+PAGE = Path(__file__).parents[1] / "docs" / "background" / "hostile-inputs.md"
 UNDEFINED = "undefined"
 INF, NAN = float("inf"), float("nan")
 
@@ -256,7 +258,7 @@ ROWS = [
         )
     ),
     Row(
-        "label −100, which is to be ignored",
+        "label −100 with `ignore_index=-100`",
         "cross-entropy",
         (LOGITS, _labels(-100)),
         {"ignore_index": -100},
@@ -268,19 +270,19 @@ ROWS = [
     Row("float labels", "cross-entropy", (LOGITS, LABELS.astype(np.float32)), truth=UNDEFINED),
     Row("boolean labels", "cross-entropy", (LOGITS, LABELS > 0), truth=UNDEFINED),
     Row("labels [N, 1]", "cross-entropy", (LOGITS, LABELS[:, None]), truth=UNDEFINED),
-    Row("labels of another number of rows", "cross-entropy", (LOGITS, LABELS[:2]), truth=UNDEFINED),
+    Row("fewer labels than rows", "cross-entropy", (LOGITS, LABELS[:2]), truth=UNDEFINED),
     *(
         Row(name, operation, (logits, LABELS) if operation != "log-softmax" else (logits,))
         for operation in ("cross-entropy", "large output layer", "log-softmax")
         for name, logits in (
-            ("a row of −inf alone", changed(LOGITS, 1, -INF)),
+            ("a row of only −inf", changed(LOGITS, 1, -INF)),
             ("one +inf", changed(LOGITS, (1, 0), INF)),
             ("a NaN", changed(LOGITS, (1, 0), NAN)),
             ("logits of ±3e38", changed(changed(LOGITS, (1, 0), 3e38), (1, 1), -3e38)),
         )
     ),
     Row("+inf at the label", "cross-entropy", (changed(LOGITS, (1, 4), INF), LABELS)),
-    Row("−inf beside the label", "cross-entropy", (changed(LOGITS, (1, 0), -INF), LABELS)),
+    Row("−inf at another class", "cross-entropy", (changed(LOGITS, (1, 0), -INF), LABELS)),
     Row("−inf at the label", "cross-entropy", (changed(LOGITS, (1, 4), -INF), LABELS)),
     Row("logits shifted by 1e8", "cross-entropy", (LOGITS * 0 + np.float32(1e8), LABELS)),
     Row("logits shifted by −1e8, in chunks", "large output layer", (LOGITS * 0 - np.float32(1e8), LABELS)),
@@ -301,34 +303,34 @@ ROWS = [
     ),
     Row("integer logits", "cross-entropy", (LOGITS.astype(np.int32), LABELS), truth=UNDEFINED),
     Row("complex logits", "cross-entropy", (LOGITS.astype(np.complex64), LABELS), truth=UNDEFINED),
-    Row("no row counts", "cross-entropy", (LOGITS, LABELS), {"where": np.zeros(3, bool)}),
+    Row("all rows masked", "cross-entropy", (LOGITS, LABELS), {"where": np.zeros(3, bool)}),
     Row(
-        "a NaN in a row that does not count",
+        "a NaN in a masked row",
         "cross-entropy",
         (changed(LOGITS, (1, 0), NAN), LABELS),
         {"where": np.array([True, False, True])},
     ),
     Row(
-        "label C in a row that does not count",
+        "label C in a masked row",
         "cross-entropy",
         (LOGITS, _labels(5)),
         {"where": np.array([True, False, True])},
     ),
-    Row("weights of 0", "cross-entropy", (LOGITS, LABELS), {"weights": np.zeros(3, np.float32)}),
+    Row("all row weights 0", "cross-entropy", (LOGITS, LABELS), {"weights": np.zeros(3, np.float32)}),
     Row(
-        "a weight of 0 on an infinite loss",
+        "row weight 0 on an infinite loss",
         "cross-entropy",
         (changed(LOGITS, (1, 4), -INF), LABELS),
         {"weights": np.array([1, 0, 1], np.float32)},
     ),
-    Row("class weights of 0", "cross-entropy", (LOGITS, LABELS), {"class_weights": np.zeros(5, np.float32)}),
+    Row("all class weights 0", "cross-entropy", (LOGITS, LABELS), {"class_weights": np.zeros(5, np.float32)}),
     Row("label smoothing of 1", "cross-entropy", (LOGITS, LABELS), {"label_smoothing": 1.0}),
     Row("label smoothing of 1.5", "cross-entropy", (LOGITS, LABELS), {"label_smoothing": 1.5}, UNDEFINED),
     *(
         Row(f"logit {z:g}, target {t:g}", "sigmoid cross-entropy", (np.float32([z, 0.5]), np.float32([t, 1])))
         for z, t in ((INF, 1), (INF, 0), (-INF, 0), (3e38, 0), (-3e38, 1), (1e8, 1), (NAN, 0), (1, NAN), (88.9, 0.5))
     ),
-    Row("[N] against [N, 1]", "squared error", (np.float32([1, 2, 3]), np.float32([[1], [2], [3]]))),
+    Row("predictions [N], targets [N, 1]", "squared error", (np.float32([1, 2, 3]), np.float32([[1], [2], [3]]))),
     Row("a NaN target", "squared error", (np.float32([1, 2]), np.float32([1, NAN]))),
     Row("a difference of 1e30", "squared error", (np.float32([1e30, 2]), np.float32([0, 1]))),
     *(
@@ -336,8 +338,8 @@ ROWS = [
         for operation in ("negative log-likelihood", "multiclass SVM")
         for name, value in (("−1", -1), ("C", 5))
     ),
-    Row("a layer of no width", "network", (LOGITS, (5, 0, 3)), truth=(np.zeros(3), np.zeros((3, 5)))),
-    Row("inputs of another width", "network", (LOGITS, (4, 3)), truth=UNDEFINED),
+    Row("a layer of width 0", "network", (LOGITS, (5, 0, 3)), truth=(np.zeros(3), np.zeros((3, 5)))),
+    Row("inputs of the wrong width", "network", (LOGITS, (4, 3)), truth=UNDEFINED),
 ]
 """The table."""
 
@@ -355,7 +357,7 @@ def outcome(call: Callable, row: Row) -> str:
     if truth is None and definition:
         held = row.args[0].astype(grad.dtype)  # JAX holds float64 in float32, and 1e300 as an infinity
         truth = definition(held, *row.args[1:], **row.options)
-    if row.title.endswith("to be ignored"):
+    if "ignore_index" in row.options:
         loss, grad = (np.delete(a, 1, 0) if not np.any(a[1]) else a for a in (loss, grad))
     eps = [float(jnp.finfo(a.dtype).eps) for a in (loss, grad)]
     loss, grad = np.float64(loss), np.float64(grad)
@@ -383,7 +385,7 @@ def _close(got, expected, tolerance) -> np.ndarray:
 
 
 def libraries(row: Row) -> dict[str, str]:
-    """What each library makes of a row."""
+    """The outcome of a row in each library."""
     _, ours, of_optax, of_torch = OPERATIONS[row.operation]
     found = {"fcfunc": outcome(_called(_jax(ours), row), row)}
     found["optax"] = outcome(_called(_jax(of_optax), row), row) if of_optax else "-"
@@ -392,33 +394,44 @@ def libraries(row: Row) -> dict[str, str]:
 
 
 def _called(call: Callable, row: Row) -> Callable:
-    """A network's widths are no array."""
+    """Passes the widths of a network as an option, because they are not an array."""
     if row.operation != "network":
         return call
     return lambda x, dims: call(x, **{"dims": dims})
 
 
 def ours(row: Row) -> str:
-    """What fcfunc makes of a row."""
+    """The outcome of a row in fcfunc."""
     return outcome(_called(_jax(OPERATIONS[row.operation][1]), row), row)
+
+
+INTRODUCTION = """# Hostile inputs
+
+This page shows what fcfunc, optax and PyTorch return for impossible labels, non-finite values and extreme arguments.
+Written by `python -m proofs.hostile_inputs` with {versions} on {machine}.
+
+The criterion: a correct result, or NaN in the loss and gradient of the affected rows, or an error before execution.
+Anything else is a failure, above all a finite but wrong result.
+
+- "right": the loss and the gradient agree with those that NumPy computes in float64 from the definition.
+- "NaN and NaN": both the loss and the gradient of the affected rows are NaN, and the definition gives no value there.
+- An error is listed by its class.
+- **Bold**: a failure, with the loss of the first wrong row.
+- "not offered": the library has the function, but not this option. "-": the library does not have the function.
+
+C is the number of classes. The column "optax" is plain JAX where optax has no such function. JAX converts float64
+inputs to float32, in which 1e300 is an infinity, and its results are compared with the definition at that infinity.
+
+| input | function | fcfunc | optax | torch |
+|---|---|---|---|---|
+"""
 
 
 def main() -> None:
     """Writes the page."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("fcfunc", "jax", "optax", "torch"))
-    lines = [
-        "# Hostile inputs",
-        "",
-        f"Written by `python -m proofs.hostile_inputs` with {versions}.",
-        "",
-        "The rule: right, or NaN in loss and gradient of the rows",
-        "that it concerns, or an error before anything runs; never finite and wrong. What is right is computed in",
-        'float64 by NumPy from the definition. The column "optax" is plain JAX where optax has no such function; "not',
-        'offered" has no such option. In bold is what goes against the rule, with the loss of the row concerned.',
-        "",
-        "| input | of | fcfunc | optax | torch |",
-        "|---|---|---|---|---|",
-    ]
+    machine = f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    lines = [INTRODUCTION.format(versions=versions, machine=machine).rstrip("\n")]
     counts = dict.fromkeys(("fcfunc", "optax", "torch"), 0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -430,7 +443,7 @@ def main() -> None:
             lines.append(f"| {row.title} | {row.operation} | {' | '.join(cells)} |")
             print(lines[-1], flush=True)
     shown = ", ".join(f"{name} {count}" for name, count in counts.items())
-    lines += ["", f"Against the rule, of {len(ROWS)}: {shown}.", ""]
+    lines += ["", f"Failures among the {len(ROWS)} inputs: {shown}.", ""]
     PAGE.write_text("\n".join(lines))
 
 

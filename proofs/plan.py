@@ -1,9 +1,11 @@
-"""Plans a network past one machine: what a device keeps, computes and sends in a step; writes docs/planning.md.
+"""Estimates what each device stores, computes and sends in a step, for a network too large for one machine.
+
+Writes docs/background/planning.md.
 
     python -m proofs.plan
 
-The formulas know the network alone. Their collectives are held against those of the compiled step, on eight virtual
-devices of the CPU.
+The formulas use only the shapes of the network. Their collectives are compared with those of the compiled step on
+eight virtual CPU devices.
 """
 
 import os
@@ -24,7 +26,7 @@ import fcfunc
 from fcfunc import losses, sharding, train
 from tests.helpers import compiled_collectives
 
-PAGE = Path(__file__).parent.parent / "docs" / "planning.md"
+PAGE = Path(__file__).parent.parent / "docs" / "background" / "planning.md"
 FLOAT = 4
 
 
@@ -57,7 +59,7 @@ def predicted(dims, batch: int, mode: str, data: int, model: int) -> list[Collec
         if "fsdp" in mode and data > 1:
             found.append(Collective("all-gather", "weights" if layer else "first weights", w, "data"))
             if layer < last if by_columns and mode == "fsdp" else not by_columns and mode != "fsdp":
-                found.append(Collective("all-gather", "biases", b, "data"))  # which lie as the columns of w
+                found.append(Collective("all-gather", "biases", b, "data"))  # which are sharded like the columns of w
         if data > 1:
             found.append(Collective("all-reduce", "gradients", w + b, "data"))
     return found
@@ -83,7 +85,7 @@ def compiled_step(dims, batch: int, mode: str, mesh):
 
 
 CHECKED = (([16, 64, 32, 8], 32), ([64, 128, 128, 128, 64], 64), ([256, 512, 256, 512, 64], 128))
-"""Networks, with their batches, on which the formulas are held against the compiler."""
+"""Networks, with their batches, for which the formulas are compared with the compiled program."""
 
 
 def compared(dims, batch: int, mode: str, mesh) -> dict[str, tuple[int, int]]:
@@ -128,36 +130,42 @@ def per_device(dims, batch: int, mode: str, data: int, model: int) -> dict[str, 
     }
 
 
-INTRODUCTION = """# Planning past one machine
+INTRODUCTION = """# Planning for more than one machine
 
-Written by `python -m proofs.plan` with jax {version}. What the modes are is in [many-devices.md](many-devices.md).
+This page estimates what each device stores, computes and sends when a network is too large for one machine. Written
+by `python -m proofs.plan` with jax {version}. The figures come from formulas in that script: nothing was run at
+this size.
 
-A network of {layers} layers {width:,} wide, {params:.1f} billion parameters, in float32 with Adam; {batch:,} rows per
-step of all devices together. What one device keeps, computes and sends in a step, by the formulas in the script:
-nothing was run at this size.
+The example is a network of {layers} layers of width {width:,} with {params:.1f} billion parameters, in float32 with
+Adam, and {batch:,} rows per step over all devices. All figures are per device and step.
+[Multiple devices](../guides/multiple-devices.md) explains the modes.
 
-| devices | mode | mesh, data × model | params and Adam, GB | kept for the backward pass, GB | operations, 10¹² \\
+| devices | mode | mesh, data × model | params and Adam, GB | saved for the backward pass, GB | operations, 10¹² \\
 | sent over data links, GB | sent over model links, GB |
 |---|---|---|---|---|---|---|---|
 """
 
 NOTES = """
-- A link is the one to the next device of a ring along a mesh axis, one way. An all-gather of S bytes over n devices
-  sends S (n − 1)/n over each, a reduce-scatter as much, an all-reduce twice that.
-- Fully sharded: each weight is gathered for the forward and again for the backward pass, and gradients are
-  reduce-scattered. The CPU's compiler has no reduce-scatter and sums them whole, which is more. A gathered weight and
-  its whole gradient are there besides, for as long as they are used.
-- Operations are two for each multiplication and addition of the products; the rest is less than a thousandth.
-- What it says: that the parameters are there at all is the first limit ({whole:.0f} GB on every device in mode `data`),
-  the links are the second. `data` and `fsdp` send the parameters, whatever the batch; `tensor` sends activations, as
-  many as there are rows per device. Both together divide the parameters over all devices, send them in shares over the
-  links of one axis, and the activations over those of the other, within a machine.
+- A link connects a device to the next one in a ring along a mesh axis, in one direction. Over each link, an
+  all-gather of $S$ bytes over $n$ devices sends $S (n - 1)/n$ bytes, a reduce-scatter the same, and an all-reduce
+  twice as many.
+- In the modes with `fsdp`, each weight is gathered for the forward pass and, except in the first layer, again for
+  the backward pass. Gradients are reduce-scattered. XLA's CPU backend has no reduce-scatter and uses an all-reduce
+  instead, which sends more. A gathered weight and its full gradient need memory in addition to the table, for as
+  long as they are used.
+- A multiply-add of a matmul counts as two operations. All other operations together are less than a thousandth of
+  these.
 
-## The formulas against the compiler
+Storing the parameters is the first limit ({whole:.0f} GB on every device in mode `data`), and communication over the
+links is the second. `data` and `fsdp` send the parameters, regardless of the batch size. `tensor` sends activations,
+in proportion to the rows per device. `fsdp+tensor` shards the parameters over all devices. It sends a share of them
+over the links of one axis, and the activations over the links of the other axis, within a machine.
 
-Elements that come out of the collectives of one step on each of eight virtual CPU devices, by formula and in the
-compiled program. A gathered weight may be kept, or gathered again in the backward pass, as XLA decides: one to two
-times the formula, which counts it once.
+## Comparison with compiled programs
+
+The table counts the elements that the collectives of one step return on each of eight virtual CPU devices, by
+formula and in the compiled program. XLA may keep a gathered weight for the backward pass or gather it again. The
+formula counts it once, so the compiled program gathers up to twice as many elements.
 
 | dims | batch | mode | data × model | all-reduce: formula | compiled | all-gather: formula | compiled |
 |---|---|---|---|---|---|---|---|

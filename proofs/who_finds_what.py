@@ -1,18 +1,18 @@
 """The corpus of planted bugs through `check_vjp`, `jax.test_util.check_grads` and `torch.autograd.gradcheck`.
 
-    python -m proofs.who_finds_what > docs/who-finds-what.md
+    python -m proofs.who_finds_what > docs/background/gradient-checkers.md
 
-check_grads runs in reverse mode to order 2 (its default modes raise on any `custom_vjp`), gradcheck in float64 on the
-rule wrapped as an autograd Function, its backward pass the planted one. Each gets three draws; a bug counts as found
-where at least one raises. All see small arguments, of 5 rows. Where gradcheck has no port of a rule, the cell is empty.
+The introduction of the page says how each checker is called.
 """
 
 import os
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
+import platform
 import sys
 import warnings
+from importlib.metadata import version
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +95,22 @@ def by_gradcheck(bug: Planted, seed: int) -> bool | None:
 
 CHECKERS = {"check_vjp": by_check_vjp, "check_grads": by_check_grads, "gradcheck": by_gradcheck}
 
+INTRODUCTION = """# Comparison of gradient checkers
+
+This page compares `fcfunc.testing.check_vjp`, `jax.test_util.check_grads` and `torch.autograd.gradcheck` on {count}
+rules with a planted bug each. Written by `python -m proofs.who_finds_what` with {versions} on {machine}.
+
+The bugs are those of `tests/planted.py`, which the tests of `check_vjp` require it to find.
+
+- `check_vjp` runs once, with `require="all"` and `skip=("ranks",)`.
+- `check_grads` runs in reverse mode to order 2, in float32. Its default modes raise an error for any `custom_vjp`.
+- `gradcheck` runs in float64 on the rule wrapped as an `autograd.Function` with the planted backward pass. The cell is
+  empty where a rule cannot be wrapped in this way.
+
+`check_grads` and `gradcheck` get three random draws of small arguments with 5 rows. A bug counts as found if at least
+one of the three calls fails.
+"""
+
 
 def main() -> None:
     """Prints the table in Markdown."""
@@ -113,17 +129,22 @@ def main() -> None:
         for name, f in CHECKERS.items()
         if name != "check_vjp"
     }
-    print("# Who finds what\n")
-    print("Printed by `python -m proofs.who_finds_what`, whose first lines say how each checker is called.\n")
-    print(f"| planted bug | {' | '.join(CHECKERS)} |\n|---|{'---|' * len(CHECKERS)}")
+    print(
+        INTRODUCTION.format(
+            count=len(PLANTED),
+            versions=", ".join(f"{name} {version(name)}" for name in ("fcfunc", "jax", "torch")),
+            machine=f"{os.cpu_count()} CPU cores ({platform.machine()})",
+        )
+    )
+    print(f"| planted bug | {' | '.join(f'`{name}`' for name in CHECKERS)} |\n|---|{'---|' * len(CHECKERS)}")
     print("\n".join(rows))
     print(f"| **found of {len(PLANTED)}** | {' | '.join(f'**{n}**' for n in counts.values())} |")
     print(
-        f"\nAlarms on {len(RIGHT)} right rules, three draws each: "
-        + ", ".join(f"{k} {v}" for k, v in alarms.items())
+        f"\nFalse alarms on {len(RIGHT)} correct rules with three draws each: "
+        + ", ".join(f"`{k}` {v}" for k, v in alarms.items())
         + "."
     )
-    print("What check_vjp says of right rules is measured by `python -m proofs.false_alarms`.")
+    print("`python -m proofs.false_alarms` measures those of `check_vjp`.")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""`check_vjp` on published packages' rules: writes docs/wild.md.
+"""`check_vjp` on the rules of published packages; prints docs/background/published-rules.md.
 
-    python -m proofs.wild > docs/wild.md
+    python -m proofs.wild > docs/background/published-rules.md
 
 An entry is code as a user would write it: a setup that imports the rule, and a call. Each runs in a process of its own.
 `--only NAME` prints the reports of the entries whose package or rule contains NAME, instead of the page.
@@ -26,11 +26,11 @@ LIMIT = 180
 
 COUNTED = {
     "ok": "ok: nothing found",
-    "bug": "a bug of that package, shown below without `check_vjp`",
-    "intended": "intended or documented by that package",
-    "false alarm": "a false alarm of `check_vjp`, or a finding without an explanation",
-    "inconclusive": "inconclusive: nothing found, and nothing to compare with",
-    "no end": f"no end within {LIMIT} s",
+    "bug": "a bug in the package, reproduced below without `check_vjp`",
+    "intended": "intended or documented by the package",
+    "false alarm": "a false alarm of `check_vjp`, or an unexplained finding",
+    "inconclusive": "inconclusive: nothing found, but nothing to compare with",
+    "no end": f"not finished within {LIMIT} s",
 }
 """The verdicts that the page counts, and what they mean."""
 
@@ -39,20 +39,23 @@ ALWAYS = ("ok", "bug", "intended", "false alarm")
 INTRODUCTION = """\
 # Rules of published packages
 
-`check_vjp` was tested on `custom_vjp` and `custom_jvp` rules of packages that are not part of this project. There is
-one call for each rule, as its maintainer might write it: with `reference=` where the rule is a surrogate on purpose,
-`rtol=` for a solver, a range for a domain, and no `skip=`. A false alarm is a defect of this library. To repeat it,
-install the packages of the table (those that ask for an older JAX with `pip install --no-deps`) and run
+This page shows what `check_vjp` finds in `custom_vjp` and `custom_jvp` rules of packages outside this project.
+Written by `python -m proofs.wild` with Python {python} and jax {jax} on two CPU cores that had other work.
 
-    python -m proofs.wild > docs/wild.md
+There is one call per rule, as its maintainer might write it: with `reference=` where the rule is a deliberate
+surrogate, `rtol=` for a solver, a range for a restricted domain, and no `skip=`. Each call runs in a process of its
+own. Functions that do not belong to the package, such as `decay`, are defined in `proofs/wild.py`. A false alarm is
+a defect of fcfunc.
 
-Each call runs in a process of its own. A function that is not the package's own, such as `decay`, is defined in
-`proofs/wild.py`.
+To repeat the run, install the packages of the table (with `pip install --no-deps` if they require an older JAX) and
+run
+
+    python -m proofs.wild > docs/background/published-rules.md
 """
 
 SHOWN = """\
-Each block was run after `import jax, jax.numpy as jnp, numpy as np`, and what it prints was measured with the table.
-ringattention and snnax were imported without their `__init__.py`, which fails with this JAX."""
+Each block was run after `import jax, jax.numpy as jnp, numpy as np`, in the same run as the table. ringattention and
+snnax were imported without their `__init__.py`, which fails with this JAX."""
 
 
 class Wild(NamedTuple):
@@ -79,7 +82,7 @@ class Wild(NamedTuple):
     shown: str = ""
 
 
-NAN = "the rule is finite where automatic differentiation of its function gives NaN"
+NAN = "the rule is finite where automatic differentiation of the function gives NaN"
 
 EVERYTHING = ("oracle", "differences", "multiprecision", "precision_of_dtypes", "kinks", "adjoint", "forward_mode",
               "shape_sweep")  # fmt: skip
@@ -90,8 +93,8 @@ bare("neural_tangents", "neural_tangents._src", "neural_tangents._src.stax", "ne
 
 SOLVER = "the solver of the backward pass squares a cotangent of 2⁻¹⁰⁰, which underflows"
 NONE = "the backward pass returns an array for an argument that is None, which JAX allows"
-DAWSN = "1 - 2 x dawsn(x) cancels: at 10⁴ the gradient is 0"
-RAISES_LOW = "the gradient of float16 and bfloat16 raises, the function does not"
+DAWSN = "1 - 2 x dawsn(x) cancels: at x = 10⁴ the gradient is 0"
+RAISES_LOW = "the gradient raises an error for float16 and bfloat16, but the function does not"
 
 WILD = (
     Wild("jax", "jax.nn.relu", 'check_vjp(jax.nn.relu, "n d", at_kink={0.0: 0.0})'),
@@ -118,7 +121,7 @@ WILD = (
     ),
     Wild(
         "jax", "jax.scipy.special.erfcx", 'check_vjp(erfcx, "n")', "from jax.scipy.special import erfcx",
-        "bug", ("multiprecision",), "2 x erfcx(x) - 2/√π cancels: at 10⁴ the gradient is 21 times too large",
+        "bug", ("multiprecision",), "2 x erfcx(x) - 2/√π cancels: at x = 10⁴ the gradient is 21 times too large",
         """
 from jax.scipy.special import erfcx
 print("jax.grad:", jax.grad(erfcx)(1e4))
@@ -127,7 +130,7 @@ print("a central difference:", (erfcx(10100.0) - erfcx(9900.0)) / 200)
     ),
     Wild(
         "jax", "jax.scipy.special.dawsn", 'check_vjp(dawsn, "n")', "from jax.scipy.special import dawsn",
-        "bug", ("multiprecision",), "right to 16 digits, as are the function's coefficients; " + DAWSN,
+        "bug", ("multiprecision",), "accurate to 16 digits, like the coefficients of the function; " + DAWSN,
         """
 from jax.scipy.special import dawsn
 print("jax.grad:", jax.grad(dawsn)(1e4))
@@ -156,7 +159,7 @@ def decay(w, y0):
         "jax", "pallas.ops.tpu.flash_attention.mha_reference",
         'check_vjp(mha_reference, "b h n d, b h m d, b h m d, b h n m", float64=False)',
         "from jax.experimental.pallas.ops.tpu.flash_attention import mha_reference",
-        "bug", ("cotangent_types", "precision_of_dtypes"), "the gradient of a bfloat16 `ab` is float32",
+        "bug", ("cotangent_types", "precision_of_dtypes"), "the gradient with respect to a bfloat16 `ab` is float32",
         """
 from jax.experimental.pallas.ops.tpu.flash_attention import mha_reference
 q, ab = jnp.ones((1, 1, 2, 4), jnp.bfloat16), jnp.ones((1, 1, 2, 2), jnp.bfloat16)
@@ -167,7 +170,7 @@ print(jax.grad(lambda ab: mha_reference(q, q, q, ab).sum().astype(jnp.float32))(
         "optax", "optax.scale_gradient",
         "check_vjp(lambda x: scale_gradient(x, 0.5), 'n d', "
         "reference=lambda x: 0.5 * x + jax.lax.stop_gradient(0.5 * x))",
-        "from optax import scale_gradient", remark="a surrogate, compared with what it stands for",
+        "from optax import scale_gradient", remark="a surrogate, compared with the function it stands for",
     ),
     Wild(
         "optax", "optax.projections.projection_simplex", 'check_vjp(projection_simplex, "d")',
@@ -233,7 +236,7 @@ def exact(x, w):  # the multiplier of the active set, which the bisection finds
     return jnp.where(free, x - tau * w, jnp.where(upper, 1.0, 0.0))
 """,
         "bug", ("scan_and_checkpoint", "compiled_equals_eager"),
-        "the gradient of the compiled function raises; " + SOLVER,
+        "the gradient of the compiled function raises an error; " + SOLVER,
         """
 from jaxopt.projection import projection_box_section
 x, w = jnp.array([0.3, 1.0]), jnp.ones(2)
@@ -262,7 +265,8 @@ def closed_form(x, y, l2):
     Wild(
         "jaxopt", "jaxopt.isotonic.isotonic_l2_pav", 'check_vjp(isotonic_l2_pav, "d")',
         "import os\nos.environ['NUMBA_DISABLE_JIT'] = '1'\nfrom jaxopt.isotonic import isotonic_l2_pav",
-        "bug", ("precision_of_dtypes",), "the gradient of float16 raises, the function does not (numba off)",
+        "bug", ("precision_of_dtypes",),
+        "the gradient raises an error for float16, but the function does not (numba off)",
         """
 from jaxopt.isotonic import isotonic_l2_pav
 x = jnp.array([0.3, 1.0, 0.5], jnp.float16)
@@ -307,7 +311,8 @@ cost = costs.RegTICost(regularizers.L1(), lam=0.5)
         "flash-attention-jax", "flash_attention_jax.flash_attention",
         'check_vjp(flash_attention, "b h n d, b h n d, b h n d, b n:bool", argnums=(0, 1, 2), atol=1e-8)',
         "from flash_attention_jax import flash_attention",
-        "bug", ("precision_of_dtypes", "multiprecision"), RAISES_LOW + "; its epsilon of 1e-10 shows at 10⁶",
+        "bug", ("precision_of_dtypes", "multiprecision"),
+        RAISES_LOW + "; its epsilon of 1e-10 is visible at inputs of 10⁶",
         """
 from flash_attention_jax import flash_attention
 q = jnp.ones((1, 1, 2, 4), jnp.bfloat16)
@@ -318,7 +323,8 @@ print(jax.grad(lambda q: flash_attention(q, q, q, jnp.ones((1, 2), bool)).sum().
         "flash-attention-jax", "flash_attention_jax.causal_flash_attention",
         'check_vjp(causal_flash_attention, "b h n d, b h n d, b h n d", atol=1e-8)',
         "from flash_attention_jax import causal_flash_attention",
-        "bug", ("precision_of_dtypes", "multiprecision"), RAISES_LOW + "; its epsilon of 1e-10 shows at 10⁶",
+        "bug", ("precision_of_dtypes", "multiprecision"),
+        RAISES_LOW + "; its epsilon of 1e-10 is visible at inputs of 10⁶",
         """
 from flash_attention_jax import causal_flash_attention
 q = jnp.ones((1, 1, 2, 4), jnp.bfloat16)
@@ -339,7 +345,7 @@ print(jax.grad(lambda q: cosine_sim_flash_attention(q, q, q, jnp.ones(2, bool)).
     Wild(
         "jax-cce", "jax_cce.linear_cross_entropy", 'check_vjp(linear_cross_entropy, "n d, v d, n:int<v")',
         "from jax_cce import linear_cross_entropy",
-        remark="with one class the gradient is 0: the rule says 0, automatic differentiation 1e-9",
+        remark="with one class the true gradient is 0: the rule returns 0, and automatic differentiation 1e-9",
     ),
     Wild(
         "qpax", "qpax.solve_qp_primal",
@@ -389,7 +395,7 @@ from brainstate.nn._embedding import _embedding_lookup_fn
 
 lookup = _embedding_lookup_fn(None, True)
 """,
-        "intended", EVERYTHING, "documented: the gradient is divided by how often the row is looked up",
+        "intended", EVERYTHING, "documented: the gradient is divided by the number of lookups of the row",
     ),
     Wild("numpyro", "numpyro.distributions.util.log1mexp", 'check_vjp(log1mexp, "n", ranges={0: (-np.inf, 0)})',
          "from numpyro.distributions.util import log1mexp"),
@@ -415,7 +421,7 @@ def cdf(x, alpha):
     ),
     Wild(
         "jax-md", "jax_md.space.transform", 'check_vjp(transform, "d d, n d")', "from jax_md.space import transform",
-        "intended", EVERYTHING, "documented: the gradient by the positions is left in real space",
+        "intended", EVERYTHING, "documented: the gradient with respect to the positions is left in real space",
     ),
     Wild(
         "jax-md", "jax_md.rigid_body quaternion_rotate",
@@ -427,7 +433,7 @@ def draw(rng):
     q = rng.standard_normal(4)
     return q / np.linalg.norm(q), rng.standard_normal(3)
 """,
-        "intended", EVERYTHING, "documented: the gradient is projected on the tangent space of unit quaternions",
+        "intended", EVERYTHING, "documented: the gradient is projected onto the tangent space of unit quaternions",
     ),
     Wild(
         "jax-md", "jax_md reaxff safe_sqrt", 'check_vjp(safe_sqrt, "n:positive")',
@@ -492,7 +498,7 @@ def inverse(y, scale):
         "check_vjp(packed_spike_dense, lambda rng, n, d, m: ((rng.standard_normal((n, d)) > 0) * 1.0, "
         "rng.standard_normal((d, m))), argnums=1)",
         "from spyx.experimental.compress import packed_spike_dense",
-        "bug", ("shape_sweep",), "the gradient of an empty batch raises ZeroDivisionError, the function does not",
+        "bug", ("shape_sweep",), "the gradient raises ZeroDivisionError for an empty batch, but the function does not",
         """
 from spyx.experimental.compress import packed_spike_dense
 spikes, weight = jnp.zeros((0, 3)), jnp.ones((3, 2))
@@ -508,7 +514,7 @@ from snnax.functional.surrogate import superspike_surrogate
 
 spike = superspike_surrogate()
 """,
-        "intended", EVERYTHING, "documented: a surrogate gradient of a step",
+        "intended", EVERYTHING, "documented: a surrogate gradient of a step function",
     ),
     Wild(
         "snnax", "snnax.functional.surrogate.sigmoid_surrogate", 'check_vjp(spike, "n d")',
@@ -518,7 +524,7 @@ from snnax.functional.surrogate import sigmoid_surrogate
 
 spike = sigmoid_surrogate()
 """,
-        "bug", ("the rule raises",), "the gradient raises: `jax.nn.sigmoid` takes one argument and is given two",
+        "bug", ("the rule raises",), "the gradient raises an error: `jax.nn.sigmoid` takes one argument and gets two",
         """
 from snnax.functional.surrogate import sigmoid_surrogate
 print(sigmoid_surrogate()(jnp.ones(2)))
@@ -528,7 +534,8 @@ print(jax.grad(lambda x: sigmoid_surrogate()(x).sum())(jnp.ones(2)))
     Wild(
         "tensorcircuit-ng", "tensorcircuit adaware_svd", 'check_vjp(lambda a: adaware_svd(a)[1], "3 4")',
         "from tensorcircuit.backends.jax_ops import adaware_svd",
-        "bug", ("precision_of_dtypes",), "`jnp.eye(n)` has no dtype: with x64, float32 has a float64 gradient",
+        "bug", ("precision_of_dtypes",),
+        "`jnp.eye(n)` has no dtype: with x64 enabled, a float32 input gets a float64 gradient",
         """
 from tensorcircuit.backends.jax_ops import adaware_svd
 jax.config.update("jax_enable_x64", True)
@@ -613,7 +620,7 @@ def lstsq(a, b):
     Wild(
         "tfp-nightly", "tfp.math.dawsn", 'check_vjp(tfp.math.dawsn, "n")',
         "import tensorflow_probability.substrates.jax as tfp",
-        "bug", ("multiprecision",), "right to 16 digits, as are the function's coefficients; " + DAWSN,
+        "bug", ("multiprecision",), "accurate to 16 digits, like the coefficients of the function; " + DAWSN,
         """
 from tensorflow_probability.substrates.jax.math import dawsn
 print("jax.grad:", jax.grad(dawsn)(1e4))
@@ -623,7 +630,7 @@ print("a central difference:", (dawsn(10100.0) - dawsn(9900.0)) / 200)
     Wild(
         "tfp-nightly", "tfp.math.erfcx", 'check_vjp(tfp.math.erfcx, "n")',
         "import tensorflow_probability.substrates.jax as tfp",
-        "bug", ("multiprecision",), "2 x erfcx(x) - 2/√π cancels: at 10⁴ the gradient is 0",
+        "bug", ("multiprecision",), "2 x erfcx(x) - 2/√π cancels: at x = 10⁴ the gradient is 0",
         """
 from tensorflow_probability.substrates.jax.math import erfcx
 print("jax.grad:", jax.grad(erfcx)(1e4))
@@ -641,7 +648,7 @@ print("a central difference:", (erfcx(10100.0) - erfcx(9900.0)) / 200)
     Wild(
         "tfp-nightly", "tfp sqrt_with_finite_grads", 'check_vjp(sqrt_with_finite_grads, "n:positive")',
         "from tensorflow_probability.substrates.jax.math.psd_kernels.internal.util import sqrt_with_finite_grads",
-        "bug", ("precision_of_dtypes",), "the gradient of bfloat16 raises, the function does not",
+        "bug", ("precision_of_dtypes",), "the gradient raises an error for bfloat16, but the function does not",
         """
 from tensorflow_probability.substrates.jax.math.psd_kernels.internal.util import sqrt_with_finite_grads
 x = jnp.array(2, jnp.bfloat16)
@@ -659,7 +666,7 @@ def loss(x, labels, w):
     return tokamax.linear_softmax_cross_entropy_loss(x, labels, w, implementation="xla")
 """,
         "bug", ("precision_of_dtypes", "integer_arguments"),
-        "bfloat16 and float16 arguments get float32 gradients, the labels an int32 one",
+        "bfloat16 and float16 arguments get float32 gradients, and the labels an int32 gradient",
         """
 import tokamax
 x, w, labels = jnp.ones((2, 3), jnp.bfloat16), jnp.ones((3, 4), jnp.bfloat16), jnp.array([0, 1])
@@ -699,7 +706,7 @@ print(jax.grad(jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec, check_
     Wild("ejkernel", "ejkernel xla fused cross entropy",
          'check_vjp(lambda x, t, w: _fused_ce_core(x, t, w, -100), "n v, n:int<v, n")',
          "from ejkernel.kernels._xla.fused_cross_entropy._xla_impl_fwd import _fused_ce_core",
-         "bug", EVERYTHING, "the gradient by the weights is 0, which is not documented",
+         "bug", EVERYTHING, "the gradient with respect to the weights is 0, which is not documented",
          """
 from ejkernel.kernels._xla.fused_cross_entropy._xla_impl_fwd import _fused_ce_core
 x, labels, f = jnp.array([[1.0, 2.0]]), jnp.array([0]), lambda w: _fused_ce_core(x, labels, w, -100)[0]
@@ -708,7 +715,7 @@ print("a difference:", f(jnp.array([2.0])) - f(jnp.array([1.0])))
 """),
     Wild("ejkernel", "ejkernel xla fused KL divergence", 'check_vjp(_fused_kl_core, "n v, n v, n")',
          "from ejkernel.kernels._xla.fused_kl_divergence._xla_impl_fwd import _fused_kl_core",
-         "bug", EVERYTHING, "the gradients by the teacher and by the weights are 0, which is not documented",
+         "bug", EVERYTHING, "the gradients with respect to the teacher and the weights are 0, which is not documented",
          """
 from ejkernel.kernels._xla.fused_kl_divergence._xla_impl_fwd import _fused_kl_core
 x, f = jnp.array([[1.0, 2.0]]), lambda w: _fused_kl_core(x, 2 * x, w)[0]
@@ -718,7 +725,7 @@ print("a difference:", f(jnp.array([2.0])) - f(jnp.array([1.0])))
     Wild("ejkernel", "ejkernel xla recurrent",
          'check_vjp(lambda q, k, v: recurrent(q, k, v)[0], "b n h d, b n h d, b n h d")',
          "from ejkernel.kernels._xla.recurrent import recurrent",
-         "bug", ("TracerBoolConversionError", *EVERYTHING), "the gradient of the compiled function raises",
+         "bug", ("TracerBoolConversionError", *EVERYTHING), "the gradient of the compiled function raises an error",
          """
 from ejkernel.kernels._xla.recurrent import recurrent
 q, f = jnp.ones((1, 2, 1, 3)), lambda q: recurrent(q, q, q)[0].sum()
@@ -732,7 +739,7 @@ print(jax.jit(jax.grad(f))(q).shape)
     Wild("ejkernel", "ejkernel xla state_space_v2",
          'check_vjp(lambda *a: _ssm2_core(*a, None, 1, False), "b n h d, h, b n h s, b n h s, h, b n h:positive")',
          "from ejkernel.kernels._xla.state_space_v2._interface import _ssm2_core",
-         "bug", ("precision_of_dtypes",), "the gradients of float16 and bfloat16 are float32; " + NONE,
+         "bug", ("precision_of_dtypes",), "float16 and bfloat16 arguments get float32 gradients; " + NONE,
          """
 from ejkernel.kernels._xla.state_space_v2._interface import _ssm2_core
 x, a, b = (jnp.ones(shape, jnp.bfloat16) for shape in [(1, 2, 1, 3), (1,), (1, 2, 1, 4)])
@@ -743,7 +750,7 @@ print(jax.grad(f)(a).dtype)
         "ejkernel", "ejkernel xla grouped_matmulv3",
         'check_vjp(lambda a, b: grouped_matmulv3(a, b, sizes), "5 d, 2 d m")',
         "from ejkernel.kernels._xla.grouped_matmulv3 import grouped_matmulv3\nsizes = jnp.array([3, 2])",
-        remark="`jax.lax.ragged_dot` itself, without a rule, cannot be batched",
+        remark="`jax.lax.ragged_dot` itself, without the rule, cannot be batched",
     ),
     Wild(
         "diffrax", "diffrax.BacksolveAdjoint",
@@ -947,18 +954,18 @@ def page(results: list[dict[str, Any]]) -> str:
     slowest = max(called, key=lambda one: one[1]["seconds"])[0]
     counts = {name: verdicts.count(name) for name in COUNTED}
     lines = [
-        INTRODUCTION,
-        f"Python {platform.python_version()}, jax {version('jax')}, on two CPU cores that had other work. "
-        f"{sum(v != 'not installed' for v in verdicts)} rules of {len({e.package for e, _, _ in called})} packages:",
+        INTRODUCTION.format(python=platform.python_version(), jax=version("jax")),
+        f"The results for {sum(v != 'not installed' for v in verdicts)} rules of "
+        f"{len({e.package for e, _, _ in called})} packages:",
         "",
         "| verdict | rules |",
         "|---|---|",
         *(f"| {meaning} | {counts[name]} |" for name, meaning in COUNTED.items() if counts[name] or name in ALWAYS),
         "",
         f"A call took {median(seconds):.1f} s in the median and {max(seconds):.0f} s at most (`{slowest.rule}`), "
-        "the import of the package not included.",
+        "without the import of the package.",
         "",
-        "| package | rule | call | verdict | s | remark |",
+        "| package | rule | call | verdict | seconds | remark |",
         "|---|---|---|---|---|---|",
     ]
     for entry, result, what in zip(WILD, results, verdicts, strict=True):
@@ -969,12 +976,12 @@ def page(results: list[dict[str, Any]]) -> str:
         name = f"{entry.package} {version(entry.package)}"
         cells = (name, f"`{entry.rule}`", f"`{entry.call}`", what, took, remark)
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-    lines += ["", "## The bugs, without `check_vjp`", "", SHOWN]
+    lines += ["", "## Reproducing the bugs without `check_vjp`", "", SHOWN]
     for entry, result, what in zip(WILD, results, verdicts, strict=True):
         if what in ("bug", "false alarm") and entry.shown:
             title = f"### {entry.package} {version(entry.package)}: `{entry.rule}`"
             lines += ["", title, "", f"{entry.remark[:1].upper()}{entry.remark[1:]}.", "", "```python"]
-            lines += [spaced(entry.shown.strip()), "```", "", "It prints:", "", "```text", result["shown"], "```"]
+            lines += [spaced(entry.shown.strip()), "```", "", "Output:", "", "```text", result["shown"], "```"]
     return "\n".join(lines)
 
 

@@ -10,8 +10,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from fcfunc import losses, reference
 from tests.rules import slow
 
-LABELLED = [losses.softmax_cross_entropy_with_integer_labels, losses.negative_log_likelihood, losses.multiclass_svm]
-IGNORING = LABELLED[:2]
+LABELED = [losses.softmax_cross_entropy_with_integer_labels, losses.negative_log_likelihood, losses.multiclass_svm]
+IGNORING = LABELED[:2]
 PAIRED = [losses.softmax_cross_entropy, losses.sigmoid_binary_cross_entropy, losses.squared_error]
 
 
@@ -27,7 +27,7 @@ def loss_and_gradient(loss, scores, labels, **options):
 @pytest.mark.parametrize("loss", [losses.softmax_cross_entropy_with_integer_labels, *PAIRED])
 def test_value_equals_that_of_optax(loss, scores):
     labels = jnp.array([0, 3, 1, 1, 2])
-    second = labels if loss in LABELLED else jax.nn.one_hot(labels, 4)
+    second = labels if loss in LABELED else jax.nn.one_hot(labels, 4)
     np.testing.assert_allclose(loss(scores, second), getattr(optax, loss.__name__)(scores, second), rtol=1e-5)
 
 
@@ -71,7 +71,7 @@ def test_many_equal_low_precision_logits_give_a_finite_loss():
         np.testing.assert_allclose(loss, np.log(100_000), rtol=1e-6)
 
 
-@pytest.mark.parametrize("loss", LABELLED)
+@pytest.mark.parametrize("loss", LABELED)
 @pytest.mark.parametrize("label", [-1, -100, 4, 2**31 - 1])
 def test_an_impossible_label_makes_loss_and_gradient_of_its_row_nan_and_no_other(loss, label, scores):
     labels = jnp.array([0, 1, label, 2, 3])
@@ -84,7 +84,7 @@ def test_an_impossible_label_makes_loss_and_gradient_of_its_row_nan_and_no_other
     np.testing.assert_array_equal(grad[others], fine_grad[others])
 
 
-@pytest.mark.parametrize("loss", LABELLED)
+@pytest.mark.parametrize("loss", LABELED)
 def test_an_impossible_label_is_nan_with_one_class_too(loss):
     value, grad = loss_and_gradient(loss, jnp.ones((2, 1)), jnp.array([0, 1]))
     assert np.isnan(value).tolist() == [False, True]
@@ -101,7 +101,7 @@ def test_narrow_label_dtypes_do_not_wrap_into_another_class(dtype):
 
 
 @pytest.mark.parametrize("label", [2**32, 2**32 + 1, -(2**32)])
-@pytest.mark.parametrize("loss", LABELLED)
+@pytest.mark.parametrize("loss", LABELED)
 def test_a_label_of_64_bits_does_not_wrap_into_a_class(loss, label, scores):
     value = loss(scores, np.full(5, label))
     assert np.isnan(value).all()
@@ -147,20 +147,20 @@ def test_sigmoid_cross_entropy_is_exact_in_the_tails():
     np.testing.assert_allclose(grad, [-np.exp(-80), np.exp(-80), -np.exp(-30), 0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("loss", [*LABELLED, *PAIRED])
+@pytest.mark.parametrize("loss", [*LABELED, *PAIRED])
 def test_losses_of_low_precision_scores_are_float32_and_gradients_are_not(loss, scores):
-    second = jnp.zeros(5, jnp.int32) if loss in LABELLED else jnp.zeros((5, 4), jnp.bfloat16)
+    second = jnp.zeros(5, jnp.int32) if loss in LABELED else jnp.zeros((5, 4), jnp.bfloat16)
     value, grad = loss_and_gradient(loss, scores.astype(jnp.bfloat16), second)
     assert (value.dtype, grad.dtype) == (jnp.float32, jnp.bfloat16)
 
 
-@pytest.mark.parametrize("loss", LABELLED)
+@pytest.mark.parametrize("loss", LABELED)
 def test_float_labels_are_a_type_error(loss, scores):
     with pytest.raises(TypeError, match=rf"{loss.__name__}: labels must be integers, got float32\[5\]"):
         loss(scores, jnp.zeros(5))
 
 
-@pytest.mark.parametrize("loss", LABELLED)
+@pytest.mark.parametrize("loss", LABELED)
 @pytest.mark.parametrize("shape", [(5, 1), (4,), (), (5, 4)])
 def test_labels_of_another_shape_are_a_value_error(loss, shape, scores):
     with pytest.raises(ValueError, match=rf"{loss.__name__}: labels must have the shape of the scores"):
@@ -422,7 +422,7 @@ def test_masked_logits_take_no_part_in_the_cross_entropy(smoothing, scores):
 @pytest.mark.parametrize("hostile", [np.nan, np.inf, -np.inf, 1e30])
 @pytest.mark.parametrize("loss", [losses.softmax_cross_entropy, losses.softmax_cross_entropy_with_integer_labels])
 def test_masked_logits_have_gradient_zero_even_if_they_are_not_finite(loss, hostile, scores):
-    labels = OF_MASK if loss in LABELLED else jax.nn.one_hot(OF_MASK, 4)
+    labels = OF_MASK if loss in LABELED else jax.nn.one_hot(OF_MASK, 4)
     value, grad = loss_and_gradient(loss, scores, labels, where=MASK)
     hostile_value, hostile_grad = loss_and_gradient(loss, jnp.where(MASK, scores, hostile), labels, where=MASK)
     np.testing.assert_array_equal(hostile_value, value)
@@ -461,7 +461,7 @@ def test_a_mask_of_logits_goes_with_the_other_options(scores):
 
 
 @pytest.mark.parametrize("axis", [0, slow(1), slow(-1), slow(-3), slow((0, 2)), (2, 0), slow([1])])
-@pytest.mark.parametrize("loss", [*LABELLED, losses.softmax_cross_entropy])
+@pytest.mark.parametrize("loss", [*LABELED, losses.softmax_cross_entropy])
 def test_the_classes_may_lie_along_any_axis(loss, axis):
     rng = np.random.default_rng(0)
     scores = jnp.asarray(rng.uniform(0.1, 1, (3, 4, 5)).astype(np.float32))

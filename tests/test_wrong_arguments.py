@@ -125,7 +125,7 @@ def seven(_):
 ALONE = [text, nothing, integers, complex_numbers]
 TOGETHER = [*ALONE, other_dtype, wider]
 BIASES = [kind for kind in TOGETHER if kind is not nothing]  # None stands for no bias
-LABELLED = [text, floats, column]
+LABELED = [text, floats, column]
 MASKED = [text, integers, wider]
 WEIGHED = [text, integers, wider]
 COUNT = [nought, fraction, word]
@@ -180,7 +180,7 @@ CALLS = {
     **{
         f"losses.{name}": (
             {arg: X, "labels": LABELS},
-            {arg: [*ALONE], "labels": LABELLED},
+            {arg: [*ALONE], "labels": LABELED},
         )
         for name, arg in (("negative_log_likelihood", "probs"), ("multiclass_svm", "scores"))
     },
@@ -197,7 +197,7 @@ CALLS = {
         },
         {
             "logits": ALONE,
-            "labels": LABELLED,
+            "labels": LABELED,
             "axis": AXIS,
             "where": MASKED,
             "weights": WEIGHED,
@@ -234,7 +234,7 @@ CALLS = {
             "x": TOGETHER,
             "w": TOGETHER,
             "b": BIASES,
-            "labels": LABELLED,
+            "labels": LABELED,
             "chunk_size": COUNT,
             "where": MASKED,
             "weights": WEIGHED,

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import math
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -123,15 +124,20 @@ class Report:
             lines.append(f"notes, of groups that were not required ({', '.join(GROUPS)}):")
             lines += [f"- {finding}" for finding in self.notes]
         passed = [f"{r.check} ({r.reason})" if r.reason else r.check for r in self.results if r.status == "passed"]
-        lines.append(f"passed: {', '.join(passed) or 'none'}")
+        lines.append(_wrapped(f"passed: {', '.join(passed) or 'none'}"))
         for status in ("failed", "inconclusive", "not applicable", "not run"):
             reasons: dict[str, list[str]] = {}
             for r in self.results:
                 if r.status == status and r.reason:
                     reasons.setdefault(r.reason, []).append(r.check)
             title = "ended early" if status == "failed" else status
-            lines += [f"{title}: {', '.join(checks)}: {reason}" for reason, checks in reasons.items()]
+            lines += [_wrapped(f"{title}: {', '.join(checks)}: {reason}") for reason, checks in reasons.items()]
         return "\n".join(lines)
+
+
+def _wrapped(line: str) -> str:
+    """A long line over several, as a notebook or a terminal shows it whole."""
+    return textwrap.fill(line, 100, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _by_cause(results: Iterator[Result]) -> dict[tuple, list[Finding]]:

@@ -1,0 +1,98 @@
+"""Sphinx: MyST pages whose cells are executed, and a reference made of the docstrings."""
+
+import logging
+import os
+import re
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]  # pages import `examples`
+profile = Path(tempfile.mkdtemp()) / "profile_default"  # the cells depend on no one's own configuration of IPython
+profile.mkdir()
+(profile / "ipython_kernel_config.py").write_text("c.IPKernelApp.log_level = 40\n")
+os.environ |= {
+    "IPYTHONDIR": str(profile.parent),
+    "PYTHONPATH": str(HERE.parent),
+    "JAX_PLATFORMS": "cpu",
+    "PYTHONWARNINGS": "ignore",
+}
+
+logging.getLogger("traitlets").setLevel(logging.WARNING)
+
+project = "fcfunc"
+author = "The fcfunc developers"
+copyright = "2026, the fcfunc developers"
+release = version = metadata.version("fcfunc")
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+    "sphinx-mathjax-offline",  # the formulas need no network
+    "sphinx_copybutton",
+    "sphinx_design",
+]
+exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
+nitpicky = False
+
+html_theme = "furo"
+html_title = f"fcfunc {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_theme_options = {"footer_icons": []}
+
+myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
+myst_heading_anchors = 4
+nb_execution_mode = "cache"
+nb_execution_timeout = 240
+nb_execution_show_tb = True
+nb_merge_streams = True
+nb_mime_priority_overrides = [("html", "text/html", 0)]
+
+autodoc_typehints = "none"
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+napoleon_custom_sections = ["Saved for the backward pass"]
+default_role = "code"  # the docstrings mark code by single backticks
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+
+def link_pages(app, what, name, obj, options, lines):
+    """Docstrings name pages by their path in the repository, `docs/PAGE.md#SECTION`; here these are links."""
+    for i, line in enumerate(lines):
+        lines[i] = re.sub(
+            r"\bdocs/([\w/-]+)\.md(#[\w-]+)?",
+            lambda m: f"`{m[1].rpartition('/')[2]} <../{m[1]}.html{m[2] or ''}>`__",
+            line,
+        )
+
+
+def skip_member(app, what, name, obj, skip, options):
+    """Leaves out the fields of named tuples, which the docstrings of these describe, and methods of scikit-learn."""
+    inherited = name.startswith("set_") and name.endswith("_request")
+    return skip or inherited or (getattr(obj, "__doc__", None) or "").startswith("Alias for field number")
+
+
+def write_digit_network(app, exception):
+    """The parameters of the page draw-a-digit."""
+    if exception is None and app.builder.format == "html":
+        import digit_network
+
+        digit_network.write(Path(app.outdir) / "_static" / "digit-params.js")
+
+
+def setup(app):
+    """Registers the hooks above."""
+    app.connect("autodoc-process-docstring", link_pages)
+    app.connect("autodoc-skip-member", skip_member)
+    app.connect("build-finished", write_digit_network)
