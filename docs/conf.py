@@ -1,5 +1,6 @@
 """Sphinx: MyST pages whose cells are executed, and a reference made of the docstrings."""
 
+import importlib.util
 import logging
 import os
 import re
@@ -32,7 +33,6 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.mathjax",
-    "sphinx-mathjax-offline",  # the formulas need no network
     "sphinx_copybutton",
     "sphinx_design",
 ]
@@ -41,7 +41,11 @@ nitpicky = False
 
 html_theme = "furo"
 html_title = f"fcfunc {release}"
-html_static_path = ["_static"]
+mathjax = importlib.util.find_spec("sphinx-mathjax-offline")  # used for its files: the formulas need no network
+assert mathjax is not None
+assert mathjax.origin is not None
+html_static_path = ["_static", str(Path(mathjax.origin).parent / "static")]
+mathjax_path = "mathjax/tex-chtml.js"
 html_css_files = ["site.css"]
 html_copy_source = False
 html_theme_options = {"footer_icons": []}

@@ -45,6 +45,8 @@ def test_docstring_examples_print_what_they_say(module):
     ],
 )
 def test_python_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
+    if "import torch" in page.read_text():
+        pytest.importorskip("torch", reason="torch is not installed; `make docs` runs this page")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plt, "show", plt.close)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # as a reader would run them

@@ -8,7 +8,7 @@ import pytest
 from proofs import hostile_inputs as hostile
 from tests.rules import slow
 
-PAGE = (Path(__file__).parents[1] / "docs" / "hostile-inputs.md").read_text()
+PAGE = (Path(__file__).parents[1] / "docs" / "background" / "hostile-inputs.md").read_text()
 
 
 @pytest.mark.parametrize(
