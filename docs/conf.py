@@ -48,6 +48,7 @@ html_static_path = ["_static", str(Path(mathjax.origin).parent / "static")]
 mathjax_path = "mathjax/tex-chtml.js"
 html_css_files = ["site.css"]
 html_copy_source = False
+html_show_search_summary = False  # a summary fetches the page, which a browser forbids for files
 html_theme_options = {"footer_icons": []}
 
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
