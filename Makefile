@@ -35,7 +35,7 @@ bench: $(STAMP)
 
 # Builds the site in docs/_build/html: every cell is executed, and a warning is an error.
 docs: $(VENV)/.docs
-	@$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --jobs 2 docs docs/_build/html
+	@$(BIN)/sphinx-build --quiet --fresh-env --fail-on-warning --keep-going --jobs 2 docs docs/_build/html
 	@echo "The site is docs/_build/html/index.html."
 
 docs-serve: docs

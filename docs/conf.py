@@ -53,7 +53,7 @@ html_theme_options = {"footer_icons": []}
 
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 4
-nb_execution_mode = "cache"
+nb_execution_mode = "force"  # a cache would show what an earlier version of the library printed
 nb_execution_timeout = 240
 nb_execution_show_tb = True
 nb_merge_streams = True
