@@ -954,6 +954,16 @@ def test_another_forward_pass_is_found_at_other_sizes_and_dtypes(where):
     assert check_vjp(twice, "n d", only=("precision_of_dtypes", "shape_sweep")).status == "FAILED"
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_equal_arguments_of_a_function_that_computes_in_float32_are_compared_to_its_precision(seed):
+    w = np.random.default_rng(0).standard_normal((40, 8)).astype(np.float32)
+
+    def narrow(a, b):
+        return jnp.tanh(w @ ops.sigmoid(a + 3 * b).astype(jnp.float32)).astype(a.dtype)
+
+    assert check_vjp(narrow, "n, n", sizes={"n": 8}, seed=seed, only=["oracle", "kinks"]).ok
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_maximum_may_choose_among_ties_along_any_axis_but_not_count_them_all(axis):
     largest = lambda x: jnp.max(x, axis)

@@ -150,11 +150,12 @@ def _tied_arguments(case: Case) -> Iterator[Finding]:
         got = tied.by_rule(g)
         # Along both, the function has a slope that automatic differentiation knows.
         got_sum, expected_sum = got[first] + got[second], expected[first] + expected[second]
-        size = 1e-9 * (max_abs(expected[first]) + max_abs(expected[second]) + 1)
-        off = np.isfinite(expected_sum) & ~(np.abs(got_sum - expected_sum) <= size + case.rtol * size * 1e9 + case.atol)
+        tolerance = max(1e-9, 256 * tied.eps) + case.rtol
+        size = max_abs(expected[first]) + max_abs(expected[second]) + 1
+        off = np.isfinite(expected_sum) & ~(np.abs(got_sum - expected_sum) <= tolerance * size + case.atol)
         for index in map(tuple, np.argwhere(off)[:1]):
             left, right = _slopes_along(tied, g, (first, second), index)
-            near = 1e-4 * (1 + abs(left))
+            near = _near(tied) * (1 + abs(left))
             if abs(left - right) < near < abs(left - got_sum[index]):
                 message = f"where {case.paths[first]} and {case.paths[second]} are equal, their sum is off"
                 values = tuple(int(i) for i in index), float(got_sum[index]), float(expected_sum[index])
