@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import jax
@@ -82,3 +83,15 @@ def test_tests_and_benchmarks_do_not_import_each_other():
         for path in (ROOT / folder).glob("*.py"):
             imports = [line for line in path.read_text().splitlines() if line.startswith(("import ", "from "))]
             assert not [line for line in imports if line.split()[1].split(".")[0] == other], path
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
+    tracked = subprocess.run(["git", "ls-files", "fcfunc"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("not a git repository")
+    build = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name for name in names if ".dist-info/" not in name} == set(tracked.stdout.split())
