@@ -205,8 +205,16 @@ def test_a_shape_that_cannot_be_read_is_shown(args, message):
             TypeError,
             "args must be a tuple, a string of shapes or a function, got ndarray",
         ),
-        (lambda: check_vjp(ops.relu, "n d", only=["magic"]), ValueError, "only has no 'magic'; there are repeatable, "),
-        (lambda: check_vjp(ops.relu, "n d", require="speed"), ValueError, "require has no 'speed'; .* second_order, "),
+        (
+            lambda: check_vjp(ops.relu, "n d", only=["magic"]),
+            ValueError,
+            "unknown name 'magic' in only; choose from repeatable, ",
+        ),
+        (
+            lambda: check_vjp(ops.relu, "n d", require="speed"),
+            ValueError,
+            "unknown name 'speed' in require; choose from second_order, ",
+        ),
         (lambda: check_vjp(ops.relu, "n d", argnums=1), ValueError, "argnums must be positions of the 1 arguments"),
         (lambda: check_vjp(ops.relu, "n d", rtol=-1.0), ValueError, "rtol must be a number of at least 0, got -1.0"),
         (
@@ -239,7 +247,7 @@ def test_a_rule_that_lays_dw_as_its_operands_and_not_as_w_is_found():
 
     affine.defvjp(ops.affine_fwd, laid_by_operands)
     report = check_vjp(affine, "n d, d m, m", only=["sharded_equals_unsharded"])
-    assert "on an Explicit mesh with the last axis of the first argument over x" in str(report)
+    assert "on an Explicit mesh with the last axis of the first argument sharded along x" in str(report)
 
 
 @pytest.mark.parametrize("wrap", [jax.jit, lambda f: lambda x: jax.lax.map(f, x)], ids=["jit", "loop"])

@@ -202,7 +202,7 @@ def test_a_cause_is_one_finding_with_the_other_checks_under_it():
     (found,) = report.findings
     assert found.check == "oracle"
     assert {"projected_differences", "adjoint", "precision_of_dtypes", "shape_sweep"} <= set(found.also)
-    assert "found by multiprecision" in str(report)
+    assert "also found by multiprecision" in str(report)
 
 
 def test_an_exception_is_one_finding_however_many_checks_meet_it():
@@ -436,7 +436,7 @@ def test_a_loss_of_nan_with_a_finite_gradient_is_found():
     textbook = rule(nll, lambda z, labels: (nll(z, labels), (z, labels)), bwd)
     (found,) = check_vjp(textbook, "n c, n:int<c", only=("oracle", "nan_kept")).findings
     assert found.check == "nan_kept"
-    assert "the output of row 0 is NaN, and its gradient is finite" in found.message
+    assert "the output of row 0 is NaN but its gradient is finite" in found.message
 
 
 def test_labels_of_eight_bits_must_give_the_gradient_of_thirty_two():
@@ -447,7 +447,7 @@ def test_labels_of_eight_bits_must_give_the_gradient_of_thirty_two():
 
     wraps = rule(nll, lambda z, labels: (nll(z, labels), (z, labels)), bwd)
     found = check_vjp(wraps, "n c, n:int<c", only=("oracle", "other_integers")).findings
-    assert "with integers of dtype int8 the gradient is another" in found[0].message
+    assert "with integers of dtype int8, the gradient changes" in found[0].message
 
 
 def high_level_sine(scale):
@@ -650,7 +650,7 @@ def test_a_required_group_of_which_nothing_can_be_checked_makes_a_report_inconcl
     assert check_vjp(sine, "n d", **options).ok
     report = check_vjp(sine, "n d", float64=False, **options)
     assert report.status == "inconclusive"
-    assert "no check of the group second_order, which was required, could be made: float64=False" in str(report)
+    assert "no check of the required group second_order could run: float64=False" in str(report)
 
 
 def row_norm(x):
@@ -722,7 +722,7 @@ def test_shapes_are_drawn_from_the_range_of_their_argument():
     root = rule(jnp.sqrt, lambda x: (jnp.sqrt(x), x), lambda x, g: (g / (2 * jnp.sqrt(x)),))
     report = check_vjp(root, "n d", ranges={0: (0.0, float("inf"))})
     assert report.ok, report
-    assert "every difference stepped over a kink" not in str(report)
+    assert "every difference crossed a kink" not in str(report)
 
 
 @pytest.mark.parametrize(("factor", "dtype"), [(1.05, jnp.bfloat16), (1.01, jnp.float16)])
@@ -732,7 +732,7 @@ def test_a_rule_that_is_a_few_roundings_off_as_a_whole_in_one_dtype_is_found(fac
 
     wrong = rule(jnp.sin, lambda x: (jnp.sin(x), x), bwd)
     (finding,) = check_vjp(wrong, "n d", only="precision_of_dtypes").findings
-    assert "as a whole, by more than rounding" in finding.message
+    assert "which is more than rounding explains" in finding.message
 
 
 def larger(share):
@@ -746,7 +746,7 @@ def larger(share):
 def test_the_gradient_of_two_equal_arguments_may_be_given_to_one_but_not_to_both():
     assert check_vjp(larger("to the first"), "n d, n d", only="kinks").ok
     (finding,) = check_vjp(larger("given twice"), "n d, n d", only="kinks").findings
-    assert "are equal, their sum is off" in finding.message
+    assert "are equal, the sum of their gradients is wrong" in finding.message
 
 
 def test_a_backward_pass_that_frees_an_output_is_found():
@@ -848,7 +848,7 @@ def test_labels_of_narrow_dtypes_are_put_out_of_range(dtype):
     made = rule(at_label, lambda z, labels: (at_label(z, labels), (z, labels)), bwd)
     args = (jnp.linspace(1, 2, 12).reshape(3, 4), jnp.array([3, 0, 1], dtype))
     (finding,) = check_vjp(made, args, only="nan_kept").findings
-    assert "the output of row 0 is NaN, and its gradient is finite" in finding.message
+    assert "the output of row 0 is NaN but its gradient is finite" in finding.message
 
 
 def test_arguments_of_two_precisions_are_taken_as_jax_takes_them():
@@ -964,6 +964,15 @@ def test_equal_arguments_of_a_function_that_computes_in_float32_are_compared_to_
     assert check_vjp(narrow, "n, n", sizes={"n": 8}, seed=seed, only=["oracle", "kinks"]).ok
 
 
+def test_a_gradient_that_cancels_to_the_rounding_of_float64_has_the_error_of_its_terms():
+    def normalized(x, b, state):  # the gradient of b is 0, and in float64 about 1e-17
+        return jnp.tanh(ops.batch_norm(ops.affine(x, x[:8].T, b), *state, training=True)[0])
+
+    state = jnp.ones(8), jnp.zeros(8), {"mean": jnp.zeros(8), "var": jnp.ones(8)}
+    x = np.random.default_rng(0).standard_normal((16, 12)).astype(np.float32)
+    assert check_vjp(normalized, (x, jnp.zeros(8), state), only="accuracy").ok
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_maximum_may_choose_among_ties_along_any_axis_but_not_count_them_all(axis):
     largest = lambda x: jnp.max(x, axis)
@@ -977,7 +986,7 @@ def test_a_maximum_may_choose_among_ties_along_any_axis_but_not_count_them_all(a
 
     assert_vjp(rule(largest, lambda x: (largest(x), x), first), "n d", only="kinks")
     (found,) = check_vjp(rule(largest, lambda x: (largest(x), x), all_of_them), "n d", only="kinks").findings
-    assert "are equal, and the sum of their gradients is off" in found.message
+    assert "are equal, but their gradients do not sum to the slope" in found.message
 
 
 @pytest.mark.parametrize(("at_zero", "status"), [(0.0, "ok"), (1.0, "ok"), (7.0, "FAILED")])

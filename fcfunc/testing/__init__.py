@@ -1,8 +1,9 @@
-"""Tests for hand-written backward rules, those of this library and your own.
+"""Tests for hand-written backward rules: those of this library and your own.
 
-`check_vjp(fun, args)` runs its checks on a function that has a `custom_vjp` or `custom_jvp` rule, or that calls some,
-and reports what it found; `assert_vjp` raises where it found something. `python -m fcfunc.testing module:function
-shapes` does it from a shell. docs/guides/checking-a-rule.md is the guide.
+`check_vjp(fun, args)` checks a function that has a `custom_vjp` or `custom_jvp` rule, or that calls functions with
+such rules, and returns a report. `assert_vjp` raises an `AssertionError` unless the report is ok.
+`python -m fcfunc.testing module:function shapes` runs the checks from a shell. docs/guides/checking-a-rule.md is the
+guide.
 """
 
 from fcfunc.testing._compare import Finding

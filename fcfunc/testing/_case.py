@@ -1,4 +1,4 @@
-"""The test case: a function of arrays, its oracle, the arrays, and gradients at them."""
+"""A test case: a function of arrays, its oracle, the arguments, and the gradients at them."""
 
 import contextlib
 import dataclasses
@@ -18,19 +18,19 @@ from fcfunc._jax_releases import quick_options
 from fcfunc.testing import _oracle
 
 INSIDE = re.compile(r"[/\\](jax[/\\]_src|fcfunc[/\\](testing|_rule)|contextlib\.py|functools\.py)")
-"""The files of JAX and of this package in a traceback."""
+"""Matches the files of JAX and of this package in a traceback."""
 
 
 class NotApplicable(Exception):
-    """Raised by a check that cannot apply to a case; its text is the reason, for the report."""
+    """Raised by a check that does not apply to a case; the message is the reason shown in the report."""
 
 
 class Inconclusive(Exception):
-    """Raised by a check that applies and cannot decide; its text is the reason, for the report."""
+    """Raised by a check that applies but cannot decide; the message is the reason shown in the report."""
 
 
 class RuleRaised(Exception):
-    """Raised where the gradient by the rule raises at a case."""
+    """Raised if computing the gradient by the rule raises for a case."""
 
     def __init__(self, case: "Case", error: BaseException, way: str = ""):
         super().__init__(first_line(error))
@@ -38,35 +38,35 @@ class RuleRaised(Exception):
 
     @property
     def place(self) -> str:
-        """The last line of the caller's own code that was running; empty if there is none."""
+        """The last traceback line outside of JAX and this package; empty if there is none."""
         frames = [f for f in traceback.extract_tb(self.error.__traceback__) if not INSIDE.search(f.filename)]
         return f" ({'/'.join(Path(frames[-1].filename).parts[-2:])}:{frames[-1].lineno})" if frames else ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A function, its oracle and one set of arguments.
+    """A function, its oracle, and one set of arguments.
 
     Attributes:
-      fun: the array leaves of the arguments in, a list of real or complex arrays out.
-      oracle: the same without its rules.
-      leaves: the array leaves of the arguments, as NumPy arrays (and random keys).
-      where: the positions in `leaves` of those that are differentiated.
-      paths: these, as a person would write them.
-      ranges: the open range of each, `(-inf, inf)` where none was declared.
-      seed: of every draw.
-      sizes: what the letters of a shape string stood for.
-      required: the groups of checks that were asked for.
-      at_kink: the declared derivative at a kink, by the point.
-      has_reference: the oracle was given by the caller, not read from the rule.
-      forward_rule: the rule is a `custom_jvp`.
-      dtypes: the dtypes that the rule claims.
-      float64: whether float64 is one of them.
-      rtol: an allowed error, relative to the largest element of a gradient, besides that of rounding.
+      fun: maps the array leaves of the arguments to a list of real or complex arrays.
+      oracle: the same function without its rules.
+      leaves: the array leaves of the arguments, as NumPy arrays and random keys.
+      where: the positions in `leaves` that are differentiated.
+      paths: the path of each differentiated leaf, such as `args[0]['w']`.
+      ranges: the open range of each differentiated leaf, `(-inf, inf)` if none was declared.
+      seed: the seed of every draw.
+      sizes: the value of each named size.
+      required: the groups of checks that the caller required.
+      at_kink: the declared derivative at each kink.
+      has_reference: whether the caller passed the oracle with `reference=`.
+      forward_rule: whether the rule is a `custom_jvp`.
+      dtypes: the dtypes that the rule supports, besides float64.
+      float64: whether the rule supports float64.
+      rtol: an allowed error besides rounding, relative to the largest element of a gradient.
       atol: an allowed absolute error.
-      redraw: makes the case at other sizes; None where the arguments were given.
+      redraw: makes the case at other sizes; None if the arguments were given as arrays.
       letters: the names of the sizes that are swept.
-      draws_ranks: whether a size may also stand for several axes.
+      draws_ranks: whether a size may stand for several axes.
     """
 
     fun: Callable
@@ -96,17 +96,17 @@ class Case:
 
     @property
     def dtype(self) -> np.dtype:
-        """The narrowest real dtype among them, which bounds what can be asked of the gradient."""
+        """The least precise dtype of the differentiated leaves, which limits the precision of the gradient."""
         return max((real_dtype(a.dtype) for a in self.reals), key=lambda d: jnp.finfo(d).eps)
 
     @property
     def eps(self) -> float:
-        """The distance from 1 to the next number of `computes_in`."""
+        """The machine epsilon of `computes_in`."""
         return float(jnp.finfo(self.computes_in).eps)
 
     @property
     def computes_in(self) -> np.dtype:
-        """The least precise dtype in which the oracle computes, `dtype` unless it is less precise."""
+        """The least precise dtype in the oracle's computation, or `dtype` if that is less precise."""
         with x64_for(self.dtype):
             found = _oracle.narrowest(self.oracle, tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in self.leaves))
         dtypes = [self.dtype, *([] if found is None else [real_dtype(found)])]
@@ -114,22 +114,22 @@ class Case:
 
     @property
     def is_complex(self) -> bool:
-        """Whether a leaf is complex."""
+        """Whether a differentiated leaf is complex."""
         return any(is_complex(a) for a in self.reals)
 
     def with_reals(self, reals: Sequence) -> "Case":
-        """The same case at other real leaves."""
+        """The same case with other values for the differentiated leaves."""
         return dataclasses.replace(self, leaves=tuple(replaced(self.leaves, self.where, reals)))
 
     def with_real(self, leaf: int, value: np.ndarray) -> "Case":
-        """The same case with one of its real leaves replaced."""
+        """The same case with another value for one differentiated leaf."""
         return self.with_reals([*self.reals[:leaf], value, *self.reals[leaf + 1 :]])
 
     def cast(self, dtype) -> "Case":
-        """The same case with every real or complex leaf in another precision, those that are held fixed too."""
+        """The same case with every real or complex leaf, including the fixed ones, cast to another precision."""
         dtype = jnp.dtype(dtype)
         if self.is_complex and dtype.itemsize < 4:
-            raise NotApplicable(f"there is no complex {dtype.name}")
+            raise NotApplicable(f"there is no complex counterpart of {dtype.name}")
         complexes = {4: np.complex64, 8: np.complex128}
 
         def to(a):
@@ -143,11 +143,11 @@ class Case:
         return self.redraw(sizes, salt).cast(self.dtype)
 
     def redraw_numbers(self, salt: int) -> "Case":
-        """The case at other numbers of the same sizes and dtype, where it was drawn; salt 0 is the case itself."""
+        """The case with newly drawn numbers, if they are drawn at all; salt 0 is the case itself."""
         return self.at(self.sizes, salt) if self.redraw is not None and salt else self
 
     def rng(self, salt: int) -> np.random.Generator:
-        """Draws that repeat: from the seed, the salt of a check and nothing else."""
+        """A reproducible generator that depends only on the seed and the salt of a check."""
         return np.random.default_rng([self.seed, salt])
 
     @functools.cached_property
@@ -160,12 +160,12 @@ class Case:
             raise NotApplicable(f"the function itself raises: {first_line(e)}") from None
 
     def cotangent(self, salt: int) -> list[np.ndarray]:
-        """Random numbers of order 1 in the shapes and dtypes of the outputs."""
+        """A random normal cotangent with the shapes and dtypes of the outputs."""
         rng = self.rng(salt)
         return [normal(rng, out.shape, out.dtype) for out in self.outs]
 
     def by_rule(self, g: list) -> list[np.ndarray]:
-        """The gradients by the rule; RuleRaised if it raises."""
+        """The gradients by the rule. Raises `RuleRaised` if it raises."""
         self.outs  # noqa: B018  (NotApplicable if the function itself raises)
         try:
             with x64_for(self.dtype):
@@ -175,7 +175,7 @@ class Case:
 
     @functools.cached_property
     def eager(self) -> "Eager":
-        """The one run that is not compiled: a second forward pass, and only then the backward pass, twice."""
+        """The one eager run: two forward passes, and only then the backward pass, twice."""
         g = self.cotangent(150)
         with x64_for(self.dtype):
             leaves, cotangent = to_jax(self.leaves), to_jax(g)
@@ -194,14 +194,14 @@ class Case:
 
     @functools.cached_property
     def nearby(self) -> "Case":
-        """The case at other numbers, a few percent away, which are inside a declared range too."""
+        """The case at numbers a few percent away, which stay inside a declared range."""
         rng = self.rng(141)
         steps = [normal(rng, a.shape, a.dtype) * np.asarray(0.02, a.dtype) for a in self.reals]
         return self.with_reals([(a + s * np.abs(a)).astype(a.dtype) for a, s in zip(self.reals, steps, strict=True)])
 
     @functools.cached_property
     def watched(self) -> tuple[list, list, BaseException | None]:
-        """The calls of rules while gradients are traced, the types of the gradients, and what was raised."""
+        """The calls of rules during tracing, the types of the gradients, and the exception that was raised, if any."""
         g, types = self.cotangent(0), []
 
         def gradients(leaves, g):
@@ -212,7 +212,7 @@ class Case:
         return calls, types, raised
 
     def by_oracle(self, g: list) -> list[np.ndarray]:
-        """The gradients by the oracle; Inconclusive if it has none."""
+        """The gradients by the oracle. Raises `Inconclusive` if it has none."""
         try:
             with x64_for(self.dtype):
                 return to_numpy(compiled_pull(self.oracle, self.where, self.leaves, g)[1])
@@ -223,39 +223,39 @@ class Case:
             return by_jvp
 
     def _by_forward_mode(self, g: list) -> list[np.ndarray] | None:
-        """The gradients of a function that has forward mode alone, one element at a time; None if it has neither."""
+        """The gradients by forward mode, one element at a time; None if that fails too."""
         if self.is_complex or sum(a.size for a in self.reals) > MOST_TANGENTS:
             return None
         try:
             with x64_for(self.dtype):
                 return to_numpy(compiled_forward(self.oracle, self.where, self.leaves, g))
-        except Exception:  # said of reverse mode
+        except Exception:  # the caller reports the error of reverse mode
             return None
 
     def outputs(self, fun: Callable | None = None) -> list[np.ndarray]:
-        """The outputs of the function, or of the oracle if that is given."""
+        """The outputs of `fun`, by default the function of the case."""
         with x64_for(self.dtype):
             return to_numpy(compiled_outputs(fun or self.fun, to_jax(self.leaves)))
 
     @functools.cached_property
     def in_float64(self) -> "Case":
-        """The same case in float64, where the function takes it; else NotApplicable says why it does not."""
+        """The same case in float64. Raises `NotApplicable`, with the reason, if the function does not support it."""
         if not self.float64:
             raise NotApplicable("float64=False")
         wide = self.cast(np.float64)
         try:
             outs = wide.outs
         except NotApplicable as e:
-            raise NotApplicable(f"the function does not take float64: {e}") from None
+            raise NotApplicable(f"the function does not accept float64: {e}") from None
         if any(real_dtype(out.dtype) != np.float64 for out in outs):
             raise NotApplicable(f"the function returns {', '.join(str(o.dtype) for o in outs)} for float64 arguments")
         if wide.computes_in != np.float64:
-            raise NotApplicable(f"the function computes in {wide.computes_in} inside, whatever its arguments are")
+            raise NotApplicable(f"the function computes in {wide.computes_in} internally, also for float64 arguments")
         return wide
 
     @functools.cached_property
     def same_function_in_float64(self) -> bool:
-        """Whether the outputs in float64 are those in the case's dtype, rounded."""
+        """Whether the outputs in float64 and in the case's dtype agree up to rounding."""
         narrow, wide = ([widened(a) for a in case.outputs()] for case in (self, self.in_float64))
         scale = 100 * self.eps
         return all(
@@ -265,13 +265,13 @@ class Case:
 
 
 class Eager(NamedTuple):
-    """What a run that is not compiled gave.
+    """The results of an eager run.
 
     Attributes:
       g: the cotangent.
-      gradients: by the backward pass.
-      again: by the same backward pass a second time.
-      freed: what JAX says is deleted after it: "an argument", "an output", "a cotangent".
+      gradients: the gradients by the backward pass.
+      again: the gradients by a second run of the same backward pass.
+      freed: which arrays were deleted by the backward pass: "an argument", "an output", "a cotangent".
     """
 
     g: list
@@ -281,7 +281,7 @@ class Eager(NamedTuple):
 
 
 def in_float64_if_taken(case: Case) -> Case:
-    """The case in float64 if its function takes that, where a difference is a difference and not rounding."""
+    """The case in float64 if the function supports it, since a difference there is not mere rounding."""
     try:
         return case.in_float64
     except NotApplicable:
@@ -289,11 +289,11 @@ def in_float64_if_taken(case: Case) -> Case:
 
 
 def compiled(*static_argnums: int) -> Callable:
-    """`jax.jit` for the programs of the checks, which run a few times: compiled quickly."""
+    """`jax.jit` with options for fast compilation, since the programs of the checks run only a few times."""
 
     def of(fun):
         @functools.cache
-        def jitted():  # when it is called: only then is the backend chosen
+        def jitted():  # deferred to the first call, when the backend has been chosen
             return jax.jit(fun, static_argnums=static_argnums, compiler_options=quick_options())
 
         return functools.wraps(fun)(lambda *args: jitted()(*args))
@@ -302,7 +302,7 @@ def compiled(*static_argnums: int) -> Callable:
 
 
 def pull(fun: Callable, where: tuple, leaves: Sequence, g: list) -> tuple[list, list]:
-    """The outputs of `fun`, and the gradients of the leaves at `where`; the others are not differentiated."""
+    """The outputs of `fun` and the gradients with respect to the leaves at `where`."""
     leaves = to_jax(leaves)
     outs, back = jax.vjp(lambda *wrt: fun(*replaced(leaves, where, wrt)), *(leaves[i] for i in where))
     return outs, list(back([jnp.asarray(a, out.dtype) for a, out in zip(g, outs, strict=True)]))
@@ -313,14 +313,14 @@ compiled_pull = compiled(0, 1)(pull)
 
 @compiled(0, 1)
 def compiled_integers(with_integers: Callable, where: tuple, leaves: Sequence) -> tuple[list, list]:
-    """The integer outputs of a function, and those of its forward pass where leaves are differentiated."""
+    """The integer outputs of a function, without and with differentiation."""
     leaves = to_jax(leaves)
     of = lambda *wrt: with_integers(*replaced(leaves, where, wrt))  # noqa: E731
     return with_integers(*leaves)[1], jax.vjp(of, *(leaves[i] for i in where), has_aux=True)[2]
 
 
 def push(fun: Callable, where: tuple, leaves: Sequence, tangents: list) -> list:
-    """The tangents of the outputs of `fun` for those of the leaves at `where`."""
+    """The tangents of the outputs of `fun`, given the tangents of the leaves at `where`."""
     primals = [leaves[i] for i in where]
     return jax.jvp(lambda *wrt: fun(*replaced(leaves, where, wrt)), primals, tangents)[1]
 
@@ -328,7 +328,7 @@ def push(fun: Callable, where: tuple, leaves: Sequence, tangents: list) -> list:
 compiled_push = compiled(0, 1)(push)
 
 MOST_TANGENTS = 2000
-"""Up to how many elements forward mode stands in for a reverse mode that a function does not have."""
+"""The most elements for which forward mode replaces a missing reverse mode."""
 
 
 @compiled(0, 1)
@@ -349,7 +349,7 @@ def compiled_outputs(fun: Callable, leaves: list) -> list:
 
 
 def replaced(leaves: Sequence, where: Sequence, new: Sequence) -> list:
-    """The leaves, with others at some positions."""
+    """A copy of the leaves with those at the given positions replaced."""
     leaves = list(leaves)
     for i, leaf in zip(where, new, strict=True):
         leaves[i] = leaf
@@ -357,7 +357,7 @@ def replaced(leaves: Sequence, where: Sequence, new: Sequence) -> list:
 
 
 def normal(rng: np.random.Generator, shape, dtype) -> np.ndarray:
-    """Normal numbers of a real or complex dtype."""
+    """Standard normal numbers in a real or complex dtype."""
     a = rng.standard_normal(shape)
     if jnp.issubdtype(dtype, jnp.complexfloating):
         a = a + 1j * rng.standard_normal(shape)
@@ -365,17 +365,17 @@ def normal(rng: np.random.Generator, shape, dtype) -> np.ndarray:
 
 
 def to_numpy(arrays: Sequence) -> list[np.ndarray]:
-    """Arrays as NumPy arrays, in their own dtype."""
+    """Converts arrays to NumPy arrays of the same dtype."""
     return [np.asarray(a) for a in arrays]
 
 
 def to_jax(arrays: Sequence) -> list[jax.Array]:
-    """Arrays on the device; what is there or is traced stays as it is."""
+    """Puts NumPy arrays on the device; JAX arrays and tracers are unchanged."""
     return [a if isinstance(a, jax.Array) else jax.device_put(a) for a in arrays]
 
 
 def widened(a: np.ndarray) -> np.ndarray:
-    """An array in float64 or complex128."""
+    """Casts an array to float64 or complex128."""
     return a.astype(np.complex128 if is_complex(a) else np.float64)
 
 
@@ -385,7 +385,7 @@ def real_dtype(dtype) -> np.dtype:
 
 
 def x64_for(dtype):
-    """Float64 for the block where `dtype` is, the caller's setting otherwise."""
+    """Enables float64 for the block if `dtype` is float64; otherwise keeps the caller's setting."""
     return jax.enable_x64(True) if np.dtype(dtype) == np.float64 else contextlib.nullcontext()
 
 
@@ -400,7 +400,7 @@ def is_complex(a) -> bool:
 
 
 def is_array(leaf) -> bool:
-    """Whether a leaf is an array, and not a number or an object that is held fixed."""
+    """Whether a leaf is an array, rather than a number or an object that is held fixed."""
     return isinstance(leaf, jax.Array) or (isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "biufcV")
 
 
@@ -411,15 +411,15 @@ def is_key(leaf) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def of_leaves(fun: Callable, treedef, positions: tuple, statics: tuple, kwargs: tuple, rule: tuple = ()) -> Callable:
-    """`fun` as a function of the array leaves of its arguments, and only the real or complex leaves of its output.
+    """Turns `fun` into a function from the array leaves of its arguments to the real or complex leaves of its output.
 
     Args:
       fun: any function.
-      treedef: of the tuple of its arguments.
-      positions: which of their leaves are arrays.
-      statics: the other leaves, with their types: 1, 1.0 and True are equal and are not one argument.
-      kwargs: its options, likewise.
-      rule: of `fun`, where it is a rule itself, which can be defined again.
+      treedef: the treedef of the tuple of arguments.
+      positions: the positions of the array leaves.
+      statics: the other leaves with their types, because 1, 1.0 and True are equal but are different arguments.
+      kwargs: the keyword arguments with their types, likewise.
+      rule: the forward and backward pass of `fun` if it is a rule, which may be redefined; part of the cache key.
     """
 
     def of_arrays(*arrays):

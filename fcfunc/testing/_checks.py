@@ -1,4 +1,4 @@
-"""The checks that `check_vjp` makes, in this order, by group."""
+"""The checks that `check_vjp` runs, by group and in order."""
 
 from collections.abc import Iterator
 
@@ -8,17 +8,17 @@ from fcfunc.testing._compare import Finding, attempt
 
 
 def multiprecision(case: Case) -> Iterator[Finding]:
-    """The gradient against central differences of the function in numbers of 200 digits."""
+    """Compares the gradient with central differences of the function in 200-digit arithmetic."""
     return (yield from _with_mpmath().first_derivative(case))
 
 
 def second_multiprecision(case: Case) -> Iterator[Finding]:
-    """The derivative of the rule's gradient against central differences of that gradient in numbers of 200 digits."""
+    """Compares the derivative of the rule's gradient with its central differences in 200-digit arithmetic."""
     return (yield from _with_mpmath().second_derivative(case))
 
 
 def more_accurate(case: Case) -> bool:
-    """Whether the rule is right in 200 digits, and nearer to these in float64 than automatic differentiation is."""
+    """Whether the rule is right in 200-digit arithmetic and more accurate than automatic differentiation in float64."""
     found, ended = attempt(multiprecision(case))
     return not found and isinstance(ended, str) and _with_mpmath().nearer_than_autodiff(case)
 
@@ -33,7 +33,7 @@ def _with_mpmath():
 
 CHECKS = {
     "": (
-        _contract.repeatable,  # first: what every third call does is seen here, and not blamed on a later check
+        _contract.repeatable,  # first, so that a rule with hidden state is not blamed on a later check
         _numbers.oracle, multiprecision,
         _contract.cotangent_types, _contract.integer_arguments, _contract.rule_used,
         _numbers.projected_differences, _numbers.adjoint, _numbers.forward_mode,
@@ -53,16 +53,16 @@ CHECKS = {
     "sizes": (_numbers.finite_differences, _numbers.every_size, _numbers.ranks),
     "meshes": (_meshes.sharded_equals_unsharded, _meshes.shard_map_equals_unsharded),
 }  # fmt: skip
-"""The checks that every rule must pass come first, under no name; the groups are made where they are required."""
+"""The checks that every rule must pass are under the empty name; a group fails the report only if it is required."""
 
 GROUPS = tuple(filter(None, CHECKS))
 
 ON_REQUEST = ("sizes",)
-"""The groups that are made only where they are required: they compile many programs."""
+"""The groups that run only if they are required, because they compile many programs."""
 
 WITH_ORACLE = {
     "oracle", "multiprecision", "second_multiprecision", "projected_differences", "finite_differences", "adjoint",
     "precision_of_dtypes", "kinks", "shape_sweep", "every_size", "ranks", "accuracy", "extremes",
     "reverse_over_reverse", "forward_over_reverse", "sharded_equals_unsharded", "shard_map_equals_unsharded",
 }  # fmt: skip
-"""The checks that compare with something independent of the rule: what is wrong for one is wrong for all."""
+"""The checks that compare with something independent of the rule; their findings for an argument have one cause."""

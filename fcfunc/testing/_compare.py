@@ -1,4 +1,4 @@
-"""What a check finds, and how two gradients are compared."""
+"""Findings, and the comparison of two gradients."""
 
 import dataclasses
 import math
@@ -15,21 +15,21 @@ EVERY_ARGUMENT = ""
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong with a rule.
+    """One error in a rule.
 
     Attributes:
       message: what is wrong.
-      argument: the path of the argument whose gradient is wrong, `args[0]['w']`; empty if it is about all of them.
+      argument: the path of the argument whose gradient is wrong, such as `args[0]['w']`; empty if it concerns all.
       index: the index of the worst element, or None.
-      got: the rule's value there.
-      expected: what it should be.
+      got: the rule's value at that index.
+      expected: the correct value.
       ulps: the error in units in the last place of the expected value.
-      dtype: the dtype in which it was found.
-      check: the name of the check that found it.
+      dtype: the dtype in which the error was found.
+      check: the name of the check that found the error.
       seed: the seed of the draw.
       sizes: the sizes that were drawn.
-      reproduce: Python code that finds it again.
-      also: the checks that found the same thing.
+      reproduce: Python code that reproduces the finding.
+      also: the other checks that found the same error.
     """
 
     message: str
@@ -54,21 +54,20 @@ class Finding:
             values += f", off by {off:.2g}" if math.isfinite(off) else ""
             values += f" ({self.ulps:.2g} ulp of {self.dtype})" if self.ulps is not None else ""
         sizes = " at " + ", ".join(f"{k}={v}" for k, v in self.sizes.items()) if self.sizes else ""
-        also = f"\n    found by {', '.join(self.also)} as well" if self.also else ""
+        also = f"\n    also found by {', '.join(self.also)}" if self.also else ""
         code = "".join(f"\n    {line}" for line in self.reproduce.splitlines())
         return f"{self.check}{where}{sizes}, {self.dtype}{values}\n    {self.message}{also}{code}"
 
 
 def finding(case: Case, message: str, argument: str = EVERY_ARGUMENT, *values) -> Finding:
-    """A finding at a case; `values` are the index, what was got and expected, and the error in ulps."""
+    """A finding for a case; `values` are the index, the value and the expected value there, and the error in ulps."""
     return Finding(message, argument, *values, dtype=case.dtype.name, sizes=case.sizes)
 
 
 def attempt(findings: Iterator[Finding]) -> tuple[list[Finding], Exception | str | None]:
-    """What a check finds, and what it says of how it passed, or the NotApplicable or Inconclusive that ended it.
+    """The findings of a check, and its remark on passing or the NotApplicable or Inconclusive that ended it.
 
-    No finding is lost to an exception. A rule that raises is a finding, unless the oracle raises the same: then neither
-    works here.
+    An exception loses no earlier finding. A rule that raises is a finding, unless the oracle raises the same error.
     """
     found: list[Finding] = []
     try:
@@ -92,15 +91,15 @@ def attempt(findings: Iterator[Finding]) -> tuple[list[Finding], Exception | str
 
 
 def compare(case: Case, got: list, expected: list, allowed: list | float, message: str) -> Iterator[Finding]:
-    """A finding for each leaf with an element further from its expected value than allowed: the worst one."""
+    """Yields a finding for each leaf with an element outside its tolerance, at the worst element."""
     if len(got) != len(expected):
-        yield finding(case, f"{message}: {len(expected)} gradients expected, got {len(got)}")
+        yield finding(case, f"{message}: expected {len(expected)} gradients, got {len(got)}")
         return
     tolerances = allowed if isinstance(allowed, list) else [allowed] * len(got)
     paths = [*case.paths, *["the cotangent"] * (len(got) - len(case.paths))]
     for path, a, b, tolerance in zip(paths, got, expected, tolerances, strict=False):
         if a.shape != b.shape:
-            yield finding(case, f"{message}: shape {list(b.shape)} expected, got {list(a.shape)}", path)
+            yield finding(case, f"{message}: expected shape {list(b.shape)}, got {list(a.shape)}", path)
             continue
         a, b = widened(a), widened(b)
         with np.errstate(invalid="ignore"):
@@ -115,7 +114,7 @@ def compare(case: Case, got: list, expected: list, allowed: list | float, messag
 
 
 def in_ulps(case: Case, error: float, size: float) -> float | None:
-    """An error in distances between neighboring numbers of a size; None where that is 0 or not finite."""
+    """An error in units in the last place of a number of this size; None if the size is 0 or non-finite."""
     return error / (case.eps * 2.0 ** math.floor(math.log2(size))) if size and math.isfinite(size) else None
 
 
@@ -126,16 +125,16 @@ def max_abs(leaf: np.ndarray) -> float:
 
 
 def underflow(case: Case) -> float:
-    """Below this a number may be what is left of terms that were flushed to 0; float16 is computed in float32."""
+    """The magnitude below which terms may have been flushed to 0; float16 is computed in float32."""
     limits = jnp.finfo(case.dtype)
     return float(limits.tiny) * (2.0**24 if limits.maxexp > 100 else 1.0)
 
 
 def rounding(case: Case, leaves: list, factor: float = 1024.0, g: list | None = None) -> list[float]:
-    """By how much two orders of the same arithmetic may differ: a multiple of eps times the largest of each leaf.
+    """How far two evaluation orders of the same arithmetic may differ: a multiple of eps times each leaf's maximum.
 
-    Where all of a leaf cancels, its own size says nothing of the terms that were added; with `leaves` the gradients for
-    the cotangent `g`, a change of the outputs per unit of the argument stands in for them.
+    If a whole leaf cancels, its size says nothing about the size of the terms that were added. If `leaves` are the
+    gradients for the cotangent `g`, the change of the outputs per unit of the argument estimates those terms.
     """
     tiny = float(jnp.finfo(case.dtype).tiny)
     size = max((max_abs(a) * max_abs(b) for a, b in zip(g or (), case.outputs() if g else (), strict=True)), default=0)
@@ -147,24 +146,24 @@ def rounding(case: Case, leaves: list, factor: float = 1024.0, g: list | None = 
 
 
 def moved_by_rounding(case: Case, arrays: list, rng: np.random.Generator) -> list:
-    """Each element up or down by the rounding error of the case's dtype."""
+    """Perturbs each element up or down by the rounding error of the case's dtype."""
     return [a * (1 + case.eps * rng.choice([-1.0, 1.0], a.shape)) for a in arrays]
 
 
 def truth_and_allowance(case: Case, g: list) -> tuple[list, list]:
-    """The gradient in float64, and what a gradient in the case's own dtype may be off by.
+    """The gradient in float64, and the error that a gradient in the case's dtype may have.
 
-    Allowed is a multiple of the error that automatic differentiation makes in that dtype, and of how far the true
-    gradient moves when each input is moved by its own rounding error: where a sum cancels, a right rule is off too.
+    The tolerance is a multiple of two errors: that of automatic differentiation in this dtype, and the change of the
+    true gradient when every input is perturbed by its rounding error. If a sum cancels, a correct rule is off too.
     """
     auto = case.by_oracle(g)
     least = rounding(case, auto, 16.0, g)
     try:
         wide = case.in_float64
     except NotApplicable:
-        # What cancels to 0 in a sum over an argument's elements is of the size of the terms.
+        # A sum over an argument's elements that cancels has an error of the size of its terms.
         terms = 16 * case.eps * max(map(max_abs, g), default=0.0) * max(map(max_abs, case.reals), default=0.0)
-        inside = case.computes_in != case.dtype  # and autodiff in that dtype is all there is to compare with
+        inside = case.computes_in != case.dtype  # then autodiff in that dtype is the only comparison
         return auto, [max(t if inside else 4 * t, terms) for t in least]
     wide_g = [widened(a) for a in g]
     truth = wide.by_oracle(wide_g)
@@ -173,20 +172,20 @@ def truth_and_allowance(case: Case, g: list) -> tuple[list, list]:
         for a, t, t0 in zip(auto, truth, least, strict=True)
     ]
     suspicious = any(a > 4 * max_abs(t) + b for a, t, b in zip(allowed, truth, least, strict=True))
-    if suspicious and not case.same_function_in_float64:  # a mask drawn in float64 is another mask, say
+    if suspicious and not case.same_function_in_float64:  # for example, a mask drawn in float64 is a different mask
         return auto, [4 * t for t in least]
     rng = case.rng(99)
     for _ in range(3):
         moved = wide.with_reals(moved_by_rounding(case, wide.reals, rng))
         shifted = moved.by_oracle(moved_by_rounding(case, wide_g, rng))
         allowed = [max(t, 8 * max_abs(s - u)) for t, s, u in zip(allowed, shifted, truth, strict=True)]
-    # Where automatic differentiation overflows in this dtype too, that is accepted.
+    # An overflow is accepted if automatic differentiation overflows in this dtype too.
     truth = [np.where(np.isfinite(widened(a)), t, widened(a)) for a, t in zip(auto, truth, strict=True)]
     return truth, allowed
 
 
 def disagreements(case: Case, directions: int, message: str) -> Iterator[Finding]:
-    """The rule's gradients against the oracle's, element by element, for several cotangents."""
+    """Compares the rule's gradients with the oracle's, element by element, for several cotangents."""
     undecided: list[str] = []
     findings: list[Finding] = []
     for direction in range(directions):
@@ -204,17 +203,17 @@ def disagreements(case: Case, directions: int, message: str) -> Iterator[Finding
             return
     if len(undecided) == directions:
         raise Inconclusive(undecided[0])
-    yield from findings[:1]  # 0 here but not everywhere
+    yield from findings[:1]  # the oracle is 0 at this point, but not at all of them
 
 
 def systematic_error(case: Case, message: str) -> Iterator[Finding]:
-    """A leaf that is too large or too small as a whole, by more than a few roundings of one number."""
+    """Finds a leaf that is too large or too small as a whole by more than a few rounding errors of one number."""
     g, rng = case.cotangent(0), case.rng(98)
     auto, got = case.by_oracle(g), case.by_rule(g)
-    cancels = rounding(case, auto, 8.0, g)  # a sum of larger terms is all rounding
+    cancels = rounding(case, auto, 8.0, g)  # below this, a sum of larger terms is only rounding
     try:
         wide, wide_g = case.in_float64, [widened(a) for a in g]
-    except NotApplicable:  # automatic differentiation in that dtype is all there is to compare with
+    except NotApplicable:  # automatic differentiation in that dtype is the only comparison
         truth, moved = [widened(a) for a in auto], []
         least = (8 if case.eps > 1e-4 else 1024) * case.eps
     else:
@@ -231,29 +230,30 @@ def systematic_error(case: Case, message: str) -> Iterator[Finding]:
         )
         allowed = least + 4 * max(of_auto, *of_moved, 0.0) + case.rtol
         if np.isfinite(of_auto) and not of_rule <= allowed:
-            yield finding(case, f"{message}: off by {of_rule:.1%} as a whole, by more than rounding", path)
+            off = f"too large or too small by {of_rule:.1%}, which is more than rounding explains"
+            yield finding(case, f"{message} as a whole is {off}", path)
 
 
 def says_nothing(case: Case, got: list, expected: list) -> str:
-    """Why what an oracle gives cannot be compared with the rule; empty if it can.
+    """Why the oracle's gradient cannot be compared with the rule's; empty if it can.
 
-    It is NaN alone; or 0 alone, where the rule is not 0 and the function moves with its arguments.
+    It cannot if it is NaN everywhere, or if it is 0 everywhere while the rule is not and the outputs do change.
     """
     if not any(a.size for a in expected):
-        return "no argument has an element"
+        return "the arguments are empty"
     if all(np.isnan(widened(a)).all() for a in expected):
-        return "automatic differentiation gives NaN here; differences decide"
+        return "automatic differentiation gives NaN here; the finite-difference checks decide"
     if any(a.any() for a in expected) or not any(max_abs(a) > 1e-6 for a in got):
         return ""
     moved = case.with_reals([a * np.asarray(1.25, a.dtype) for a in case.reals]).outputs()
     if all(np.allclose(widened(a), widened(b), 4 * case.eps) for a, b in zip(moved, case.outputs(), strict=True)):
         return ""
-    why = "automatic differentiation gives 0 everywhere, as of a function that searches or rounds"
-    return f"{why}; differences decide, or a reference="
+    why = "automatic differentiation gives 0 everywhere, as it does for a function that searches or rounds"
+    return f"{why}; the finite-difference checks decide, or pass reference="
 
 
 def where_defined(got: list, expected: list) -> list:
-    """What the oracle expects; what was got where that is finite and the oracle's NaN: some rules exist to avoid it."""
+    """The oracle's gradient, or the rule's where only the oracle's is NaN: some rules exist to avoid that NaN."""
     if [a.shape for a in got] != [a.shape for a in expected]:
         return expected
     return [
@@ -263,7 +263,7 @@ def where_defined(got: list, expected: list) -> list:
 
 
 def raising(case: Case, way: str, run: Callable) -> Any:
-    """`run()`; RuleRaised, which says in which way it was run, if it raises."""
+    """Calls `run()`. If it raises, raises `RuleRaised` with a description of the way in which it was run."""
     try:
         with np.errstate(all="ignore"):
             return run()

@@ -1,4 +1,4 @@
-"""The checks of what JAX and its users rely on in any rule: types, purity, linearity, the forward pass."""
+"""Checks of what JAX and its users expect from every rule: types, purity, linearity, and the forward pass."""
 
 import contextlib
 import dataclasses
@@ -38,9 +38,9 @@ from fcfunc.testing._compare import (
 
 
 def repeatable(case: Case) -> Iterator[Finding]:
-    """The same bits the second time and the third: nothing is remembered.
+    """Checks that the second and third call are bitwise identical to the first: the rule has no hidden state.
 
-    Where the rule is traced to the same program each time, that is shown without a run.
+    If every call is traced to the same program, nothing has to run.
     """
     g = case.cotangent(130)
 
@@ -56,18 +56,19 @@ def repeatable(case: Case) -> Iterator[Finding]:
         return
     expected = raising(case, "", gradients)
     for time in ("second", "third"):
-        yield from compare(case, gradients(), expected, 0.0, f"the {time} call gives other bits than the first")
+        message = f"the gradient of the {time} call is not bitwise identical to that of the first"
+        yield from compare(case, gradients(), expected, 0.0, message)
 
 
 def _program(case: Case, g: list) -> tuple[str, list]:
-    """The text of the program of the gradients, and the arrays in it."""
+    """The jaxpr of the gradients as text, and the arrays in it."""
     with x64_for(case.dtype):
         closed = jax.make_jaxpr(lambda leaves, g: pull(case.fun, case.where, leaves, g)[1])(case.leaves, g)
     return re.sub(r"0x[0-9a-f]+", "", str(closed)), list(_oracle.constants(closed))
 
 
 def _same_program(first: tuple[str, list], second: tuple[str, list]) -> bool:
-    """Whether two programs give the same bits; what one calls outside of JAX can give others each time."""
+    """Whether two programs give identical results; a callback may return something different each time."""
     (text, consts), (other, others) = first, second
     return "callback" not in text and text == other and all(map(_same_array, consts, others))
 
@@ -78,13 +79,14 @@ def _same_array(a, b) -> bool:
 
 
 def cotangent_types(case: Case) -> Iterator[Finding]:
-    """Each cotangent has its argument's dtype, shape and tree, as the backward pass itself returns it."""
+    """Checks that the backward pass returns each cotangent with the dtype, shape and tree structure of its argument."""
     calls, types, raised = case.watched
     if raised is not None:
         raise _case.RuleRaised(case, raised)
     for path, primal, came in zip(case.paths, case.reals, types, strict=False):
         if came.dtype != primal.dtype or came.shape != primal.shape:
-            message = f"{primal.dtype}{list(primal.shape)} expected, got {came.dtype}{list(came.shape)}"
+            given = f"{came.dtype}{list(came.shape)}"
+            message = f"the argument is {primal.dtype}{list(primal.shape)}, but its gradient is {given}"
             yield finding(case, message, path)
     for call in calls:
         for cotangents in call.cotangents:
@@ -92,18 +94,19 @@ def cotangent_types(case: Case) -> Iterator[Finding]:
 
 
 def _wrong_cotangents(case: Case, call: _oracle.Call, cotangents) -> Iterator[Finding]:
-    """What a backward pass returned for real arguments that differs from them in tree, shape or dtype."""
+    """Yields a finding for each cotangent that differs from its argument in tree structure, shape or dtype."""
     where = f"the backward pass of {call.name}"
     if cotangents is None:
         return
     if not isinstance(cotangents, tuple | list) or len(cotangents) != len(call.args):
         given = f"{len(cotangents)}" if isinstance(cotangents, tuple | list) else type(cotangents).__name__
-        yield finding(case, f"{where} must return a tuple of {len(call.args)}, one for each argument, got {given}")
+        expected = f"a tuple of {len(call.args)} cotangents, one per argument"
+        yield finding(case, f"{where} must return {expected}, got {given}")
         return
     for i, pair in enumerate(zip(call.args, cotangents, strict=True)):
         pairs = _leaf_by_leaf(*pair)
         if pairs is None:
-            yield finding(case, f"{where} returns a tree for argument {i} that does not match the argument's")
+            yield finding(case, f"{where} returns a cotangent for argument {i} with a different tree structure")
             continue
         for p, c in pairs:
             if (
@@ -113,14 +116,14 @@ def _wrong_cotangents(case: Case, call: _oracle.Call, cotangents) -> Iterator[Fi
                 and not (p.weak_type and not p.shape)  # a Python number, of no dtype of its own
                 and (c.dtype, c.shape) != (p.dtype, p.shape)
             ):
-                expected = p.str_short()
-                yield finding(case, f"{where} returns {c.dtype}{list(c.shape)} for argument {i}, {expected} expected")
+                given = f"{c.dtype}{list(c.shape)}"
+                yield finding(case, f"{where} returns {given} for argument {i}, which is {p.str_short()}")
 
 
 def _leaf_by_leaf(primal, cotangent) -> list[tuple] | None:
-    """The types of an argument's leaves with their cotangents, None for an absent one; None if the trees differ."""
+    """Pairs the types of an argument's leaves with their cotangents; None if the tree structures differ."""
     leaves, treedef = jax.tree.flatten(primal)
-    if cotangent is None or primal is None:  # JAX drops what is returned for an argument that is None
+    if cotangent is None or primal is None:  # JAX drops the cotangent of an argument that is None
         return []
     try:
         given = treedef.flatten_up_to(cotangent)
@@ -132,27 +135,27 @@ def _leaf_by_leaf(primal, cotangent) -> list[tuple] | None:
 
 
 def _type(a):
-    """The type of an argument of a watched rule, which is recorded as a type unless it is a number."""
+    """The type of a recorded argument, which is a type already unless it is a Python number."""
     return a if hasattr(a, "str_short") else jax.typeof(a)
 
 
 def integer_arguments(case: Case) -> Iterator[Finding]:
-    """Integer, boolean and key arguments get None or float0 from the backward pass, and nothing else."""
+    """Checks that the cotangents of integer, boolean and key arguments are None or float0."""
     calls, _, _ = case.watched
     whole = [a for call in calls for a in jax.tree.leaves(call.args) if not is_inexact(_type(a))]
     if not whole:
-        raise NotApplicable("no rule is given an integer, boolean or key argument")
+        raise NotApplicable("no rule has an integer, boolean or key argument")
     for call in calls:
         for cotangents in call.cotangents:
             for i, pair in enumerate(zip(call.args, cotangents or (), strict=False)):
                 for p, c in _leaf_by_leaf(*pair) or []:
                     if not is_inexact(p) and getattr(c, "dtype", jax.dtypes.float0) != jax.dtypes.float0:
-                        returned = f"the backward pass of {call.name} returns {c.dtype} for argument {i} of {p.dtype}"
-                        yield finding(case, f"{returned}: None or float0 expected")
+                        returned = f"the backward pass of {call.name} returns {c.dtype} for argument {i}"
+                        yield finding(case, f"{returned}, which is {p.dtype}; return None or float0 zeros")
 
 
 def rule_used(case: Case) -> Iterator[Finding]:
-    """Every rule that is called has its backward pass run when the function is differentiated, under remat too."""
+    """Checks that differentiation runs the backward pass of every rule that is called, also under remat."""
     ways = {"": case, " under jax.checkpoint": dataclasses.replace(case, fun=jax.checkpoint(case.fun))}
     for way, made in ways.items():
         calls, _, raised = made.watched
@@ -165,18 +168,18 @@ def rule_used(case: Case) -> Iterator[Finding]:
             message = f"the backward pass of {name} never runs{way}"
             if not list(disagreements(made, 1, "")):  # the function may need no gradient of it
                 raise Inconclusive(f"{message}, and automatic differentiation gives the same gradient")
-            yield finding(case, f"{message}: its gradient comes from elsewhere, or is lost")
+            yield finding(case, f"{message}, so its gradient comes from elsewhere or is lost")
 
 
 def zero_cotangent(case: Case) -> Iterator[Finding]:
-    """A zero cotangent gives a zero gradient."""
+    """Checks that a zero cotangent gives a zero gradient."""
     g = [np.zeros_like(a) for a in case.cotangent(0)]
     zeros = [np.zeros_like(a) for a in case.reals]
     yield from compare(case, case.by_rule(g), zeros, 0.0, "a zero cotangent must give a zero gradient")
 
 
 def linear_in_cotangent(case: Case) -> Iterator[Finding]:
-    """Exact under powers of two, from tiny to large, and additive."""
+    """Checks that the gradient scales exactly with powers of two and is additive in the cotangent."""
     g, h = case.cotangent(80), case.cotangent(81)
     base = case.by_rule(g)
     narrowest = min(int(jnp.finfo(a.dtype).maxexp) for a in [*g, *base])
@@ -189,7 +192,7 @@ def linear_in_cotangent(case: Case) -> Iterator[Finding]:
         expected = [widened(a) * factor for a in base]
         floor = underflow(case) + 1e-4 * case.eps * max(map(max_abs, expected), default=0.0)
         allowed = [floor + (case.rtol * max_abs(a) + case.atol * factor) for a in expected]
-        message = f"a cotangent times 2^{power} must give the gradient times 2^{power} exactly"
+        message = f"scaling the cotangent by 2^{power} must scale the gradient by exactly 2^{power}"
         found = list(compare(case, scaled, expected, allowed, message))
         if found:
             yield from found
@@ -197,23 +200,23 @@ def linear_in_cotangent(case: Case) -> Iterator[Finding]:
     ones = [np.ones_like(a) for a in g]
     negative, opposite = case.by_rule([-a for a in ones]), [-widened(a) for a in case.by_rule(ones)]
     allowed = [underflow(case) + case.rtol * max_abs(a) + case.atol for a in opposite]
-    yield from compare(case, negative, opposite, allowed, "a cotangent of -1 must give the gradient of 1 times -1")
+    yield from compare(case, negative, opposite, allowed, "negating a cotangent of ones must negate the gradient")
     parts = [widened(a) + widened(b) for a, b in zip(base, case.by_rule(h), strict=True)]
     summed = case.by_rule([a + b for a, b in zip(g, h, strict=True)])
     try:
         _, allowed = truth_and_allowance(case, [np.abs(a) + np.abs(b) for a, b in zip(g, h, strict=True)])
         _, allowed_sum = truth_and_allowance(case, [a + b for a, b in zip(g, h, strict=True)])
-    except _case.Inconclusive:  # no oracle: the sizes of the gradients themselves
+    except _case.Inconclusive:  # without an oracle, the gradients themselves set the scale
         allowed, allowed_sum = rounding(case, parts), rounding(case, base)
     tolerance = [4 * (s + t) for s, t in zip(allowed, allowed_sum, strict=True)]
-    yield from compare(case, summed, parts, tolerance, "the gradient is not additive in the cotangent")
+    yield from compare(case, summed, parts, tolerance, "the gradient must be additive in the cotangent")
 
 
 def partial_cotangents(case: Case) -> Iterator[Finding]:
-    """One output differentiated alone, one argument alone: absent and symbolically zero cotangents are right."""
+    """Checks the gradients of single outputs and single arguments: absent and symbolically zero cotangents."""
     g = case.cotangent(90)
     if len(g) < 2 and len(case.reals) < 2:
-        raise NotApplicable("there is one output and one argument")
+        raise NotApplicable("there is only one output and one differentiated argument")
     every, count = range(len(case.reals)), len(case.reals)
     some = [*itertools.combinations(every, 1)] if count > 1 else []
     some += [*itertools.combinations(every, count - 1)] if count > 2 else []
@@ -226,12 +229,12 @@ def partial_cotangents(case: Case) -> Iterator[Finding]:
 
     def way(arguments, k):
         if arguments is None:
-            return f"with output {k} differentiated alone"
-        return f"differentiated without the others, {', '.join(case.paths[i] for i in arguments)}:"
+            return f"with only output {k} differentiated,"
+        return f"with only {', '.join(case.paths[i] for i in arguments)} differentiated,"
 
     try:
         gradients = run(alone)
-    except Exception:  # which one?
+    except Exception:  # run them one by one to name the one that raises
         gradients = [raising(case, way(*one), lambda one=one: run([one])[0]) for one in alone]
     whole = case.by_rule(g)
     for (arguments, k), got in zip(alone, gradients, strict=True):
@@ -240,17 +243,18 @@ def partial_cotangents(case: Case) -> Iterator[Finding]:
             where, paths, ranges = map(tuple, parts)
             at = dataclasses.replace(case, where=where, paths=paths, ranges=ranges)
             expected = [whole[i] for i in arguments]
-            message = "differentiated without the others, this argument has another gradient than with them"
+            message = "the gradient of this argument changes if some other argument is not differentiated"
             yield from compare(at, got, expected, rounding(at, expected, g=g), message)
         else:
             expected = case.by_oracle([a if j == k else np.zeros_like(a) for j, a in enumerate(g)])
             allowed = rounding(case, expected, 64.0 if case.eps < 1e-10 else 4.0e3)
-            yield from compare(case, got, expected, allowed, f"{way(None, k)} the gradient is wrong")
+            message = f"{way(None, k)} the rule's gradient differs from the oracle's"
+            yield from compare(case, got, expected, allowed, message)
 
 
 @_case.compiled(0, 1, 2)
 def _alone(fun: Callable, where: tuple, alone: tuple, leaves: list, g: list) -> list[list]:
-    """The gradients of some arguments for each `(arguments, None)`, all of output `k` alone for `(None, k)`."""
+    """The gradients of the given arguments for each `(arguments, None)`, and those of output `k` for `(None, k)`."""
 
     def of_output(k):
         return pull(lambda *leaves: [fun(*leaves)[k]], where, leaves, [g[k]])[1]
@@ -262,7 +266,7 @@ def _alone(fun: Callable, where: tuple, alone: tuple, leaves: list, g: list) -> 
 
 
 def forward_output(case: Case) -> Iterator[Finding]:
-    """The forward pass of the rule returns what the function returns, in value, shape and dtype."""
+    """Checks that the rule's forward pass and the function agree in value, shape and dtype."""
     yield from same_forward_pass(case)
     if case.has_reference:
         try:
@@ -270,14 +274,14 @@ def forward_output(case: Case) -> Iterator[Finding]:
         except Exception as e:
             raise _case.Inconclusive(f"the reference raises: {first_line(e)}") from None
         message = (
-            "the value of the function is not that of the reference, which must have the same values and the gradient "
-            "that is meant: for a straight-through estimator, x + stop_gradient(f(x) - x)"
+            "the function and its reference return different values; a reference needs the function's values and the "
+            "intended gradient: for a straight-through estimator, x + stop_gradient(f(x) - x)"
         )
         yield from different_outputs(case, case.outputs(), given, 64.0, message)
 
 
 def same_forward_pass(case: Case) -> Iterator[Finding]:
-    """The outputs of the rule under differentiation against those of the function, integers and booleans too."""
+    """Compares the outputs with and without differentiation, including integers and booleans."""
 
     def under_differentiation():
         with x64_for(case.dtype):
@@ -286,11 +290,11 @@ def same_forward_pass(case: Case) -> Iterator[Finding]:
     ruled = raising(case, "", under_differentiation)
     for i, (a, b) in enumerate(zip(case.outs, ruled, strict=True)):
         if a.dtype != b.dtype or a.shape != b.shape:
-            message = f"output {i} is {a.dtype}{list(a.shape)}, under differentiation {b.dtype}{list(b.shape)}"
+            message = f"output {i} is {a.dtype}{list(a.shape)}, but {b.dtype}{list(b.shape)} under differentiation"
             yield finding(case, message)
             return
     plain, ruled = case.outputs(), to_numpy(ruled)
-    message = "the forward pass of the rule returns another value than the function"
+    message = "the rule's forward pass and the function return different values"
     yield from different_outputs(case, ruled, plain, 16.0, message)
     with_integers = getattr(case.fun, "with_integers", None)
     with x64_for(case.dtype):
@@ -299,26 +303,26 @@ def same_forward_pass(case: Case) -> Iterator[Finding]:
         plain, ruled = map(to_numpy, _case.compiled_integers(with_integers, case.where, _case.to_jax(case.leaves)))
     for i, (a, b) in enumerate(zip(plain, ruled, strict=True)):
         if a.shape != b.shape or (a != b).any():
-            yield finding(case, f"{message}: integer output {i} is another under differentiation")
+            yield finding(case, f"{message}: integer output {i} changes under differentiation")
             return
 
 
 def different_outputs(case: Case, got: list, expected: list, factor: float, message: str) -> Iterator[Finding]:
-    """A finding for each output that is not the expected one."""
+    """Yields a finding for each output that differs from the expected one."""
     if [a.shape for a in got] != [a.shape for a in expected]:
-        shapes = ", ".join(str(list(a.shape)) for a in got)
-        yield finding(case, f"{message}: outputs of shapes {shapes}, expected {[list(a.shape) for a in expected]}")
+        shapes, given = ([list(a.shape) for a in arrays] for arrays in (expected, got))
+        yield finding(case, f"{message}: expected outputs of shapes {shapes}, got {given}")
         return
     outputs = dataclasses.replace(case, paths=tuple(f"output {i}" for i in range(len(got))))
     yield from compare(outputs, got, expected, rounding(case, expected, factor), message)
 
 
 def interleaved(case: Case) -> Iterator[Finding]:
-    """Two forward passes, then two backward passes, first in first out: nothing leaks from one to the other."""
+    """Checks that two forward passes followed by two backward passes do not affect each other."""
     g = case.cotangent(140)
-    eager = raising(case, "not compiled,", lambda: case.eager)
+    eager = raising(case, "run eagerly,", lambda: case.eager)
     if not eager.freed:
-        message = "a second backward pass gives other bits than the first"
+        message = "running the backward pass a second time gives a different gradient"
         yield from compare(case, eager.again, eager.gradients, 0.0, message)
 
     def run():
@@ -326,14 +330,14 @@ def interleaved(case: Case) -> Iterator[Finding]:
             given = map(to_jax, (case.leaves, case.nearby.reals, g))
             return list(map(to_numpy, _twice(case.fun, case.where, *given)))
 
-    message = "a second forward pass changes the first one's gradient"
-    *together, first, second = raising(case, "called twice before its backward pass,", run)
+    message = "a second forward pass, run before the backward pass, changes the gradient of the first"
+    *together, first, second = raising(case, "with two forward passes before the backward pass,", run)
     for got, expected in zip(together, (first, second), strict=True):
         yield from compare(case, got, expected, rounding(case, expected, 16.0, g), message)
 
     expected = case.by_rule(eager.g)
     found = list(compare(case, eager.gradients, expected, rounding(case, expected, 256.0, eager.g), message))
-    if found:  # unless one forward pass alone differs from the compiled program too
+    if found:  # compare with a single eager pass, which may differ from the compiled program as well
         with x64_for(case.dtype):
             alone = to_numpy(pull(case.fun, case.where, case.leaves, eager.g)[1])
         yield from compare(case, eager.gradients, alone, 0.0, message)
@@ -341,7 +345,7 @@ def interleaved(case: Case) -> Iterator[Finding]:
 
 @_case.compiled(0, 1)
 def _twice(fun: Callable, where: tuple, leaves: list, others: list, g: list) -> list[list]:
-    """The gradients at two points with both forward passes first, and then one point after the other."""
+    """The gradients at two points: with both forward passes first, and then separately."""
 
     def forward(wrt):
         outs, back = jax.vjp(lambda *wrt: fun(*_case.replaced(leaves, where, wrt)), *wrt)
@@ -353,14 +357,14 @@ def _twice(fun: Callable, where: tuple, leaves: list, others: list, g: list) -> 
 
 
 def arguments_untouched(case: Case) -> Iterator[Finding]:
-    """Neither pass writes into an argument or a cotangent, nor frees one or an output."""
+    """Checks that no argument or cotangent is overwritten, and that no array is freed."""
     before = [a.copy() for a in (*case.reals, *case.cotangent(150))]
-    eager = raising(case, "not compiled,", lambda: case.eager)
-    with x64_for(case.dtype), contextlib.suppress(Exception):  # NumPy arrays, which a function could write into
+    eager = raising(case, "run eagerly,", lambda: case.eager)
+    with x64_for(case.dtype), contextlib.suppress(Exception):  # call it with NumPy arrays, which are writable
         case.fun(*case.leaves)
     try:
         chex.assert_trees_all_equal(before, [*case.reals, *eager.g])
     except AssertionError:
-        yield finding(case, "an argument or a cotangent was written into")
+        yield finding(case, "an argument or a cotangent was overwritten")
     for name in eager.freed:
         yield finding(case, f"{name} was freed by the backward pass")

@@ -1,4 +1,4 @@
-"""Arguments by shape or by a function, and the sizes at which a rule is tried."""
+"""Arguments drawn by shape or by a function, and the sizes at which a rule is checked."""
 
 import inspect
 import itertools
@@ -17,14 +17,15 @@ TOKEN = re.compile(
 KINDS = ":int, :int<size, :bool, :positive, :low..high, :complex, :key"
 
 STREAM = 0x66636675
-"""Entropy of the draws of this package, which no caller's own `default_rng(seed)` repeats."""
+"""Entropy for the draws of this package, so that they differ from those of a caller's `default_rng(seed)`."""
 
 
 class Shapes:
-    """Arguments by shape, `"n d, d m, m"`: letters are sizes, equal letters equal sizes, numbers themselves.
+    """Arguments described by shapes, `"n d, d m, m"`: names are sizes, equal names equal sizes, numbers fixed sizes.
 
-    A suffix says what is drawn: `n:int<c` labels in [0, c), `n:int` integers, `n:bool`, `n d:positive` positive
-    numbers, `n d:-1..1` numbers in that range, `n d:complex`, `:key` a random key; without one, normal numbers.
+    A suffix sets what is drawn: `n:int<c` labels in [0, c), `n:int` integers, `n:bool` booleans, `n d:positive`
+    positive numbers, `n d:-1..1` numbers in that range, `n d:complex` complex numbers, `:key` a random key. The
+    default is normal numbers.
     """
 
     def __init__(self, text: str, ranges: dict | None = None):
@@ -33,8 +34,8 @@ class Shapes:
             match = TOKEN.fullmatch(part.strip())
             if match is None or not text.strip():
                 raise ValueError(
-                    f"check_vjp: cannot read the shape {part.strip()!r}; expected are names or numbers of sizes, then "
-                    f"at most one of {KINDS}\n  {text}\n  {' ' * position}{'^' * max(len(part), 1)}"
+                    f"check_vjp: cannot read the shape {part.strip()!r}; expected names or numbers of sizes, then at "
+                    f"most one of {KINDS}\n  {text}\n  {' ' * position}{'^' * max(len(part), 1)}"
                 )
             dims, kind = match["dims"].split(), match["kind"] or "real"
             if kind == "positive":
@@ -49,7 +50,7 @@ class Shapes:
             position += len(part) + 1
 
     def draw(self, rng: np.random.Generator, sizes: dict) -> tuple:
-        """Arguments of these sizes; a size that is a tuple stands for several axes, or for none."""
+        """Draws arguments of these sizes. A tuple as a size stands for several axes, or for none."""
         return tuple(self._one(rng, i, dims, kind, sizes) for i, (dims, kind) in enumerate(self.tokens))
 
     def _one(self, rng, i, dims, kind, sizes):
@@ -72,7 +73,7 @@ class Shapes:
 
 
 class DrawnBy:
-    """Arguments by a function `draw(rng, n, d)`: its parameters after the first without a default are the sizes."""
+    """Arguments drawn by a function `draw(rng, n, d)`; its parameters without a default, after `rng`, are the sizes."""
 
     ranges: dict = {}  # noqa: RUF012
 
@@ -82,7 +83,7 @@ class DrawnBy:
         self.letters = [p.name for p in parameters if p.default is p.empty]
 
     def draw(self, rng: np.random.Generator, sizes: dict) -> tuple:
-        """Arguments of these sizes."""
+        """Draws arguments of these sizes."""
         drawn = self._draw(rng, **sizes)
         if not isinstance(drawn, tuple):
             raise TypeError(f"check_vjp: draw must return a tuple of arguments, got {type(drawn).__name__}")
@@ -90,7 +91,7 @@ class DrawnBy:
 
 
 def draw_in(rng: np.random.Generator, shape, low: float, high: float) -> np.ndarray:
-    """Numbers inside a range, 5 % of its length away from its ends; of order 1 where it has only one."""
+    """Draws numbers in a range, at least 5 % of its length from its ends, or close to the end if there is only one."""
     if math.isinf(low) and math.isinf(high):
         return rng.standard_normal(shape)
     if math.isinf(high):
@@ -101,18 +102,18 @@ def draw_in(rng: np.random.Generator, shape, low: float, high: float) -> np.ndar
 
 
 def base_sizes(letters: list[str]) -> dict[str, int]:
-    """Small, all different, none a power of two: no two axes can be confused."""
+    """Small sizes, all different and none a power of two, so that no two axes can be confused."""
     return dict(zip(letters, [5, 3, 7, 6, *range(9, 9 + len(letters))], strict=False))
 
 
 def few_sizes(letters: list[str]) -> list[dict[str, int]]:
-    """All 1, an empty batch, a batch larger than 64, and one that blocks of any usual size divide."""
+    """All sizes 1, an empty batch, a batch larger than 64, and a batch of 128."""
     base, first = base_sizes(letters), letters[0]
     return [dict.fromkeys(letters, 1), base | {first: 0}, base | {first: 67}, base | {first: 128}]
 
 
 def many_sizes(letters: list[str]) -> list[dict[str, int]]:
-    """Batch 1, square, 0, primes, more than 32, more than a tile of 128: the sizes at which rules break."""
+    """Sizes at which rules tend to break: batch 1, square, 0, primes, more than 32, more than a tile of 128."""
     base = base_sizes(letters)
     first, others = letters[0], letters[1:]
     sweep = [dict.fromkeys(letters, 4), base | {first: 1}]
@@ -127,6 +128,6 @@ def many_sizes(letters: list[str]) -> list[dict[str, int]]:
 
 
 def other_ranks(letters: list[str]) -> list[dict]:
-    """The first size as no axis and as two axes: what a function of rows is on one row and on a batch of batches."""
+    """The first size as no axis and as two axes: a single row, and a batch of batches."""
     base, first = base_sizes(letters), letters[0]
     return [base | {first: ()}, base | {first: (2, 3)}]

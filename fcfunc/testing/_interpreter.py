@@ -1,8 +1,8 @@
-"""A jaxpr evaluated with the numbers of mpmath, in NumPy arrays of objects.
+"""An interpreter of jaxprs that computes with mpmath numbers in NumPy object arrays.
 
-Real numbers are mpmath's, of as many digits as its context has; integers and booleans are NumPy's. What has no entry in
-the tables below is evaluated by JAX itself where it only moves elements, on their positions, or has no real arguments,
-like the drawing of random bits. A new primitive is a new entry in `RULES`.
+Real numbers are mpmath's, with the precision of its context; integers and booleans are NumPy's. JAX itself evaluates
+primitives that have no real arguments, such as the drawing of random bits, and those that only move elements, which it
+runs on the positions. To support another primitive, add an entry to `RULES`.
 """
 
 import functools
@@ -19,19 +19,19 @@ import numpy as np
 from fcfunc._jax_releases import is_jaxpr, jaxpr_and_consts, scan_arguments
 
 FAR = 1e7
-"""Beyond this an exponential counts as 0 or infinite: with more digits in the exponent than in the result."""
+"""The argument beyond which an exponential counts as 0 or infinite."""
 
-LARGEST = float(np.finfo(np.float64).max)  # a bound of a clip, and not a rounded constant
+LARGEST = float(np.finfo(np.float64).max)  # as the bound of a clip, it is not a rounded constant
 
 
 class Unknown(Exception):
-    """A primitive that is not evaluated here."""
+    """Raised for a primitive that is not supported."""
 
 
 class Program:
-    """A function as a jaxpr, to be called with arrays of mpmath numbers, and the constants of 64 bits in it.
+    """A function as a jaxpr, which is called with arrays of mpmath numbers, and the rounded constants in it.
 
-    Arrays that `fun` refers to are constants too, except for `data`.
+    Arrays that `fun` closes over are constants too, except for `data`.
     """
 
     def __init__(self, fun: Callable, *args, data: Sequence = ()):
@@ -40,7 +40,7 @@ class Program:
         self.constants = list(_constants(self._closed.jaxpr, own))
 
     def __call__(self, *args) -> Any:
-        """The outputs, exact but for rounding at the last digit."""
+        """The outputs, exact up to rounding in the last digit."""
         closed = self._closed
         return jax.tree.unflatten(
             jax.tree.structure(self._shape), _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(args))
@@ -48,7 +48,7 @@ class Program:
 
 
 def _constants(jaxpr: Any, consts: Any = ()) -> Iterator[float]:
-    """The numbers in a program that are not sums of a few powers of two: those that 64 bits had to round."""
+    """The numbers in a program that have more than 24 significant bits, and so were probably rounded to float64."""
     for array in consts:
         if hasattr(array, "dtype") and jnp.issubdtype(array.dtype, jnp.floating):
             yield from filter(_is_rounded, np.asarray(array, np.float64).ravel().tolist())
@@ -66,7 +66,7 @@ def _is_rounded(number: float) -> bool:
 
 
 def exact(a) -> Any:
-    """An array as it is evaluated here: real numbers as mpmath's, all else as NumPy's or as a key."""
+    """Converts real numbers to mpmath and other arrays to NumPy; keys are unchanged."""
     if isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
         return a
     a = np.asarray(a)
@@ -76,10 +76,10 @@ def exact(a) -> Any:
 
 
 def _each(f: Callable) -> Callable:
-    """A function of numbers as one of arrays; the result is an array even of no axes."""
+    """Vectorizes a function of numbers; the result is an array even if it has no axes."""
 
     def of_arrays(*arrays):
-        with np.errstate(invalid="ignore"):  # NaN is a number like others here
+        with np.errstate(invalid="ignore"):  # NaN is expected here
             out = np.frompyfunc(f, len(arrays), 1)(*arrays)
         return out if isinstance(out, np.ndarray) else _scalar(out)
 
@@ -129,7 +129,7 @@ def _apply(eqn: Any, values: list) -> list:
         raise Unknown(f"{name} of complex numbers" if name in {*RULES, *BY_POSITION, *MOVES} else name)
     if name in BY_POSITION and all(isinstance(a, np.ndarray) for a in values):
         return [exact(BY_POSITION[name](*values, **params))]
-    if not any(jnp.issubdtype(_dtype(v), jnp.floating) for v in eqn.invars):  # exact as it is
+    if not any(jnp.issubdtype(_dtype(v), jnp.floating) for v in eqn.invars):  # exact in JAX
         if name in OF_INTEGERS and all(isinstance(a, np.ndarray) for a in values):
             return [exact(OF_INTEGERS[name](*values, **params))]
         outs = eqn.primitive.bind(*values, **params)
@@ -143,7 +143,7 @@ def _apply(eqn: Any, values: list) -> list:
 
 
 def _moved(eqn, values: list) -> list:
-    """A primitive that only moves elements, by what it makes of their positions."""
+    """Evaluates a primitive that only moves elements, by running it on their positions."""
     real, start, operands = [], 1, []
     for a, atom in zip(values, eqn.invars, strict=True):
         if jnp.issubdtype(_dtype(atom), jnp.floating):
@@ -157,7 +157,7 @@ def _moved(eqn, values: list) -> list:
     params |= {"fill_value": -1} if "fill_value" in params else {}
     outs = eqn.primitive.bind(*operands, **params)
     missing = mpmath.nan if fill is None else mpmath.mpf(float(fill))
-    table = np.array([missing, *real, missing], object)  # position 0 is nothing, -1 what is out of bounds
+    table = np.array([missing, *real, missing], object)  # position 0 is a fill, -1 is out of bounds
     return [
         table[np.asarray(out)] if np.ndim(out) else _scalar(table[int(out)])
         for out in (outs if eqn.primitive.multiple_results else [outs])
@@ -178,7 +178,7 @@ def _iota(*, dtype, shape, dimension, **_):
 
 
 def _window(operand, starts, sizes) -> tuple:
-    """Where a slice lies that is moved until it fits, as XLA moves it."""
+    """The window of a slice, with its start clamped to the bounds as in XLA."""
     lows = [int(np.clip(int(i), 0, n - k)) for i, n, k in zip(starts, operand.shape, sizes, strict=True)]
     return tuple(slice(low, low + k) for low, k in zip(lows, sizes, strict=True))
 
@@ -212,7 +212,7 @@ BY_POSITION = {
     "copy": lambda a: a,
     "copy_p": lambda a: a,
 }
-"""What moves elements of any kind."""
+"""Primitives that move elements of any kind."""
 
 OF_INTEGERS = {
     "iota": _iota,
@@ -230,7 +230,7 @@ OF_INTEGERS = {
         }.items()
     },
 }  # fmt: skip
-"""The arithmetic of integers and booleans, which wraps as XLA's does."""
+"""The arithmetic of integers and booleans, which wraps on overflow as in XLA."""
 
 CALLS = (
     "jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call",
@@ -260,7 +260,7 @@ def _while(params, values) -> list:
     cond, body = (jaxpr_and_consts(params[f"{name}_jaxpr"]) for name in ("cond", "body"))
     while np.any(going := np.asarray(_evaluate(*cond, [*cond_consts, *carry])[0], bool)):
         moved = _evaluate(*body, [*body_consts, *carry])
-        # Under vmap each element has a condition of its own, and stays as it is once that is False.
+        # Under vmap, each element has its own condition and stops changing once that is False.
         axes = [going.reshape(going.shape + (1,) * (np.ndim(a) - going.ndim)) for a in moved]
         carry = moved if going.all() else [np.where(g, a, b) for g, a, b in zip(axes, moved, carry, strict=True)]
     return carry
@@ -294,7 +294,7 @@ def _dot_general(a, b, *, dimension_numbers, **_):
 
 def _scatter(f: Callable) -> Callable:
     def scatter(operand, indices, updates, *, dimension_numbers, mode, **_):
-        """Each update goes to the position that a gather with the same numbers reads."""
+        """Writes each update to the position that a gather with the same dimension numbers reads."""
         of, windows = dimension_numbers, iter(dimension_numbers.update_window_dims)
         single = (*of.inserted_window_dims, *of.operand_batching_dims)
         numbers = jax.lax.GatherDimensionNumbers(
@@ -373,7 +373,7 @@ def _convert(a, *, new_dtype, **_):
 
 
 def _bits(a, *, new_dtype, **_):
-    """The bits of the rounded numbers, by which code splits a number in two; the parts add up to it all the same."""
+    """The bits of the rounded numbers. Code uses them to split a number into two parts, which still sum to it."""
     if jnp.dtype(new_dtype).itemsize < 2:
         raise Unknown(f"bitcast_convert_type to {new_dtype}")
     return np.asarray(a, f"float{8 * jnp.dtype(new_dtype).itemsize}").view(new_dtype)
@@ -415,7 +415,7 @@ def _power(x, y):
 
 
 def _real(f: Callable, low=None, high=None) -> Callable:
-    """A function that is real between two bounds, NaN outside, and where it cannot be computed."""
+    """Wraps a function so that it returns NaN for NaN and outside of its domain."""
 
     def safe(x):
         if mpmath.isnan(x) or (low is not None and x < low) or (high is not None and x > high):
@@ -426,7 +426,7 @@ def _real(f: Callable, low=None, high=None) -> Callable:
 
 
 def _bounded(f: Callable, below, above) -> Callable:
-    """A function that takes mpmath for ever far from 0, with its values there."""
+    """Wraps a function that mpmath computes very slowly far from 0, with its limits there."""
 
     def near(x):
         return f(x) if mpmath.isnan(x) or abs(x) <= FAR else mpmath.mpf(above if x > 0 else below)

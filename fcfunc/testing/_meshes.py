@@ -1,4 +1,4 @@
-"""The checks of a rule on several devices: Auto and Explicit meshes, and shard_map."""
+"""Checks of a rule on several devices: Auto and Explicit meshes, and `shard_map`."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ from fcfunc.testing._compare import Finding, compare, finding, raising, rounding
 
 
 def _even_cases(case: Case) -> Iterator[Case]:
-    """The case at even sizes, where it was drawn, so that two devices can share each axis; not all multiples of 8."""
+    """The case at even sizes, if it is drawn, so that each axis can be sharded over two devices."""
     if case.redraw is None or not case.letters:
         yield case
         return
@@ -33,11 +33,11 @@ def _even_cases(case: Case) -> Iterator[Case]:
 
 
 def _layouts(case: Case) -> Iterator[tuple[str, list[PartitionSpec]]]:
-    """Shardings of the arguments on a mesh of axes "x" and "y", by the mesh axis of each size.
+    """Shardings of the arguments on a mesh with axes "x" and "y", given by the mesh axis of each size.
 
-    Each even size alone over "x", as in data, column and row parallel training; all over "x", as in fully sharded
-    training; and one over "y", the others over "x", as in both together. An array uses each mesh axis once, from its
-    first axis on or, if that makes a difference, from its last.
+    Each even size alone along "x", as in data, column and row parallelism; all along "x", as in fully sharded training;
+    and one along "y" with the others along "x", as in a combination of both. An array uses each mesh axis once,
+    starting from its first axis or, if that makes a difference, from its last.
     """
     leaves = case.leaves
     sizes = sorted({n for leaf in case.reals for n in leaf.shape if n and n % 2 == 0})
@@ -46,7 +46,7 @@ def _layouts(case: Case) -> Iterator[tuple[str, list[PartitionSpec]]]:
         plans += [dict.fromkeys(sizes, "x"), *(dict.fromkeys(sizes, "x") | {n: "y"} for n in sizes)]
     if len(leaves) > 1 and leaves[0].ndim and leaves[0].shape[-1] in sizes:
         first = PartitionSpec(*[None] * (leaves[0].ndim - 1), "x")
-        yield "the last axis of the first argument over x", [first, *[PartitionSpec()] * (len(leaves) - 1)]
+        yield "the last axis of the first argument sharded along x", [first, *[PartitionSpec()] * (len(leaves) - 1)]
     for plan in plans:
         seen = []
         for end, step in (("first", 1), ("last", -1)):
@@ -58,12 +58,12 @@ def _layouts(case: Case) -> Iterator[tuple[str, list[PartitionSpec]]]:
                 specs.append(PartitionSpec(*entries))
             if specs not in seen:
                 seen.append(specs)
-                over = ", ".join(f"every axis of {n} over {axis}" for n, axis in plan.items())
-                yield f"{over} (the {end} where an array has two)", specs
+                over = ", ".join(f"axes of size {n} sharded along {axis}" for n, axis in plan.items())
+                yield f"{over} (the {end} one if an array has several)", specs
 
 
 def _sharded(fun: Callable, case: Case, g: list, mesh, specs: list) -> list[np.ndarray]:
-    """The gradients, computed on sharded arguments."""
+    """The gradients for sharded arguments."""
 
     def gradients(leaves, g):
         out, back = jax.vjp(lambda *wrt: fun(*replaced(leaves, case.where, wrt)), *(leaves[i] for i in case.where))
@@ -76,13 +76,13 @@ def _sharded(fun: Callable, case: Case, g: list, mesh, specs: list) -> list[np.n
 
 def _devices(count: int) -> list:
     if jax.device_count() < count:
-        advice = "XLA_FLAGS=--xla_force_host_platform_device_count=8 makes virtual ones"
-        raise NotApplicable(f"needs {count} devices: {advice}")
+        advice = "set XLA_FLAGS=--xla_force_host_platform_device_count=8 to simulate them on a CPU"
+        raise NotApplicable(f"needs {count} devices; {advice}")
     return jax.devices()[:count]
 
 
 def sharded_equals_unsharded(case: Case) -> Iterator[Finding]:
-    """On Auto and on Explicit meshes the gradients are those of one device, wherever the oracle's are."""
+    """Checks that gradients on Auto and Explicit meshes equal those on one device, if the oracle works there."""
     devices, tried = _devices(4), 0
     for at in _even_cases(case):
         g = at.cotangent(240)
@@ -90,11 +90,11 @@ def sharded_equals_unsharded(case: Case) -> Iterator[Finding]:
         for kind in (AxisType.Auto, AxisType.Explicit):
             mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(kind,) * 2, devices=devices)
             for layout, specs in _layouts(at):
-                where = f"on an {kind.name} mesh with {layout}"
+                where = f"on an {kind.name} mesh with {layout},"
                 try:
                     _sharded(at.oracle, at, g, mesh, specs)
                 except Exception:
-                    continue  # nor does automatic differentiation work on this layout
+                    continue  # automatic differentiation fails on this layout too
                 tried += 1
                 run = functools.partial(_sharded, at.fun, at, g, mesh, specs)
                 try:
@@ -102,25 +102,25 @@ def sharded_equals_unsharded(case: Case) -> Iterator[Finding]:
                 except Exception as e:
                     yield finding(at, f"{where} the rule raises: {e}")
                     return
-                message = f"{where} the gradient is another"
+                message = f"{where} the gradient differs from that on one device"
                 found = list(compare(at, got, expected, rounding(at, expected), message))
                 yield from found
                 if found or "meshes" not in case.required:
-                    break  # one layout of each kind where meshes were not asked for
+                    break  # one layout of each kind unless meshes are required
             else:
                 continue
             if found:
                 return
     if not tried:
-        raise NotApplicable("no axis has an even size, or automatic differentiation works on no layout either")
+        raise NotApplicable("no axis has an even size, or automatic differentiation fails on every layout too")
 
 
 def shard_map_equals_unsharded(case: Case) -> Iterator[Finding]:
-    """Inside `shard_map`, rows sharded and the rest replicated, the gradients are those of one device."""
+    """Checks that gradients inside `shard_map`, with rows sharded, equal those on one device."""
     devices, case = _devices(2), next(_even_cases(case))
     g, rows = case.cotangent(250), case.reals[0].shape[0] if case.reals[0].ndim else 0
     if not rows or rows % 2 or any(not a.ndim or a.shape[0] != rows for a in g):
-        raise NotApplicable("the outputs do not have the rows of the first argument, or their number is odd")
+        raise NotApplicable("the outputs do not share the leading axis of the first argument, or its size is odd")
     specs = [PartitionSpec("x") if a.ndim and a.shape[0] == rows else PartitionSpec() for a in case.leaves]
     mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,), devices=devices)
 
@@ -138,9 +138,10 @@ def shard_map_equals_unsharded(case: Case) -> Iterator[Finding]:
     try:
         by_oracle = run(case.oracle)
     except Exception as e:
-        raise Inconclusive(f"inside shard_map the oracle raises: {first_line(e)}") from None
+        raise Inconclusive(f"the oracle raises inside shard_map: {first_line(e)}") from None
     if list(compare(case, by_oracle, expected, rounding(case, expected), "")):
-        raise NotApplicable("the rows of the function are not independent")
-    message = "inside shard_map, rows sharded,"
-    got = raising(case, message, lambda: run(case.fun))
-    yield from compare(case, got, expected, rounding(case, expected), f"{message} the gradient is another")
+        raise NotApplicable("the function mixes rows, so it cannot run on shards of them")
+    way = "inside shard_map with sharded rows,"
+    got = raising(case, way, lambda: run(case.fun))
+    message = f"{way} the gradient differs from that on one device"
+    yield from compare(case, got, expected, rounding(case, expected), message)

@@ -1,7 +1,7 @@
-"""The gradient of a rule compared with differences of its function in numbers of 200 digits; needs mpmath.
+"""Compares a rule's gradient with differences of its function in 200-digit arithmetic; needs mpmath.
 
-Both are evaluated from their jaxprs by `_interpreter`, and nothing is compiled. Central differences at a step of 1e-50
-have a relative error of about 1e-100, step over no kink, and know nothing of automatic differentiation.
+`_interpreter` evaluates the jaxprs of both; nothing is compiled. Central differences at a step of 1e-50 have a relative
+error of about 1e-100, cross no kink, and do not depend on automatic differentiation.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,36 +21,38 @@ from fcfunc.testing._points import inside
 
 DIGITS = 200
 STEP = "1e-50"
-"""With 100 digits and 1e-35, gradients of 1e-39 in the tail of a softmax would be equal to 45 digits only."""
+"""With 100 digits and a step of 1e-35, gradients of 1e-39 in the tail of a softmax would agree to only 45 digits."""
 
 LARGE = "1e10"
-"""The size of what may cancel inside a function: its rounding error is the least that a difference has."""
+"""The assumed size of terms that cancel inside a function; their rounding error limits every difference."""
 
 EQUAL = "1e-60"
-"""The relative error up to which a gradient is equal."""
+"""The relative error up to which two gradients count as equal."""
 
 NEARLY = {True: "1e-12", False: "1e-5"}
-"""Up to which it is equal but for rounded constants in the code, by whether the function computes in float64."""
+"""The same if the code contains rounded constants, by whether the function computes in float64."""
 
 SIDES = (-20.5, -6.000001, -5.999999, -1e-6, 1e-6, 5.999999, 6.000001, 20.5)
-"""Tails, and both sides of the points where activations have kinks; at a kink itself a difference is no derivative."""
+"""Tails, and both sides of the usual kinks of activations; at a kink itself, a difference is not a derivative."""
 
 MOST_ELEMENTS = 2000
 
 
 def first_derivative(case: Case) -> Iterator[Finding]:
-    """The gradient against central differences, at ordinary points, in tails and at an offset."""
-    return (yield from _at_points(case, _gradient, "the rule differs from differences in 200 digits"))
+    """Compares the gradient with central differences at ordinary points, in tails and at an offset."""
+    message = "the rule's gradient differs from central differences in 200-digit arithmetic"
+    return (yield from _at_points(case, _gradient, message))
 
 
 def second_derivative(case: Case) -> Iterator[Finding]:
-    """The derivative of the rule's gradient against central differences of that gradient."""
-    return (yield from _at_points(case, _second, "the derivative of the rule's gradient differs from its differences"))
+    """Compares the derivative of the rule's gradient with central differences of that gradient."""
+    message = "the rule's second derivative differs from central differences of its gradient in 200-digit arithmetic"
+    return (yield from _at_points(case, _second, message))
 
 
 def _at_points(case: Case, programs_of: Callable, message: str) -> Any:
     if case.is_complex:
-        raise NotApplicable("complex numbers are not evaluated")
+        raise NotApplicable("complex numbers are not supported")
     if case.redraw is not None and case.letters:
         case = case.at(dict(zip(case.letters, (3, 2, 4, *[3] * len(case.letters)), strict=False)))
     wide = case.cast(np.float64)
@@ -62,19 +64,20 @@ def _at_points(case: Case, programs_of: Callable, message: str) -> Any:
     except NotApplicable:
         strict, nearly = False, str(max(float(NEARLY[False]), 8 * float(jnp.finfo(wide.computes_in).eps)))
     if not any(a.size for a in case.reals):
-        raise NotApplicable("no argument has an element")
+        raise NotApplicable("the arguments are empty")
     if sum(np.size(a) for a in wide.leaves) > MOST_ELEMENTS:
         raise NotApplicable(f"the arguments have more than {MOST_ELEMENTS} elements")
     digits, constants = [], []
-    loops = any(contains(case.oracle, loop, *case.leaves) for loop in ("scan", "while"))  # which may stop early
+    # A loop may stop before it has 200 digits.
+    loops = any(contains(case.oracle, loop, *case.leaves) for loop in ("scan", "while"))
     with x64_for(np.float64), mpmath.workdps(DIGITS):
         try:
             value, derivative, directions = programs_of(wide)
             for where, at in _points(wide):
                 slopes = _slopes(at, value, derivative, directions)
                 if not any(expected for _, expected, _ in slopes) and any(abs(got) > 1e-6 for got, _, _ in slopes):
-                    why = "the function does not move with its arguments, like one that searches or rounds"
-                    raise NotApplicable(f"{why}; larger differences decide, or a reference=")
+                    why = "the function is locally constant, as one that searches or rounds is"
+                    raise NotApplicable(f"{why}; the checks with larger differences decide, or pass reference=")
                 for leaf, (got, expected, noise) in enumerate(slopes):
                     if not mpmath.isfinite(expected):
                         continue
@@ -88,11 +91,11 @@ def _at_points(case: Case, programs_of: Callable, message: str) -> Any:
                     if off > mpmath.mpf(EQUAL) * scale:
                         constants = [*value.constants, *derivative.constants]
                         if strict and not constants and not loops:
-                            text = f"{message} by {float(off / scale):.1e} of its value, {where}"
+                            text = f"{message} by a relative error of {float(off / scale):.1e}, {where}"
                             yield finding(at, text, at.paths[leaf], None, float(got), float(expected))
                             return None
         except Unknown as e:
-            raise NotApplicable(f"the primitive {e} is not evaluated") from None
+            raise NotApplicable(f"the primitive {e} is not supported") from None
     if not digits:
         raise Inconclusive("the function is not finite at any of the points")
     if min(digits) >= -int(mpmath.log10(mpmath.mpf(EQUAL))):
@@ -103,7 +106,7 @@ def _at_points(case: Case, programs_of: Callable, message: str) -> Any:
 
 
 def nearer_than_autodiff(case: Case) -> bool:
-    """Whether no element of the rule's gradient in float64 is further from that in 200 digits than autodiff's."""
+    """Whether every element of the rule's float64 gradient is at least as accurate as that of autodiff."""
     wide = case.cast(np.float64)
     with x64_for(np.float64), mpmath.workdps(DIGITS):
         _, derivative, _ = _gradient(wide)
@@ -116,7 +119,7 @@ def nearer_than_autodiff(case: Case) -> bool:
 
 
 def _points(case: Case) -> Iterator[tuple[str, Case]]:
-    """Ordinary numbers, tails on both sides of 0, and a common offset; inside the declared ranges."""
+    """Ordinary numbers, tails on both sides of 0, and a common offset, all inside the declared ranges."""
     yield "at ordinary points", case
     rng = case.rng(300)
     beside = [k + d for k in case.at_kink for d in (-1e-6, 1e-6)]
@@ -124,7 +127,7 @@ def _points(case: Case) -> Iterator[tuple[str, Case]]:
     for where, values in tails.items():
         moved = []
         for a in case.reals:
-            # No two of one size: a sum of products that cancels would lie on the kink of what comes after it.
+            # All of different sizes: a sum of products that cancels could hit the kink of the function after it.
             apart = rng.choice(values, a.shape) * (1 + 1e-8 * rng.uniform(size=a.shape))
             moved.append(np.where(rng.uniform(size=a.shape) < 0.6, apart, a))
         yield where, _inside(case, moved)
@@ -137,7 +140,7 @@ def _inside(case: Case, moved: list) -> Case:
 
 
 def _gradient(case: Case) -> tuple[Program, Program, list]:
-    """`sum(g * f)` and its gradient by the rule."""
+    """The programs of `sum(g * f)` and of its gradient by the rule."""
     g, leaves = to_jax(case.cotangent(301)), to_jax(case.leaves)
 
     def value(*reals):
@@ -152,12 +155,12 @@ def _gradient(case: Case) -> tuple[Program, Program, list]:
         by_reference = Program(jax.grad(value, argnums=tuple(range(len(case.reals)))), *to_jax(case.reals))
         slopes = _slopes(case, programs[0], by_reference, programs[2])
         if any(not abs(a - b) <= mpmath.mpf(NEARLY[False]) * (abs(b) + 1) for a, b, _ in slopes):
-            raise NotApplicable("the reference is a surrogate: its gradient is not that of its values")
+            raise NotApplicable("the reference is a surrogate: its gradient is not the derivative of its values")
     return programs
 
 
 def _second(case: Case) -> tuple[Program, Program, list]:
-    """`sum(v * gradient)` and its gradient, both by the rule."""
+    """The programs of `sum(v * gradient)` and of its gradient, both by the rule."""
     rng, g, leaves = case.rng(302), to_jax(case.cotangent(301)), to_jax(case.leaves)
     v = to_jax([normal(rng, a.shape, np.float64) for a in case.reals])
 
@@ -170,14 +173,14 @@ def _second(case: Case) -> tuple[Program, Program, list]:
 
 def _programs(case: Case, value: Callable, gradient: Callable, data: list) -> tuple[Program, Program, list]:
     reals, rng = to_jax(case.reals), case.rng(303)
-    programs = [raising(case, "traced,", lambda f=f: Program(f, *reals, data=data)) for f in (value, gradient)]
+    programs = [raising(case, "when traced,", lambda f=f: Program(f, *reals, data=data)) for f in (value, gradient)]
     return programs[0], programs[1], [normal(rng, a.shape, np.float64) for a in case.reals]
 
 
 def _slopes(case: Case, value: Program, derivative: Program, directions: list) -> list[tuple]:
-    """The derivative along a direction, the central difference, and the rounding error of that.
+    """The derivative along a direction, the central difference, and the rounding error of that difference.
 
-    One along all leaves together where these are equal, otherwise one for each leaf.
+    One result for all leaves together if the two agree, otherwise one for each leaf.
     """
     reals, v, h = [exact(a) for a in case.reals], [exact(a) for a in directions], mpmath.mpf(STEP)
     along = [mpmath.fsum(np.asarray(a * b, object).ravel()) for a, b in zip(derivative(*reals), v, strict=True)]
@@ -203,7 +206,7 @@ def _slopes(case: Case, value: Program, derivative: Program, directions: list) -
 
 
 def _located(case: Case, leaf: int, value: Program, derivative: Program, message: str) -> Iterator[Finding]:
-    """The finding at the element that is furthest off."""
+    """The finding at the element with the largest error."""
     reals, h = [exact(a) for a in case.reals], mpmath.mpf(STEP)
     gradient, worst = derivative(*reals)[leaf], None
     for index in np.ndindex(gradient.shape):

@@ -1,8 +1,7 @@
-"""The checks of a rule's numbers: automatic differentiation, differences, forward mode, dtypes, other sizes.
+"""Checks of the values: against automatic differentiation, differences and forward mode, in other dtypes and sizes.
 
-A check yields a `Finding` for each thing that is wrong and nothing if all is well, and raises `NotApplicable` or
-`Inconclusive` with the reason if it cannot be made or cannot decide. A new check is a new function, listed in
-`_checks.py`.
+A check yields a `Finding` for each error. It raises `NotApplicable` with the reason if it does not apply, and
+`Inconclusive` if it cannot decide. To add a check, write a function and list it in `_checks.py`.
 """
 
 import dataclasses
@@ -41,27 +40,28 @@ from fcfunc.testing._compare import (
 
 
 def oracle(case: Case) -> Any:
-    """The rule against automatic differentiation of the undecorated function, in the dtype given and in float64."""
-    yield from disagreements(case, 3, "the rule differs from automatic differentiation of its function")
+    """Compares the rule with automatic differentiation of its undecorated function, in the given dtype and float64."""
+    message = "the rule's gradient differs from automatic differentiation of its function"
+    yield from disagreements(case, 3, message)
     try:
         wide = case.in_float64
     except NotApplicable as e:
-        yield from systematic_error(case, "the gradient is wrong")
-        return f"compared in {case.dtype} alone, to the precision of {case.computes_in}: {e}"
+        yield from systematic_error(case, "the gradient")
+        return f"compared only in {case.dtype}, to the precision of {case.computes_in}: {e}"
     if wide.dtype != case.dtype:
-        yield from disagreements(wide, 3, "the rule differs from automatic differentiation")
+        yield from disagreements(wide, 3, message)
     return None
 
 
 def precision_of_dtypes(case: Case) -> Any:
-    """Float16, bfloat16, float32: no further from a float64 truth than automatic differentiation, but for a factor."""
+    """Checks in float16, bfloat16 and float32 that the error relative to float64 is like that of autodiff."""
     if len({a.dtype for a in case.reals}) > 1:
-        raise NotApplicable("the arguments were given in several dtypes, which are compared as they are")
+        raise NotApplicable("the arguments have different dtypes and are checked only in those")
     refused, taken = [], 0
     for name in case.dtypes:
         if jnp.dtype(name) == case.dtype:
             continue
-        message = f"in {name} the rule is much further from a float64 truth than automatic differentiation"
+        message = f"in {name}, the rule is much further from the float64 gradient than automatic differentiation is"
         try:
             narrow = case.cast(name)
             narrow.outs  # noqa: B018  (NotApplicable if the function does not take this dtype)
@@ -69,13 +69,13 @@ def precision_of_dtypes(case: Case) -> Any:
             yield from _contract.same_forward_pass(narrow)
             found, ended = attempt(disagreements(narrow, 1, message))
             if not found and ended is None:
-                found, _ = attempt(systematic_error(narrow, f"in {name} the gradient is wrong"))
+                found, _ = attempt(systematic_error(narrow, f"in {name}, the gradient"))
         except NotApplicable as e:
             found, ended = [], e
         except _case.RuleRaised:
             try:
                 case.cast(name).outputs()
-            except Exception as e:  # compiled, the function does not take this dtype
+            except Exception as e:  # the compiled function does not accept this dtype
                 found, ended = [], NotApplicable(f"the function itself raises: {first_line(e)}")
             else:
                 raise
@@ -84,16 +84,16 @@ def precision_of_dtypes(case: Case) -> Any:
             refused.append(f"{name}: {ended}")
         taken += ended is None
     if not taken:
-        raise NotApplicable(f"no other dtype was compared ({(refused or ['none is claimed'])[0]})")
+        raise NotApplicable(f"no other dtype was compared ({(refused or ['dtypes= names no other'])[0]})")
     return "; ".join(refused)
 
 
 def central_differences(case: Case, g: list, leaf: int, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Derivatives of `Re sum(g * outputs)` along `[k, *shape]` directions of a leaf, and an estimate of their errors.
+    """Derivatives of `Re sum(g * outputs)` along `[k, *shape]` directions of a leaf, with estimated errors.
 
-    Each is extrapolated from three step sizes (Richardson), at three scales; the scale with the smallest estimated
-    error is taken, so that a step over a kink gives way to one that stays on its side. Where all scales step over it,
-    the slopes to the left and to the right differ however small the step, and that jump counts as error.
+    Each is a Richardson extrapolation from three step sizes. Of three scales, the one with the smallest estimated error
+    is used, which avoids steps across a kink. If all scales cross it, the slopes on the left and on the right differ at
+    every step size, and the difference counts as an error.
     """
     point = case.reals[leaf]
 
@@ -135,12 +135,12 @@ def against_differences(case: Case, directions_of: Callable) -> Iterator[Finding
 
         scale = np.abs(directions).reshape(len(directions), -1) @ np.abs(gradient).ravel()
         scale = np.maximum(scale, np.abs(slopes))
-        # A difference across a kink is thrown away. The bound is of the size that a sum of random signs has, not of
-        # the sum of magnitudes: in a large array that would let a few kinks pass.
+        # A difference across a kink is discarded. The bound has the size of a sum with random signs: in a large array,
+        # the sum of magnitudes would let a few kinks pass.
         size = np.abs(directions.reshape(len(directions), -1)) ** 2
         spread = np.sqrt(size @ (np.abs(gradient) ** 2).ravel())
         smooth = errors < 1e-6 * (spread + max_abs(gradient)) + 1e-9
-        if wide.has_reference:  # a surrogate's gradient is not that of its values, nor is the rule's
+        if wide.has_reference:  # a surrogate's gradient is not the derivative of its values
             smooth = smooth & (np.abs(along(wide.by_oracle(g)[leaf]) - slopes) <= 1e-6 * scale)
         kept += int(smooth.sum())
         off = np.abs(along(gradient) - slopes)
@@ -150,16 +150,16 @@ def against_differences(case: Case, directions_of: Callable) -> Iterator[Finding
             raise NotApplicable(STOPS)
         if wrong.any():
             k = int(np.argmax(np.where(wrong, off, -1)))
-            message = f"the rule differs from central differences {labels[k]}"
+            message = f"the rule's gradient differs from central differences {labels[k]}"
             index = (
                 tuple(int(i) for i in np.argwhere(directions[k])[0]) if np.count_nonzero(directions[k]) == 1 else None
             )
             yield finding(wide, message, path, index, float(along(gradient)[k]), float(slopes[k]))
     if not kept:
-        raise Inconclusive("every difference stepped over a kink, there is no element, or the reference is a surrogate")
+        raise Inconclusive("every difference crossed a kink, the arguments are empty, or the reference is a surrogate")
 
 
-STOPS = "the function stops gradients, which differences do not see; automatic differentiation decides"
+STOPS = "the function calls stop_gradient, which differences do not see; automatic differentiation decides"
 
 
 def stops_gradients(case: Case) -> bool:
@@ -168,14 +168,14 @@ def stops_gradients(case: Case) -> bool:
 
 
 def oracle_misleads(case: Case) -> bool:
-    """Whether the function's slopes are those of the rule, and not those of automatic differentiation."""
+    """Whether differences of the function agree with the rule but not with automatic differentiation."""
     if case.has_reference or case.is_complex or stops_gradients(case):
         return False
     try:
         wide = case.in_float64
         g = wide.cotangent(20)
         rule, auto = wide.by_rule(g), wide.by_oracle(g)
-    except Exception:  # said by other checks
+    except Exception:  # other checks report it
         return False
     off = False
     for leaf, (a, b) in enumerate(zip(rule, auto, strict=True)):
@@ -192,37 +192,38 @@ def oracle_misleads(case: Case) -> bool:
 
 
 def as_in_float64(case: Case) -> Iterator[Finding]:
-    """The rule in each dtype against the rule itself in float64, where nothing else decides."""
+    """Compares the rule in each dtype with the rule itself in float64, if there is no other oracle."""
     for name in dict.fromkeys((case.dtype.name, *case.dtypes)):
         narrow = case.cast(name)
         g, rng = narrow.cotangent(0), case.rng(97)
         try:
             wide, got = narrow.in_float64, narrow.by_rule(g)
-        except (NotApplicable, _case.RuleRaised):  # said by other checks
+        except (NotApplicable, _case.RuleRaised):  # other checks report it
             continue
         wide_g = [_case.widened(a) for a in g]
         truth, allowed = wide.by_rule(wide_g), rounding(narrow, got, 64.0, g)
         for _ in range(3):
             moved = wide.with_reals(moved_by_rounding(narrow, wide.reals, rng)).by_rule(wide_g)
             allowed = [max(t, 16 * max_abs(a - b)) for t, a, b in zip(allowed, moved, truth, strict=True)]
-        yield from compare(narrow, got, truth, allowed, f"in {name} the rule is not what it is in float64")
+        message = f"in {name}, the rule's gradient differs from its own gradient in float64"
+        yield from compare(narrow, got, truth, allowed, message)
 
 
 def finite_differences(case: Case) -> Iterator[Finding]:
-    """The rule against central differences of the function, element by element (64 of them, fewer of large arrays)."""
+    """Compares the rule with central differences for up to 64 single elements, fewer for large arrays."""
 
     def elements(rng, gradient):
         count = int(np.clip(2**18 // gradient.size, 4, 64))
         flat = rng.permutation(gradient.size)[:count]
         directions = np.zeros((len(flat), gradient.size), gradient.dtype)
         directions[np.arange(len(flat)), flat] = 1
-        return directions.reshape(-1, *gradient.shape), ["by this element"] * len(flat)
+        return directions.reshape(-1, *gradient.shape), ["for this element"] * len(flat)
 
     yield from against_differences(case, elements)
 
 
 def projected_differences(case: Case) -> Iterator[Finding]:
-    """The rule against central differences along random directions: all elements at once, for a large array too."""
+    """Compares the rule with central differences along random directions, which cover all elements at once."""
 
     def signs(rng, gradient):
         values = [1.0, -1.0, 1.0j, -1.0j] if is_complex(gradient) else [1.0, -1.0]
@@ -232,7 +233,7 @@ def projected_differences(case: Case) -> Iterator[Finding]:
 
 
 def forward_mode(case: Case) -> Iterator[Finding]:
-    """Forward mode against the oracle's, where the function has one."""
+    """Compares forward mode with the oracle's, if the function has one."""
     rng = case.rng(40)
     v = [_case.normal(rng, a.shape, a.dtype) for a in case.reals]
     try:
@@ -258,7 +259,7 @@ def _oracle_tangents(case: Case, v: list) -> list[np.ndarray]:
 
 
 def adjoint(case: Case) -> Iterator[Finding]:
-    """<u, J v> by the oracle's forward mode is <J^T u, v> by the rule; a custom_jvp is compared with its own."""
+    """Checks that <J^T u, v> by the rule equals <u, J v> by the oracle's forward mode, or by a custom_jvp's own."""
     wide = case.in_float64
     for trial in range(3):
         u, rng = wide.cotangent(50 + trial), case.rng(70 + trial)
@@ -273,31 +274,35 @@ def adjoint(case: Case) -> Iterator[Finding]:
         size = sum(np.abs(a).sum() for a in [*forward, *back])
         noise = 1e-13 * sum(np.abs(a).sum() for a in u)
         if not abs(left - right) <= (1e-11 + wide.rtol) * size + noise + wide.atol:
-            message = "<J^T u, v> by the rule is not <u, J v>"
+            message = "<J^T u, v> by the rule differs from <u, J v> by forward mode"
             yield finding(wide, message, EVERY_ARGUMENT, None, right, left)
             return
 
 
+AT_SIZES = "at these sizes, the rule's gradient differs from automatic differentiation"
+
+
 def shape_sweep(case: Case) -> Iterator[Finding]:
-    """All 1, an empty batch and a batch larger than 64, against the oracle."""
-    yield from _sweep(case, _draw.few_sizes, "at these sizes the rule differs from automatic differentiation")
+    """Compares with the oracle at sizes 1, for an empty batch and for large batches."""
+    yield from _sweep(case, _draw.few_sizes, AT_SIZES)
 
 
 def every_size(case: Case) -> Iterator[Finding]:
-    """Batch 1, square, 0, primes, more than 32, more than a tile of 128, against the oracle."""
-    yield from _sweep(case, _draw.many_sizes, "at these sizes the rule differs from automatic differentiation")
+    """Compares with the oracle at many sizes: batch 1, square, 0, primes, more than 32, more than a tile of 128."""
+    yield from _sweep(case, _draw.many_sizes, AT_SIZES)
 
 
 def ranks(case: Case) -> Iterator[Finding]:
-    """One row without a batch axis, and two batch axes, where the function takes them."""
+    """Compares with the oracle for one row without a batch axis, and for two batch axes, if the function allows it."""
     if case.redraw is not None and not case.draws_ranks:
-        raise NotApplicable("the arguments are drawn by a function, which decides on their ranks")
-    yield from _sweep(case, _draw.other_ranks, "at this rank the rule differs from automatic differentiation")
+        raise NotApplicable("the arguments are drawn by a function, which fixes their ranks")
+    message = "at this rank, the rule's gradient differs from automatic differentiation"
+    yield from _sweep(case, _draw.other_ranks, message)
 
 
 def _sweep(case: Case, sizes_of: Callable, message: str) -> Iterator[Finding]:
     if case.redraw is None or not case.letters:
-        raise NotApplicable("the sizes were given; by shapes with names, as in 'n d, d m', they are swept")
+        raise NotApplicable("the sizes were given; to sweep them, describe the arguments by shapes, as in 'n d, d m'")
     ended: list[Exception | str | None] = []
     for sizes in sizes_of(list(case.letters)):
         found, end = attempt(_at_sizes(case, sizes, message))
@@ -311,7 +316,7 @@ def _sweep(case: Case, sizes_of: Callable, message: str) -> Iterator[Finding]:
 
 
 def _takes(case: Case, fun: Callable, sizes: dict) -> bool:
-    """Whether a function returns something at other sizes."""
+    """Whether a function can be called at other sizes."""
     try:
         other = case.at(sizes)
         with x64_for(other.dtype):
@@ -328,11 +333,11 @@ def _at_sizes(case: Case, sizes: dict, message: str) -> Iterator[Finding]:
         jax.block_until_ready(other.outputs())
     except Exception as e:
         if "sizes" in case.required and case.has_reference and _takes(case, case.oracle, sizes):
-            message = f"the function raises at these sizes, and the reference does not: {first_line(e)}"
+            message = f"the function raises at these sizes, but the reference does not: {first_line(e)}"
             yield finding(case.at(sizes), message)
             return
         if isinstance(e, NotApplicable):
             raise
-        raise NotApplicable(f"the function does not take these sizes: {first_line(e)}") from None
+        raise NotApplicable(f"the function does not accept these sizes: {first_line(e)}") from None
     yield from disagreements(other, 1, message)
     yield from _contract.same_forward_pass(other)

@@ -1,4 +1,4 @@
-"""A function without its hand-written rules, and what the rules did while a function ran."""
+"""Removes the hand-written rules from a function, and records which rules a function calls."""
 
 import functools
 import inspect
@@ -18,11 +18,10 @@ RULES = ("custom_vjp_call", "custom_jvp_call", "call_hi_primitive")
 
 @functools.lru_cache(maxsize=256)
 def without_rules(fun: Callable, *, forward_rules: bool = False) -> Callable:
-    """`fun` with every `custom_vjp` in it undone: the same outputs, gradients by automatic differentiation.
+    """Returns `fun` without its `custom_vjp` rules: the same outputs, with gradients by automatic differentiation.
 
-    `fun` is traced to a jaxpr, which holds the undecorated function of each rule, and that is evaluated in its place.
-    Rules inside loops and conditionals are undone too; `custom_jvp` functions stay as they are unless
-    `forward_rules`.
+    `fun` is traced to a jaxpr, which contains the undecorated function of each rule, and that function is evaluated
+    instead. Rules inside loops and conditionals are removed too. `custom_jvp` rules are kept unless `forward_rules`.
     """
     inlined = (*INLINED, *(("custom_jvp_call",) if forward_rules else ()))
 
@@ -63,7 +62,7 @@ def _evaluate(inlined, jaxpr, consts, args):
 
 
 def _undone(inlined: tuple, param: Any) -> Any:
-    """A parameter of an equation, with the rules undone in any jaxpr that it holds (the body of a loop, a branch)."""
+    """A parameter of an equation, with the rules removed from its jaxprs, such as the body of a loop."""
     if isinstance(param, tuple) and any(isinstance(p, ClosedJaxpr) for p in param):
         undone = [_undone(inlined, p) for p in param]
         return type(param)(*undone) if hasattr(param, "_fields") else tuple(undone)
@@ -76,7 +75,7 @@ def _undone(inlined: tuple, param: Any) -> Any:
 
 @functools.lru_cache(maxsize=1024)
 def narrowest(fun: Callable, args: tuple) -> Any:
-    """The least precise dtype to which `fun` casts a real or complex array, or which it returns; None without one.
+    """The least precise real or complex dtype to which `fun` casts an array or which it returns; None if there is none.
 
     Args:
       fun: a function of arrays.
@@ -95,13 +94,13 @@ def narrowest(fun: Callable, args: tuple) -> Any:
     try:
         closed, outputs = jax.make_jaxpr(fun, return_shape=True)(*args)
     except Exception:
-        return None  # said elsewhere
+        return None  # reported elsewhere
     returned = [out.dtype for out in jax.tree.leaves(outputs) if jnp.issubdtype(out.dtype, jnp.inexact)]
     return max([*returned, *walk(closed.jaxpr)], key=lambda dtype: jnp.finfo(dtype).eps, default=None)
 
 
 def contains(fun: Callable, primitive: str, *args) -> bool:
-    """Whether a primitive is in the program of `fun`; False if it cannot be traced."""
+    """Whether the jaxpr of `fun` contains a primitive; False if `fun` cannot be traced."""
 
     def walk(jaxpr):
         return any(eqn.primitive.name == primitive or any(map(walk, _inner(eqn))) for eqn in jaxpr.eqns)
@@ -109,17 +108,17 @@ def contains(fun: Callable, primitive: str, *args) -> bool:
     try:
         return walk(jax.make_jaxpr(fun)(*args).jaxpr)
     except Exception:
-        return False  # said elsewhere
+        return False  # reported elsewhere
 
 
 def _inner(eqn) -> list:
-    """The jaxprs that an equation holds."""
+    """The jaxprs among the parameters of an equation."""
     params = jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr)
     return [jaxpr_and_consts(p)[0] for p in params if is_jaxpr(p)]
 
 
 def constants(closed: Any) -> Iterator[Any]:
-    """The arrays in a jaxpr and in those that its equations hold."""
+    """The constant arrays in a jaxpr and its inner jaxprs."""
     jaxpr, consts = jaxpr_and_consts(closed)
     yield from consts
     for eqn in jaxpr.eqns:
@@ -129,7 +128,7 @@ def constants(closed: Any) -> Iterator[Any]:
 
 
 def other_rules(fun: Callable, *args) -> tuple[list[str], bool]:
-    """The names of the `custom_jvp` functions and `HiPrim` primitives in `fun`, and whether one is of the former."""
+    """The names of the `custom_jvp` functions and `HiPrim` primitives in `fun`, and whether any is a `custom_jvp`."""
     names, forward = [], []
 
     def walk(jaxpr):
@@ -151,13 +150,13 @@ class Call(NamedTuple):
     """One call of a rule.
 
     Attributes:
-      name: of the rule.
-      args: the types of the differentiable arguments it was given.
-      cotangents: one entry for each run of its backward pass, with the type of each array it returned and other
-        leaves unchanged; None where it adds to accumulators.
-      inner: whether it was called by the function or the forward pass of another rule, whose own backward pass
-        stands for it.
-      passes: its forward and backward pass, which can be defined again.
+      name: the name of the rule.
+      args: the types of its differentiable arguments.
+      cotangents: one entry for each run of its backward pass, with the type of each returned array and other leaves
+        unchanged; None for a backward pass that adds to accumulators.
+      inner: whether it was called by the function or the forward pass of another rule, whose backward pass replaces
+        its own.
+      passes: its forward and backward pass, which may be redefined.
     """
 
     name: str
@@ -168,13 +167,13 @@ class Call(NamedTuple):
 
 
 def watch(function: Callable, *args) -> tuple[list[Call], BaseException | None]:
-    """Traces `function(*args)` and records every `custom_vjp` function that it calls, and every backward pass.
+    """Traces `function(*args)` and records every call of a `custom_vjp` function and every backward pass.
 
-    Nothing is computed. Functions that were compiled before are traced again: their programs would hide their rules.
-    While it runs, `jax.custom_vjp.__call__` is replaced: not for use from several threads at once.
+    Nothing is computed. Functions that were compiled before are traced again, because a cached program hides its rules.
+    `jax.custom_vjp.__call__` is replaced during the call, so this must not run in several threads at once.
 
     Returns:
-      The calls, and what was raised, or None.
+      The calls, and the exception that was raised, or None.
     """
     calls: list[Call] = []
     original = jax.custom_vjp.__call__
@@ -205,7 +204,7 @@ def watch(function: Callable, *args) -> tuple[list[Call], BaseException | None]:
             record.cotangents.append(None if getattr(self, "with_accums", False) else _types(cotangents))
             return returned
 
-        double = object.__new__(type(self))  # with all its options, whatever the release of JAX has
+        double = object.__new__(type(self))  # copies all options, including those of other JAX releases
         vars(double).update(vars(self), fun=counted(self.fun), fwd=counted(self.fwd), bwd=bwd)
         return original(double, *given)
 
@@ -221,7 +220,7 @@ def watch(function: Callable, *args) -> tuple[list[Call], BaseException | None]:
 
 
 def _types(tree: Any) -> Any:
-    """A tree with the type of each array instead of the array: a tracer must not outlive its trace."""
+    """Replaces each array in a pytree by its type, since a tracer must not outlive its trace."""
     return jax.tree.map(lambda a: jax.typeof(a) if isinstance(a, jax.Array) else a, tree)
 
 
@@ -230,9 +229,9 @@ def _positional(fun: Callable, args: tuple, kwargs: dict) -> tuple:
     try:
         bound = inspect.signature(fun).bind(*args, **kwargs)
     except (TypeError, ValueError):
-        return args  # without a signature, or JAX says what is wrong
+        return args  # there is no signature, or JAX itself reports the error
     bound.apply_defaults()
     return bound.args if not bound.kwargs else args
 
 
-_watched, _count = jax.make_user_context(0), itertools.count(1)  # a value never seen before makes JAX trace again
+_watched, _count = jax.make_user_context(0), itertools.count(1)  # a new value makes JAX trace again

@@ -1,4 +1,4 @@
-"""`check_vjp`, which runs the checks on a function, and the report that it returns."""
+"""`check_vjp`, which runs the checks on a function, and the `Report` that it returns."""
 
 import ast
 import dataclasses
@@ -24,29 +24,29 @@ from fcfunc.testing._compare import Finding, attempt
 from fcfunc.testing._numbers import as_in_float64, oracle_misleads, projected_differences
 
 WITH_DIFFERENCES = ("projected_differences", "finite_differences")
-"""The checks whose oracle is the function itself."""
+"""The checks that compare the rule with differences of the function itself."""
 
 SWEEPS = ("shape_sweep", "every_size", "ranks")
 
 WITH_MPMATH = ("multiprecision", "second_multiprecision")
 
 MISLED = (
-    "differences of the function agree with the rule, and not with automatic differentiation of the function, as where "
-    "it searches or rounds; a reference= decides"
+    "differences of the function agree with the rule but not with automatic differentiation, as happens if the "
+    "function searches or rounds; pass reference= to decide"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What became of one check.
+    """The outcome of one check.
 
     Attributes:
-      check: its name.
+      check: the name of the check.
       status: "passed", "failed", "inconclusive", "not applicable" or "not run".
-      reason: why it was not made or could not decide, what kept a failed check from going on, or how a check passed:
-        "equal to 99 digits". Empty otherwise.
-      findings: what it found.
-      required: whether a finding fails the report; the findings of a group that was not required are notes.
+      reason: why the check did not run or could not decide, what ended a failed check early, or a remark on a check
+        that passed, such as "equal to 99 digits"; empty otherwise.
+      findings: the errors it found.
+      required: whether a finding fails the report; findings of groups that were not required are notes.
     """
 
     check: str
@@ -58,14 +58,14 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The outcome of `check_vjp`; `print` it.
+    """The result of `check_vjp`; `print` it to read it.
 
     Attributes:
-      name: of the function.
+      name: the name of the function.
       rules: the names of the rules that it calls.
-      results: one `Result` for each check, in the order they ran.
-      arguments: a verdict for each differentiated array, by its path: "ok" or the checks that its gradient failed.
-      statics: the paths of what was held fixed, because it is not an array or `argnums` leaves it out.
+      results: one `Result` for each check, in order.
+      arguments: the verdict for each differentiated array, by path: "ok", the checks that failed, or "not compared".
+      statics: the paths of the arguments that were held fixed: those that are not arrays or not in `argnums`.
     """
 
     name: str
@@ -76,12 +76,12 @@ class Report:
 
     @property
     def status(self) -> str:
-        """One of "ok", "FAILED" and "inconclusive": nothing was found, but something required was not compared."""
+        """One of "ok", "FAILED" and "inconclusive": no error was found, but something required was not compared."""
         return "FAILED" if self.findings else "inconclusive" if self._undecided else "ok"
 
     @property
     def _undecided(self) -> str:
-        """Why nothing can be said although nothing was found; empty if something can."""
+        """Why a report without findings is inconclusive; empty if it is not."""
         required = [r for r in self.results if r.required]
         stopped = next((r.reason for r in required if r.status == "not run"), "")
         if stopped:
@@ -92,22 +92,22 @@ class Report:
         for group in GROUPS:
             members = [r for r in required if r.check in {check.__name__ for check in CHECKS[group]}]
             if members and not any(r.status == "passed" for r in members):
-                return f"no check of the group {group}, which was required, could be made: {members[0].reason}"
+                return f"no check of the required group {group} could run: {members[0].reason}"
         return ""
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was found, and something could have been."""
+        """Whether the status is "ok"."""
         return self.status == "ok"
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """What fails the report, one finding for each cause, in the order of the checks."""
+        """The findings that fail the report, one for each cause, in the order of the checks."""
         return _folded(_by_cause(r for r in self.results if r.required))
 
     @property
     def notes(self) -> tuple[Finding, ...]:
-        """What the groups found that were not required, but for what is a finding already."""
+        """The findings of groups that were not required, without causes that are in `findings`."""
         known = _by_cause(r for r in self.results if r.required)
         further = _by_cause(r for r in self.results if not r.required)
         return _folded({cause: found for cause, found in further.items() if cause not in known})
@@ -115,13 +115,13 @@ class Report:
     def __str__(self) -> str:
         lines = [f"check_vjp of {self.name} (rules: {', '.join(self.rules)}): {self.status}"]
         if self.status == "inconclusive":
-            lines.append(f"  nothing was found, but {self._undecided}")
+            lines.append(f"  no error was found, but {self._undecided}")
         lines += [f"  {path}: {verdict}" for path, verdict in self.arguments.items()]
         if self.statics:
             lines.append(f"  held fixed: {', '.join(self.statics)}")
         lines += [f"- {finding}" for finding in self.findings]
         if self.notes:
-            lines.append(f"notes, of groups that were not required ({', '.join(GROUPS)}):")
+            lines.append(f"notes, from groups that were not required ({', '.join(GROUPS)}):")
             lines += [f"- {finding}" for finding in self.notes]
         passed = [f"{r.check} ({r.reason})" if r.reason else r.check for r in self.results if r.status == "passed"]
         lines.append(_wrapped(f"passed: {', '.join(passed) or 'none'}"))
@@ -136,12 +136,12 @@ class Report:
 
 
 def _wrapped(line: str) -> str:
-    """A long line over several, as a notebook or a terminal shows it whole."""
+    """Wraps a long line so that notebooks and terminals show all of it."""
     return textwrap.fill(line, 100, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _by_cause(results: Iterator[Result]) -> dict[tuple, list[Finding]]:
-    """The findings by what they have in common."""
+    """Groups the findings by their likely cause."""
     causes: dict[tuple, list[Finding]] = {}
     for result in results:
         for one in result.findings:
@@ -159,7 +159,7 @@ def _by_cause(results: Iterator[Result]) -> dict[tuple, list[Finding]]:
 
 
 def _folded(causes: dict[tuple, list[Finding]]) -> tuple[Finding, ...]:
-    """One finding for each cause; the checks that found the same are named in `also`."""
+    """One finding for each cause, with the other checks that found it in `also`."""
     folded = []
     for first, *others in causes.values():
         also = dict.fromkeys(one.check for one in others if one.check != first.check)
@@ -188,45 +188,47 @@ def check_vjp(
     only: str | Sequence[str] = (),
     skip: str | Sequence[str] = (),
 ) -> Report:
-    """Tries to show that a hand-written rule is wrong.
+    """Tests a hand-written derivative rule and reports the errors that it finds.
 
-    The oracle is automatic differentiation of the undecorated function, which is read from the `custom_vjp` objects
-    that the function calls, wherever they are; in a function that has none, from its `custom_jvp` objects.
+    The oracle is automatic differentiation of the undecorated function. It is obtained by removing every `custom_vjp`
+    rule that the function calls, at any depth, or the `custom_jvp` rules if there is no `custom_vjp`.
     docs/guides/checking-a-rule.md lists the checks.
 
     Args:
-      fun: a function with a rule, or one that calls some, of positional arrays or trees of arrays.
-      args: concrete arguments, as a tuple; or their shapes by name, `"n d, d m, m"`, with what to draw where it is not
-        normal numbers: `"n c, n:int<c"` (labels), `"n d:positive"`, `"n d:-1..1"`, `"n:bool"`, `"n:complex"`,
-        `":key"`; or a function `draw(rng, n, d)` that returns the tuple, its parameters after the first being the
-        sizes. By shapes or by a function the checker draws and sweeps the sizes. What is not an array (a string, a
-        Python number, a function in a tree), and `nondiff_argnums`, is held fixed.
-      reference: the oracle's function, where the rule's own is in doubt or the rule is a deliberate surrogate.
-      kwargs: options of `fun`, held fixed.
-      argnums: the positions of the arguments to differentiate; all by default. The arrays of the others are fixed.
+      fun: a function that has a rule or calls functions that have one; its positional arguments are arrays or pytrees.
+      args: one of the following. A tuple of concrete arguments. Or a string of shapes, `"n d, d m, m"`, with suffixes
+        for values other than normal numbers: `"n c, n:int<c"` (labels), `"n d:positive"`, `"n d:-1..1"`, `"n:bool"`,
+        `"n:complex"`, `":key"`. Or a function `draw(rng, n, d)` that returns the tuple; its parameters after the first
+        are the sizes. With shapes or a function, the checker draws the arguments and sweeps the sizes. Arguments that
+        are not arrays (strings, Python numbers, functions in a pytree) and `nondiff_argnums` are held fixed.
+      reference: a function that replaces the oracle, if the rule's own function is in doubt or the rule is a
+        deliberate surrogate.
+      kwargs: keyword arguments of `fun`, held fixed.
+      argnums: the positions of the arguments to differentiate; all by default. Arrays in the others are held fixed.
       require: groups of checks beyond the first derivative: "second_order", "extremes", "sizes", "meshes", or "all".
-        What they find without being required is a note, which does not fail the report.
-      dtype: of what is drawn.
-      dtypes: the dtypes that the rule claims, checked where the function takes them.
-      float64: whether float64 is one of them; without it, comparisons are made in `dtype`.
-      rtol: an error to allow besides rounding, relative to the largest element of each gradient: for solvers.
-      atol: an absolute error to allow besides.
-      sizes: the sizes by name, instead of a sweep.
-      ranges: `{i: (low, high)}`, the open range in which argument `i` is defined; no check leaves it, and shapes are
-        drawn from it.
-      at_kink: the derivative that the rule declares at a kink, by the point: `{0.0: 0.0}` for ReLU. The first real
-        argument is set to the point everywhere.
-      seed: of every draw; the same seed gives the same report.
-      budget: seconds after which no further check is started.
+        Findings of groups that are not required are notes, which do not fail the report.
+      dtype: the dtype of the drawn arguments.
+      dtypes: the other dtypes that the rule supports, which are checked if the function accepts them.
+      float64: whether the rule supports float64; if not, comparisons are made in `dtype`.
+      rtol: an error to allow besides rounding, relative to the largest element of each gradient, for solvers.
+      atol: an absolute error to allow besides rounding.
+      sizes: fixed sizes by name, instead of a sweep.
+      ranges: `{i: (low, high)}`, the open range in which argument `i` is defined. Arguments given by shapes are drawn
+        from it, and no check leaves it.
+      at_kink: the intended derivative at each kink, `{0.0: 0.0}` for ReLU. The first real argument is set to the kink
+        everywhere.
+      seed: the seed of every draw; the same seed gives the same report.
+      budget: seconds after which no further check starts.
       only: names of checks or groups to run; empty for all.
-      skip: names of checks or groups to leave out.
+      skip: names of checks or groups to skip.
 
     Returns:
-      A `Report`. On Ctrl-C the report so far is printed.
+      A `Report`. On Ctrl-C, the report so far is printed.
 
     Raises:
-      TypeError: `args` that is not a tuple, string or function.
-      ValueError: the function calls no rule, has no real argument or output, or a shape cannot be read; no such check.
+      TypeError: `args` is not a tuple, string or function.
+      ValueError: the function calls no rule, or has no real or complex argument or output; a shape cannot be read; or a
+        check or option is unknown or out of range.
 
     Example:
       >>> from fcfunc import ops
@@ -244,7 +246,9 @@ def check_vjp(
     letters = tuple(source.letters) if source else ()
     for name, size in (sizes or {}).items():
         if name not in letters or not isinstance(size, int) or size < 0:
-            raise ValueError(f"check_vjp: sizes must give {', '.join(letters) or 'none'} as integers, got {sizes}")
+            raise ValueError(
+                f"check_vjp: sizes must map {', '.join(letters) or 'no name'} to integers of at least 0, got {sizes}"
+            )
 
     names = [name for name, (group, _) in every.items() if not only or name in only or group in only]
     names = [name for name in names if name not in skip and every[name][0] not in skip]
@@ -262,7 +266,7 @@ def check_vjp(
     if raised is not None:
         raise raised
     passes = tuple(call.passes for call in calls)
-    if vars(case.fun).setdefault("passes", passes) != passes:  # a rule inside was defined again, as in a notebook
+    if vars(case.fun).setdefault("passes", passes) != passes:  # a rule inside was redefined, as in a notebook
         _case.of_leaves.cache_clear()
         case, statics = make(case.sizes)
         vars(case.fun)["passes"] = passes
@@ -286,9 +290,9 @@ def check_vjp(
             if budget is not None and time.monotonic() - start > budget:
                 results.append(Result(name, "not run", spent, (), needed))
             elif not needed and group in ON_REQUEST:
-                results.append(Result(name, "not run", f"require={group!r} makes it", (), False))
+                results.append(Result(name, "not run", f"runs only with require={group!r}", (), False))
             elif not needed and group == "extremes" and _oracle.contains(case.oracle, "while", *case.leaves):
-                why = "it has a while loop, which may not end for a NaN; require='extremes' makes it"
+                why = "the function has a while loop, which may not end for a NaN; runs only with require='extremes'"
                 results.append(Result(name, "not run", why, (), False))
             else:
                 _progress(f"check_vjp of {case.fun.__name__}: {len(results) + 1} of {len(names)}, {name}")
@@ -304,15 +308,15 @@ def check_vjp(
 
 
 def assert_vjp(fun: Callable, args: tuple | str | Callable, **options) -> None:
-    """`check_vjp` for a test: raises unless the report is ok.
+    """Runs `check_vjp` in a test and raises unless the report is ok.
 
     Args:
-      fun: as for `check_vjp`.
-      args: as for `check_vjp`.
-      **options: as for `check_vjp`.
+      fun: a function with a rule, as in `check_vjp`.
+      args: the arguments or their shapes, as in `check_vjp`.
+      **options: the keyword arguments of `check_vjp`.
 
     Raises:
-      AssertionError: with the printed report, where something was found or nothing could be.
+      AssertionError: the report is "FAILED" or "inconclusive"; the message is the printed report.
 
     Example:
       >>> from fcfunc import ops
@@ -327,7 +331,7 @@ def _names(option: str, given: str | Sequence[str], known: Sequence[str]) -> tup
     given = (given,) if isinstance(given, str) else tuple(given)
     unknown = [name for name in given if name not in known]
     if unknown:
-        raise ValueError(f"check_vjp: {option} has no {unknown[0]!r}; there are {', '.join(known)}")
+        raise ValueError(f"check_vjp: unknown name {unknown[0]!r} in {option}; choose from {', '.join(known)}")
     return given
 
 
@@ -335,7 +339,7 @@ def _check_options(seed, at_kink, dtypes, rtol, atol, budget) -> None:
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"check_vjp: seed must be an integer of at least 0, got {seed!r}")
     if at_kink is not None and not isinstance(at_kink, dict):
-        raise TypeError(f"check_vjp: at_kink must be a dict of point: derivative, got {at_kink!r}")
+        raise TypeError(f"check_vjp: at_kink must be a dict {{point: derivative}}, got {at_kink!r}")
     for name in dtypes:
         if name not in FLOATS:
             raise ValueError(f"check_vjp: a dtype must be one of {', '.join(FLOATS)}, got {name!r}")
@@ -357,7 +361,7 @@ def _report(case: Case, rules, results, statics) -> Report:
 
 
 def _result(name: str, check: Callable, case: Case, required: bool, reproduction: Callable) -> Result:
-    with jax.debug_nans(False):  # NaN is tried on purpose
+    with jax.debug_nans(False):  # some checks use NaN on purpose
         found, ended = attempt(check(case))
     undecided = isinstance(ended, Inconclusive)
     if (found or undecided) and name in WITH_ORACLE and name not in WITH_DIFFERENCES:
@@ -365,7 +369,7 @@ def _result(name: str, check: Callable, case: Case, required: bool, reproduction
             found = _besides_the_oracle(name, case)
             ended = None if found else ended if undecided else Inconclusive(MISLED)
         elif name not in WITH_MPMATH and found and all(map(_in_last_digits, found)) and more_accurate(case):
-            found, ended = [], "automatic differentiation loses digits here, and the rule is right in 200 digits"
+            found, ended = [], "automatic differentiation loses digits here; the rule agrees with 200-digit arithmetic"
     once: dict[tuple, Finding] = {}
     for one in found:
         one = dataclasses.replace(one, check=name, seed=case.seed)
@@ -378,7 +382,7 @@ def _result(name: str, check: Callable, case: Case, required: bool, reproduction
 
 
 def _besides_the_oracle(name: str, case: Case) -> list[Finding]:
-    """What a check finds where the oracle misleads: by differences at other sizes, by the rule in float64 otherwise."""
+    """The findings without the oracle: by differences at other sizes, or by comparison with the rule in float64."""
     if name in SWEEPS:
         at_sizes = (case.at(sizes) for sizes in _draw.few_sizes(list(case.letters)) if case.letters)
         return next(filter(None, (attempt(projected_differences(at))[0] for at in at_sizes)), [])
@@ -386,20 +390,20 @@ def _besides_the_oracle(name: str, case: Case) -> list[Finding]:
 
 
 def _in_last_digits(one: Finding) -> bool:
-    """Whether a finding is an error in float64 that is far below the value."""
+    """Whether a finding is a float64 error that is small relative to the value."""
     if one.dtype != "float64" or one.got is None or one.expected is None:
         return False
     return abs(one.got - one.expected) <= 1e-5 * abs(one.expected)
 
 
 def _progress(text: str) -> None:
-    """The last line of a terminal, written over."""
+    """Overwrites the last line of a terminal."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def _case_of(fun, args, source, reference, kwargs, argnums, ranges, seed, dtype, options, sizes, salt=0):
-    """The case at some sizes, its oracle still to be made, and the paths of what is held fixed."""
+    """The case at the given sizes, without its final oracle, and the paths of the arguments that are held fixed."""
     entropy = np.hstack([_draw.STREAM, seed, salt, *sizes.values()]).astype(np.uint32)
     given = source.draw(np.random.default_rng(entropy), sizes) if source else args
     fixed_args = set(getattr(fun, "nondiff_argnums", ()))
@@ -410,7 +414,7 @@ def _case_of(fun, args, source, reference, kwargs, argnums, ranges, seed, dtype,
         argument, name = path[0].idx, f"args{jax.tree_util.keystr(path)}"
         if argument in fixed_args or not _case.is_array(leaf):
             number = argument in fixed_args and _case.is_array(leaf) and not np.ndim(leaf)
-            leaf = np.asarray(leaf).item() if number else leaf  # a number has no dtype of its own
+            leaf = np.asarray(leaf).item() if number else leaf  # a Python number has no dtype of its own
             statics.append((type(leaf), leaf))
             held.append(name)
             continue
@@ -432,7 +436,7 @@ def _case_of(fun, args, source, reference, kwargs, argnums, ranges, seed, dtype,
     )
     try:
         hash((*bind.keywords.values(), fun, reference))
-    except TypeError:  # what cannot be hashed cannot be kept for the next call
+    except TypeError:  # unhashable arguments cannot be cached
         bind = functools.partial(_case.of_leaves.__wrapped__, **bind.keywords)
     case = Case(
         bind(fun), bind(reference or fun), tuple(leaves), tuple(where), tuple(paths), tuple(limits), seed, dict(sizes),
@@ -441,12 +445,12 @@ def _case_of(fun, args, source, reference, kwargs, argnums, ranges, seed, dtype,
     if not where:
         given = ", ".join(_arguments.describe(a) if hasattr(a, "dtype") else type(a).__name__ for _, a in flat)
         raise ValueError(
-            f"check_vjp: no argument is an array of real or complex numbers to differentiate: {given:.200}"
+            f"check_vjp: no argument is an array of real or complex numbers to differentiate, got {given:.200}"
         )
     if any(not np.isfinite(_case.widened(a)).all() for a in case.reals):
-        raise ValueError("check_vjp: the arguments hold a NaN or an infinity; those are tried by the check extremes")
+        raise ValueError("check_vjp: the arguments must be finite; the check extremes tries NaN and infinity")
     if not source and case.dtype != np.float64 and any(_case.is_inexact(a) and a.dtype.itemsize > 4 for a in leaves):
-        case = case.cast(case.dtype) if case.dtype == np.float32 else case  # as JAX does without float64
+        case = case.cast(case.dtype) if case.dtype == np.float32 else case  # as JAX does if float64 is not enabled
     return case.cast(dtype) if source else case, tuple(held)
 
 
@@ -462,7 +466,7 @@ def _positions(argnums, count: int) -> set[int]:
 
 
 def _with_oracle(fun: Callable, case: Case, names: list[str]) -> tuple[Case, tuple[str, ...]]:
-    """The case with an oracle without the rules that the function calls, and their names."""
+    """The case with an oracle that has no rules, and the names of the rules that the function calls."""
     with x64_for(case.dtype):
         outs = jax.eval_shape(case.fun, *case.leaves)
         others, forward = ([], False) if names else _oracle.other_rules(case.fun, *case.leaves)
@@ -478,7 +482,7 @@ def _with_oracle(fun: Callable, case: Case, names: list[str]) -> tuple[Case, tup
 
 
 def _reproduction(fun: Callable, args, shown: dict, found: Finding, case: Case) -> str:
-    """Code that finds it again; what has no name to import is named in a comment."""
+    """Code that reproduces a finding; objects that cannot be imported are described in comments."""
     lines, options = ["from fcfunc.testing import check_vjp"], []
     called = _importable(fun, "fun", lines)
     if isinstance(args, tuple):
@@ -508,15 +512,15 @@ def _reproduction(fun: Callable, args, shown: dict, found: Finding, case: Case) 
 
 
 def _importable(value: Any, role: str, lines: list[str]) -> str:
-    """How to name an object in code: by its import, added to the lines, or by its role, with a comment."""
+    """The name of an object in code: its importable name, or its role with a comment; both add to the lines."""
     module = getattr(value, "__module__", None)
-    public = str(module).partition("._")[0]  # a package exports what its private modules define
+    public = str(module).partition("._")[0]  # the public name of an object defined in a private module
     for source in dict.fromkeys((public, module)):
         try:
             names = vars(importlib.import_module(str(source)))
         except (ImportError, ValueError):
             continue
-        # `f = jax.custom_vjp(_f)` has the name of `_f`.
+        # Search by identity, because `f = jax.custom_vjp(_f)` has the name of `_f`.
         name = next((n for n, known in names.items() if known is value and n.isidentifier()), None)
         if name is not None:
             lines += [f"from {source} import {name}"] if source != "__main__" else []
@@ -532,7 +536,7 @@ def _importable(value: Any, role: str, lines: list[str]) -> str:
 
 
 def _literal(args: tuple) -> str | None:
-    """Small arrays as code; None for others."""
+    """The arguments as code if they are small arrays, otherwise None."""
     arrays = [np.asarray(a) for a in args if _case.is_array(a) and not _case.is_key(a)]
     if (
         len(arrays) < len(args)
@@ -555,6 +559,6 @@ def _can_be_pasted(text: str) -> bool:
 
 
 DEFAULTS: dict[str, Any] = {"dtype": "float32", "float64": True, "rtol": 0.0, "atol": 0.0, "kwargs": {}, "at_kink": {}}
-"""The options that reproduction code leaves out, where they have these values."""
+"""The default values of options, which the reproduction code omits."""
 
 NUMPY = ("float16", "float32", "float64", "int32", "int64", "bool", "complex64", "complex128")

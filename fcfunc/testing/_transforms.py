@@ -1,4 +1,4 @@
-"""The checks of a rule under JAX's transformations: vmap, jit, scan, remat, second derivatives."""
+"""Checks of a rule under JAX's transformations: vmap, jit, scan, remat, and second derivatives."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ from fcfunc.testing._compare import Finding, compare, finding, raising, rounding
 
 @compiled(0, 1, 2)
 def _batched(fun: Callable, where: tuple, axes: tuple, leaves: list, g: list) -> list:
-    """The gradients under `vmap`, over those leaves and cotangents that have an axis to batch."""
+    """The gradients under `vmap` over the leaves and cotangents that have a batch axis."""
 
     def gradients(leaves, g):
         return pull(fun, where, leaves, g)[1]
@@ -38,7 +38,7 @@ def _batched(fun: Callable, where: tuple, axes: tuple, leaves: list, g: list) ->
 
 
 def vmap_equals_loop(case: Case) -> Iterator[Finding]:
-    """Batched over everything, and over one argument at a time, the gradients are those of a loop."""
+    """Checks that `vmap` over everything, and over one argument at a time, gives the gradients of a loop."""
     at, count = in_float64_if_taken(case), len(case.leaves)
     paths = dict(zip(case.where, case.paths, strict=True))
     rng, g = at.rng(200), at.cotangent(201)
@@ -46,7 +46,7 @@ def vmap_equals_loop(case: Case) -> Iterator[Finding]:
     for i, a in enumerate([*at.leaves, *g]):
         if is_key(a):
             stacks.append([a])
-        elif i < count and i not in paths:  # integers, and what is held fixed: the same elements in another order
+        elif i < count and i not in paths:  # integers and fixed arrays are permuted
             stacks.append(np.stack([a, np.roll(a, 1), np.roll(a, 2)]))
         else:
             # Steps of a few percent stay inside a declared range.
@@ -68,14 +68,15 @@ def vmap_equals_loop(case: Case) -> Iterator[Finding]:
             loop.append(dataclasses.replace(at, leaves=tuple(row[:count])).by_rule(row[count:]))
         expected = [np.stack(leaf) for leaf in zip(*loop, strict=True)]
         try:
-            got = raising(at, f"under vmap over {over}", run)
+            got = raising(at, f"under vmap over {over},", run)
         except RuleRaised:
             try:
                 run(fun=at.oracle)
             except Exception as e:
                 raise NotApplicable(f"the function itself cannot be batched: {first_line(e)}") from None
             raise
-        found = list(compare(at, got, expected, rounding(at, expected, g=g), f"vmap over {over} differs from a loop"))
+        message = f"under vmap over {over}, the gradient differs from that of a loop"
+        found = list(compare(at, got, expected, rounding(at, expected, g=g), message))
         yield from found
         if found:
             return
@@ -91,8 +92,8 @@ _compiled_whole = jax.jit(pull, static_argnums=(0, 1))
 
 
 def compiled_equals_eager(case: Case) -> Iterator[Finding]:
-    """Compiled as one program, and forward and backward apart, as users do, the gradients are those of eager runs."""
-    g, eager, *_ = raising(case, "not compiled,", lambda: case.eager)
+    """Checks that jit, of the whole or of the forward and backward pass separately, gives the eager gradients."""
+    g, eager, *_ = raising(case, "run eagerly,", lambda: case.eager)
     allowed = rounding(case, eager, 256.0, g)
 
     def whole():
@@ -104,8 +105,9 @@ def compiled_equals_eager(case: Case) -> Iterator[Finding]:
             _, back = _compiled_forward(case.fun, case.where, to_jax(case.leaves))
             return to_numpy(_compiled_backward(back, to_jax(g)))
 
-    for way, run in (("compiled,", whole), ("compiled apart, forward and backward,", apart)):
-        found = list(compare(case, raising(case, way, run), eager, allowed, f"{way} the gradient differs"))
+    for way, run in (("under jax.jit,", whole), ("with forward and backward pass jitted separately,", apart)):
+        message = f"{way} the gradient differs from the eager one"
+        found = list(compare(case, raising(case, way, run), eager, allowed, message))
         if found:
             yield from found
             return
@@ -113,7 +115,7 @@ def compiled_equals_eager(case: Case) -> Iterator[Finding]:
 
 @compiled(0, 1, 2, 3)
 def _looped(fun: Callable, where: tuple, scan: bool, remat: bool, leaves: list, g: list) -> list:
-    """The gradients inside a scan of two steps, under remat, or both."""
+    """The gradients inside a scan of two steps, under remat, or with both."""
     step = jax.checkpoint(fun) if remat else fun
 
     def twice(*leaves):
@@ -129,7 +131,7 @@ def _looped(fun: Callable, where: tuple, scan: bool, remat: bool, leaves: list, 
 
 
 def scan_and_checkpoint(case: Case) -> Iterator[Finding]:
-    """Inside `lax.scan` and `jax.checkpoint` the gradients are those outside, times the number of steps."""
+    """Checks that gradients inside `lax.scan` and `jax.checkpoint` equal those outside, times the number of steps."""
     g = case.cotangent(220)
     once = case.by_rule(g)
 
@@ -139,18 +141,17 @@ def scan_and_checkpoint(case: Case) -> Iterator[Finding]:
                 return to_numpy(_looped(case.fun, case.where, scan, remat, to_jax(case.leaves), to_jax(g)))
 
         expected = [a * np.asarray(2, a.dtype) for a in once] if scan else once
-        return compare(
-            case, raising(case, way, run), expected, rounding(case, expected, g=g), f"{way} the gradient differs"
-        )
+        message = f"{way} the gradient differs from the one outside"
+        return compare(case, raising(case, way, run), expected, rounding(case, expected, g=g), message)
 
-    try:  # one program where all is well
-        together = list(found("inside lax.scan and jax.checkpoint", True, True))
+    try:  # one program suffices unless something is wrong
+        together = list(found("inside lax.scan and jax.checkpoint,", True, True))
     except Exception:
         together = [finding(case, "")]
     if together:
-        yield from found("inside lax.scan", True, False)
-        yield from found("under jax.checkpoint", False, True)
-        yield from found("inside lax.scan and jax.checkpoint", True, True)
+        yield from found("inside lax.scan,", True, False)
+        yield from found("under jax.checkpoint,", False, True)
+        yield from found("inside lax.scan and jax.checkpoint,", True, True)
 
 
 def _reverse(first: Callable, reals: list, g: list, directions: list, tangents: list) -> list:
@@ -187,21 +188,21 @@ def _second_derivatives(case: Case, transform: Callable, name: str) -> Iterator[
         expected = run(wide.oracle)
     except Exception as e:
         raise Inconclusive(f"the oracle itself raises: {first_line(e)}") from None
-    got = raising(wide, f"{name}:", lambda: run(wide.fun))
-    if wide.has_reference and transform is _forward:  # in forward mode, the outputs' own tangents come last
+    got = raising(wide, f"under {name},", lambda: run(wide.fun))
+    if wide.has_reference and transform is _forward:  # in forward mode, the tangents of the outputs come last
         got, expected = got[: len(wide.reals)], expected[: len(wide.reals)]
     largest_of_all = max((float(np.abs(a).max(initial=0.0)) for a in expected), default=0.0)
     allowed = [t + 1e-11 * largest_of_all + 1e-12 for t in rounding(wide, expected, 4096.0)]
-    yield from compare(wide, got, expected, allowed, f"{name} differs from the oracle's")
+    yield from compare(wide, got, expected, allowed, f"the second derivative by {name} differs from the oracle's")
 
 
 def reverse_over_reverse(case: Case) -> Iterator[Finding]:
-    """The gradient of the gradient, by the arguments and by the cotangent, against the oracle's."""
+    """Compares the gradient of the gradient, with respect to arguments and cotangent, with the oracle's."""
     yield from _second_derivatives(case, _reverse, "reverse over reverse")
 
 
 def forward_over_reverse(case: Case) -> Iterator[Finding]:
-    """The directional derivative of the gradient against the oracle's; `jax.hessian` needs it."""
+    """Compares the directional derivative of the gradient, which `jax.hessian` needs, with the oracle's."""
     try:
         yield from _second_derivatives(case, _forward, "forward over reverse")
     except Exception as e:
