@@ -1,1 +1,1 @@
-"""Programs that use fcfunc; `python -m examples.NAME --help`."""
+"""Example programs; run `python -m examples.NAME --help` for their options."""

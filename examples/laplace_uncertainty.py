@@ -1,10 +1,10 @@
-"""What a network does not know: Laplace approximations of a regression with a gap and of digits that are rotated.
+"""Uncertainty by a Laplace approximation, for a regression with a gap in its data and for rotated digits.
 
     python -m examples.laplace_uncertainty
 
-The regression is trained on both sides of a gap, and its standard deviation grows inside of it and beyond the data. The
-digits are trained upright; on rotated test images the network is nearly certain and wrong, and with the Laplace
-approximation less certain. The prior precision is that of the largest marginal likelihood; nothing is tuned.
+The regression has training data on both sides of a gap; its standard deviation grows inside the gap and beyond the
+data. The digits are trained upright. On rotated test images the network is wrong and almost certain; with the Laplace
+approximation it is less certain. The prior precision maximizes the marginal likelihood; nothing is tuned by hand.
 """
 
 import argparse
@@ -22,21 +22,19 @@ from fcfunc import data, laplace, losses, train
 
 CURVE, DIGITS = fcfunc.mlp([1, 50, 1], activation="tanh"), fcfunc.mlp([64, 64, 10])
 NOISE = 0.1
-"""The standard deviation of the measurements of the regression."""
+"""The standard deviation of the measurement noise in the regression."""
 
 
 def regression(seed: int = 0):
-    """The posterior of the regression and its 60 examples, of which none are between -1 and 1."""
+    """The posterior of the regression and its 60 examples, none of which is between -1 and 1."""
     rng = np.random.default_rng(seed)
     x = jnp.asarray(np.concatenate([rng.uniform(-3, -1, 30), rng.uniform(1, 3, 30)])[:, None], jnp.float32)
     y = jnp.sin(2 * x[:, 0]) + NOISE * jnp.asarray(rng.standard_normal(60), jnp.float32)
 
-    def loss_fn(outputs):  # the negative log-likelihood, but for a constant
+    def loss_fn(outputs):  # the negative log-likelihood up to a constant
         return losses.squared_error(outputs[:, 0], y) / (2 * NOISE**2)
 
-    def posterior_loss(
-        params, batch, key
-    ):  # with the prior of precision 1, for which the posterior is tuned afterwards
+    def posterior_loss(params, batch, key):  # with prior precision 1; laplace.kronecker then fits the precision
         return jnp.sum(loss_fn(CURVE.apply(params, batch[0]))) / 60 + losses.l2_penalty(params) / 60
 
     optimizer = optax.adam(optax.cosine_decay_schedule(0.02, 4000))
@@ -89,9 +87,9 @@ def on_rotated(posterior, test, angles) -> dict[str, np.ndarray]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Prints the standard deviations and the confidences, draws them, and returns the figures."""
+    """Prints and draws the standard deviations and confidences, and returns the numbers."""
     parser = argparse.ArgumentParser(prog="laplace_uncertainty", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--out", default="runs/laplace_uncertainty", help="folder of the picture")
+    parser.add_argument("--out", default="runs/laplace_uncertainty", help="folder for the picture")
     args = parser.parse_args(argv)
 
     posterior, x, y = regression()
@@ -104,7 +102,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     figures["covered"] = float(inside[np.abs(at) < 3].mean())
     print(f"regression, prior precision {float(posterior.prior_precision):.3f}")
     print("standard deviation of the output: " + ", ".join(f"{figures[n]:.3f} {n}" for n in ("near", "gap", "far")))
-    print(f"the true curve is within two of them at {figures['covered']:.0%} of the points between -3 and 3")
+    print(
+        f"the true curve is within two standard deviations at {figures['covered']:.0%} of the points between -3 and 3"
+    )
 
     of_digits, test = digits()
     angles = np.arange(0, 181, 15)

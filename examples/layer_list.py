@@ -1,4 +1,4 @@
-"""A network described by a list of layers, trained on ten rows: one classification and one regression problem.
+"""A network described by a list of layers, trained on ten examples: one classification and one regression problem.
 
 python -m examples.layer_list --batch-size 5 --out runs/layer_list
 """
@@ -36,13 +36,13 @@ TARGETS = np.array([1, 2, 2, 4, 3, 0, 1, 1, 2, 0], np.float32)
 
 
 class Input(NamedTuple):
-    """The first layer: how many features an example has."""
+    """The first layer; `width` is the number of features."""
 
     width: int
 
 
 class Hidden(NamedTuple):
-    """A layer in between; `activation` is "relu" or "linear"."""
+    """A hidden layer; `activation` is "relu" or "linear"."""
 
     width: int
     activation: str = "relu"
@@ -59,8 +59,8 @@ def network(layers: list) -> tuple[Callable, Callable]:
     """Turns a list of layers into `init(key) -> params` and `loss_fn(params, batch, key) -> loss`.
 
     Raises:
-      ValueError: the list does not begin with an input, end with an output, or has something else in between; an
-        activation is not offered for that kind of layer.
+      ValueError: the list does not begin with an Input, does not end with an Output, or has other layers than Hidden
+        between them; an activation is not supported for that kind of layer.
     """
     if len(layers) < 2 or not isinstance(layers[0], Input):
         raise ValueError(f"network: the first layer must be an Input, got {layers[0] if layers else 'no layer'}")
@@ -84,7 +84,7 @@ def network(layers: list) -> tuple[Callable, Callable]:
         return params
 
     def loss_fn(params, batch, key):
-        del key  # nothing here is random
+        del key  # the loss is not random
         outputs = net.apply(params, batch.x)
         if output.activation == "softmax":
             return jnp.mean(losses.negative_log_likelihood(outputs, batch.y))
@@ -94,7 +94,7 @@ def network(layers: list) -> tuple[Callable, Callable]:
 
 
 def learn(layers: list, batch: data.Dataset, *, steps: int, batch_size: int, seed: int) -> list[float]:
-    """Gradient descent at a rate of 0.1 for at least as many steps; returns the loss of each step."""
+    """Gradient descent with learning rate 0.1 for at least `steps` steps; returns the loss of each step."""
     init, loss_fn = network(layers)
     optimizer = optax.sgd(0.1)
     init_key, run_key = jax.random.split(jax.random.key(seed))
@@ -108,10 +108,10 @@ def learn(layers: list, batch: data.Dataset, *, steps: int, batch_size: int, see
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Learns both problems, draws both curves, returns the losses before and after."""
+    """Trains on both problems, draws both loss curves, and returns the losses before and after."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch-size", type=int, default=10, help="10, the default, is the whole batch")
+    parser.add_argument("--batch-size", type=int, default=10, help="examples per step (default: 10, all examples)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", default="runs/layer_list")
     args = parser.parse_args(argv)
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 def draw(curves: dict[str, list[float]], out: Path) -> None:
-    """Draws the loss of each step, a panel for each problem."""
+    """Draws the loss of each step, with one panel per problem."""
     import matplotlib
 
     matplotlib.use("agg")

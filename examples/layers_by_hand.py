@@ -1,7 +1,7 @@
-"""Layers as forward/backward pairs, chained by hand: two layers and any depth, with L2, no automatic differentiation.
+"""A network of any depth from forward/backward pairs chained by hand, with L2 and without automatic differentiation.
 
-What the course-note tutorials build in NumPy, here on `fcfunc.ops` and compiled. Trains on the scikit-learn digits
-and compares the hand-chained gradients with `jax.grad` of the same loss.
+Course-note tutorials build this in NumPy; this version uses `fcfunc.ops` and is compiled. It trains on the scikit-learn
+digits and compares the hand-chained gradients with `jax.grad` of the same loss.
 
     python -m examples.layers_by_hand --dims 64,100,10
 """
@@ -17,7 +17,7 @@ from fcfunc import data, losses, ops
 
 
 def forward(params, x):
-    """Scores, and each layer's residuals for the way back; `x` is `[batch, d1, ..., dk]`."""
+    """The scores and each layer's residuals for the backward pass; `x` is `[batch, d1, ..., dk]`."""
     residuals = []
     for layer, p in enumerate(params):
         x, affine_residuals = ops.affine_fwd(x, p["w"], p["b"], flatten=layer == 0)
@@ -27,13 +27,13 @@ def forward(params, x):
 
 
 def loss(params, x, labels=None, *, l2=0.0):
-    """Scores if no labels are given; otherwise the loss and its gradients, derived and chained by hand.
+    """The scores if no labels are given; otherwise the loss and its gradients, derived and chained by hand.
 
     Args:
       params: from `fcfunc.init`, any depth.
       x: `[batch, d1, ..., dk]`.
       labels: `[batch]`.
-      l2: the weight of half the squared weights.
+      l2: the factor of half the sum of squared weights.
     """
     scores, residuals = forward(params, x)
     if labels is None:
@@ -53,7 +53,7 @@ def loss(params, x, labels=None, *, l2=0.0):
 
 
 def loss_by_autodiff(params, x, labels, *, l2=0.0):
-    """The same loss with the network and the reference implementation, for `jax.grad`."""
+    """The same loss from the reference implementation, for `jax.grad`."""
     dims = [x[0].size, *(len(p["b"]) for p in params)]
     scores = fcfunc.mlp(dims, ops=fcfunc.reference).apply(params, x.reshape(len(x), -1))
     each = fcfunc.reference.softmax_cross_entropy_with_integer_labels(scores, labels)
@@ -62,13 +62,13 @@ def loss_by_autodiff(params, x, labels, *, l2=0.0):
 
 @functools.partial(jax.jit, static_argnames=("l2", "learning_rate"))
 def sgd_step(params, x, labels, *, l2, learning_rate):
-    """One step of gradient descent on a mini-batch."""
+    """One step of gradient descent on a batch."""
     value, grads = loss(params, x, labels, l2=l2)
     return jax.tree.map(lambda p, g: p - learning_rate * g, params, grads), value
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Trains and returns the test accuracy and the largest error of a gradient, relative to its largest element."""
+    """Trains; returns the test accuracy and the largest error of a gradient, relative to its largest element."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument(
         "--dims", type=lambda s: [int(n) for n in s.split(",")], default=[64, 100, 10], metavar="N,N,..."
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     args = parser.parse_args(argv)
 
     digits = data.digits()
-    images = data.Dataset(digits.x.reshape(-1, 8, 8), digits.y)  # flattened inside the first layer, not here
+    images = data.Dataset(digits.x.reshape(-1, 8, 8), digits.y)  # the first layer flattens them
     training, test = data.split(images, (0.8, 0.2), seed=0)
     params = fcfunc.init(jax.random.key(0), args.dims)
 
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     by_jax = jax.jit(jax.grad(loss_by_autodiff))(params, training.x[:50], training.y[:50], l2=args.l2)
     errors = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)), by_hand, by_jax)
     error = float(max(jax.tree.leaves(errors)))
-    print(f"gradients by hand against jax.grad: worst relative error {error:.1e}")
+    print(f"hand-chained gradients compared with jax.grad: worst relative error {error:.1e}")
 
     batch = 32
     for epoch in range(args.epochs):

@@ -1,9 +1,9 @@
-"""Logs a run with JSON lines, TensorBoard, MLflow's files or Weights & Biases, each as a callback of `train.fit`.
+"""Logs a run to JSON lines, TensorBoard, MLflow or Weights & Biases, each with a callback of `train.fit`.
 
     python -m examples.loggers --logger tensorboard --out runs/logged
 
-A callback is a function of the state and of the epoch's record, a dict of numbers. Each logger is a context manager
-around the run, which closes its files at the end.
+A callback is a function of the state and the epoch's record, a dict of numbers. Each logger is a context manager around
+the run and closes its files at the end.
 """
 
 import argparse
@@ -26,7 +26,7 @@ OPTIONS = {"epochs": 5, "batch_size": 64}
 
 @contextlib.contextmanager
 def json_lines(out: Path) -> Iterator[Callable]:
-    """One line of JSON for each epoch, in history.jsonl."""
+    """Writes one line of JSON per epoch to history.jsonl."""
     with open(out / "history.jsonl", "w") as file:
 
         def on_epoch(state, record):
@@ -37,7 +37,7 @@ def json_lines(out: Path) -> Iterator[Callable]:
 
 @contextlib.contextmanager
 def tensorboard(out: Path) -> Iterator[Callable]:
-    """TensorBoard's event files; needs tensorboardX. `tensorboard --logdir OUT` shows them."""
+    """Writes TensorBoard event files; needs tensorboardX. View them with `tensorboard --logdir OUT`."""
     from tensorboardX import SummaryWriter
 
     with SummaryWriter(str(out)) as writer:
@@ -53,7 +53,7 @@ def tensorboard(out: Path) -> Iterator[Callable]:
 
 @contextlib.contextmanager
 def mlflow(out: Path) -> Iterator[Callable]:
-    """MLflow's local store, a file of SQLite; needs mlflow. `mlflow ui --backend-store-uri sqlite:///OUT/mlflow.db`."""
+    """Writes to MLflow's local SQLite store; needs mlflow. View with `mlflow ui --backend-store-uri sqlite:///OUT/mlflow.db`."""
     import mlflow
 
     mlflow.set_tracking_uri(f"sqlite:///{out.resolve()}/mlflow.db")
@@ -71,7 +71,7 @@ def mlflow(out: Path) -> Iterator[Callable]:
 
 @contextlib.contextmanager
 def wandb(out: Path) -> Iterator[Callable]:
-    """Weights & Biases without a network; needs wandb. `wandb sync OUT/wandb/offline-run-*` sends it later."""
+    """Logs to Weights & Biases offline; needs wandb. Upload later with `wandb sync OUT/wandb/offline-run-*`."""
     import wandb
 
     os.environ.setdefault("WANDB_SILENT", "true")
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> dict:
     """Trains on the digits with one logger and returns the history."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--logger", choices=tuple(LOGGERS), default="json_lines")
-    parser.add_argument("--out", default="runs/logged", help="the folder to log to")
+    parser.add_argument("--out", default="runs/logged", help="folder for the logs")
     options = parser.parse_args(argv)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,11 @@
-"""Wrong labels found by the influence that examples have on themselves.
+"""Finds wrong labels by the self-influence of the examples.
 
     python -m examples.mislabeled_digits
 
-Of 1000 digits 30 get a wrong label. The squared norm of an example's gradient, summed over some points of a run, is the
-first-order estimate of how much a step on the example lowers its own loss (TracIn, Pruthi et al. 2020): an example that
-the others do not explain has a large one. It needs no clean data, and no gradient is formed.
+Of 1000 digits, 30 get a wrong label. The squared norm of an example's gradient, summed over checkpoints of a run,
+estimates to first order how much a step on the example lowers its own loss (TracIn, Pruthi et al. 2020). This
+self-influence is large for an example that the others do not explain. No clean data is needed, and the per-example
+gradients are never formed.
 """
 
 import argparse
@@ -24,7 +25,7 @@ COUNT, WRONG, LOOKED_AT = 1000, 30, 60
 
 
 def planted(seed: int):
-    """Digits of which some have a wrong label: the images, the labels, and which are wrong."""
+    """Digits of which some have a wrong label, and a mask of the wrong ones."""
     digits, rng = data.digits(), np.random.default_rng(seed)
     chosen = rng.permutation(len(digits.x))[:COUNT]
     x, labels = digits.x[chosen], digits.y[chosen].copy()
@@ -50,11 +51,11 @@ def self_influence(params, digits):
 
 
 def main(argv: list[str] | None = None) -> dict[str, int]:
-    """Trains, ranks the examples, draws the first ones, and returns how many wrong labels are among them."""
+    """Trains, ranks the examples, draws the top ones, and returns the number of wrong labels among them."""
     parser = argparse.ArgumentParser(prog="mislabeled_digits", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="runs/mislabeled_digits", help="folder of the picture")
+    parser.add_argument("--out", default="runs/mislabeled_digits", help="folder for the picture")
     args = parser.parse_args(argv)
 
     digits, wrong = planted(args.seed)
@@ -70,15 +71,13 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     found = {n: int(wrong[order[:n]].sum()) for n in (WRONG, LOOKED_AT)}
     print(f"{WRONG} of {COUNT} labels are wrong; {args.epochs} epochs of {NET.dims}")
     for n, hits in found.items():
-        print(f"among the {n} examples with the largest influence on themselves: {hits} wrong labels")
+        print(f"among the {n} examples with the largest self-influence: {hits} wrong labels")
     with picture(Path(args.out) / "mislabeled_digits.png", nrows=6, ncols=10, figsize=(8, 6.4)) as panels:
         for panel, i in zip(panels.ravel(), order, strict=False):
             panel.imshow(digits.x[i].reshape(8, 8), cmap="gray_r")
             panel.set_title(str(digits.y[i]), color="red" if wrong[i] else "black", fontsize=9)
             panel.axis("off")
-        panels[0, 0].figure.suptitle(
-            "largest influence on themselves first, with their labels; red: planted", fontsize=10
-        )
+        panels[0, 0].figure.suptitle("largest self-influence first, with labels; red: wrong label", fontsize=10)
     return {"found": found[LOOKED_AT], "found_in_first": found[WRONG]}
 
 

@@ -1,11 +1,11 @@
-"""The gradient noise scale during a run, and the batch size that it suggests.
+"""Estimates the gradient noise scale during a run, and the batch size that it suggests.
 
     python -m examples.noise_scale
 
-With batches smaller than the noise scale a step's gradient is mostly noise, and a larger batch saves steps nearly in
-proportion; with larger ones it saves little (McCandlish et al. 2018). It is small at first, when all examples agree on
-the direction, and grows as the network fits them. Every step reports its estimate, from the batch it trains on. Where
-the noise scale is far above the batch size, the batches no longer see the gradient, and their estimate has no digits.
+If the batch size is below the noise scale, a step's gradient is mostly noise, and a larger batch reduces the number of
+steps almost in proportion; above it, a larger batch saves little (McCandlish et al. 2018). The noise scale is small at
+first, when all examples agree on the direction, and grows as the network fits them. Each step estimates it from its own
+batch. If the noise scale is far above the batch size, that estimate has no correct digits.
 """
 
 import argparse
@@ -25,7 +25,7 @@ BATCH, WINDOW = 128, 50
 
 
 def example_loss(params, batch, key):
-    """The losses and the gradients of the examples."""
+    """The per-example losses and gradients."""
     del key
 
     def loss_fn(logits):
@@ -35,10 +35,10 @@ def example_loss(params, batch, key):
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Trains, draws the noise scale over the steps, and returns it at the beginning and at the end."""
+    """Trains, draws the noise scale over the steps, and returns its first and last values."""
     parser = argparse.ArgumentParser(prog="noise_scale", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--steps", type=int, default=300, help=f"a multiple of {WINDOW}")
-    parser.add_argument("--out", default="runs/noise_scale", help="folder of the plot")
+    parser.add_argument("--out", default="runs/noise_scale", help="folder for the plot")
     args = parser.parse_args(argv)
 
     training, test = jax.tree.map(jnp.asarray, data.split(data.digits(), (0.8, 0.2), seed=0))
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         state, metrics = step(state, draw(jax.random.fold_in(batch_key, i)))
         variance.append(metrics["variance"])
         signal.append(metrics["squared_gradient"])
-        if (i + 1) % WINDOW == 0:  # a ratio of means: the mean of ratios would be dominated by the noisiest
+        if (i + 1) % WINDOW == 0:  # a ratio of means, because the noisiest steps would dominate a mean of ratios
             estimated.append(float(np.mean(variance[-WINDOW:]) / np.mean(signal[-WINDOW:])))
             steps.append(i + 1 - WINDOW / 2)
         if i % WINDOW == WINDOW // 2:
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     print(f"{'steps':>12}{'from the batches':>18}{'from all examples':>19}")
     for n, a, b in zip(steps, estimated, exact, strict=True):
         print(f"{n - WINDOW / 2:5.0f} to {n + WINDOW / 2:3.0f}{a:18.0f}{b:19.0f}")
-    print(f"a batch of about {estimated[0]:.0f} suits the first steps, and one of {estimated[-1]:.0f} the last")
+    print(f"suggested batch size: about {estimated[0]:.0f} for the first steps and {estimated[-1]:.0f} for the last")
     with picture(Path(args.out) / "noise_scale.png", figsize=(6, 3.6)) as panel:
         panel.plot(steps, exact, label="from all training examples")
         panel.plot(steps, estimated, "o", label=f"from {WINDOW} batches of {BATCH}", ms=4)

@@ -1,7 +1,7 @@
-"""One sigmoid neuron with mean squared error in Einstein notation, and the affine network with two hidden layers.
+"""A sigmoid neuron with mean squared error, and a network with two hidden layers, in Einstein notation.
 
-The bias stands once as a vector, `h_nj = σ(x_ni w_ij + b_j)`, and once as one more row of the weights that meets a
-column of ones in the input; the gradients are the same numbers. Repeated indices are summed, as `jnp.einsum` does.
+The bias is written in two ways: as a vector, `h_nj = σ(x_ni w_ij + b_j)`, and as an extra row of the weights for an
+input column of ones. The gradients are equal. Repeated indices are summed, as in `jnp.einsum`.
 
     python -m examples.one_neuron
 """
@@ -22,7 +22,7 @@ def neuron(w, b, x):
 
 
 def neuron_with_ones(wb, x):
-    """The same neuron, its bias folded into the weights: `x` gets a column of ones."""
+    """The same neuron with its bias as the last weight; `x` gets a column of ones."""
     return ops.sigmoid(jnp.einsum("ni,i->n", jnp.concatenate([x, jnp.ones((len(x), 1), x.dtype)], axis=1), wb))
 
 
@@ -43,7 +43,7 @@ def network_by_einsum(params, x):
 
 
 def learn(x, y, *, steps: int, rate: float):
-    """Gradient descent on the mean squared error of the neuron, by the formula above, in one compiled loop."""
+    """Gradient descent on the neuron's mean squared error with the gradients above, in one compiled loop."""
 
     def step(wb, _):
         w, b = wb
@@ -54,8 +54,8 @@ def learn(x, y, *, steps: int, rate: float):
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Compares the three gradients, learns AND, compares the two networks; returns the largest differences."""
-    del argv  # there is nothing to choose
+    """Compares the three gradients, learns AND, and compares the two networks; returns the largest differences."""
+    del argv  # there are no options
     x_key, y_key, w_key, net_key = jax.random.split(jax.random.key(0), 4)
     x, y = jax.random.normal(x_key, (7, 3)), jax.random.uniform(y_key, (7,))
     w, b = jax.random.normal(w_key, (3,)), jnp.float32(0.5)
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         corners, np.array([0, 0, 0, 1], np.float32), steps=2000, rate=2.0
     )
     right = int(jnp.sum((neuron(w, b, corners) > 0.5) == (corners.sum(axis=1) == 2)))
-    print(f"AND: mean squared error {curve[0]:.4f} before, {curve[-1]:.4f} after; {right} of 4 right")
+    print(f"AND: mean squared error {curve[0]:.4f} before, {curve[-1]:.4f} after; {right} of 4 correct")
 
     params = fcfunc.init(net_key, [3, 5, 4, 2])
     outputs = fcfunc.apply(params, x, activation="sigmoid")

@@ -1,4 +1,4 @@
-"""Pictures of the examples, drawn without a display."""
+"""Figures of the examples, drawn without a display."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def picture(path: Path, **subplots: Any) -> Iterator[Any]:
-    """The panels of `matplotlib.pyplot.subplots(**subplots)`, which are saved at `path` when the block ends."""
+    """The axes of `matplotlib.pyplot.subplots(**subplots)`; the figure is saved to `path` when the block ends."""
     import matplotlib
 
     matplotlib.use("agg")

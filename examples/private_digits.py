@@ -1,10 +1,10 @@
-"""Digits learned with differential privacy, beside the same network without it.
+"""Trains on digits with differential privacy, compared with the same network without it.
 
     python -m examples.private_digits
 
-The private run clips each example's gradient, adds noise to their sum, and draws every batch at random, so that its
-parameters are (ε, δ)-private with respect to adding or removing one image. The accuracy of the test images is printed
-for both runs; the accuracy on the training images is not private, and is not looked at.
+The private run clips each example's gradient, adds noise to the sum, and draws each batch at random, so that its
+parameters are (ε, δ)-private with respect to adding or removing one image. The accuracy on the test images is printed
+for both runs. The accuracy on the training images is not private and is never computed.
 """
 
 import argparse
@@ -21,14 +21,14 @@ from fcfunc import data, losses, privacy, train
 
 NET = fcfunc.mlp([64, 32, 10], activation="tanh")
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
-"""It sees the data through the gradient of a step alone."""
+"""It may only depend on the data through the gradient of each step."""
 
 DELTA = 1e-4
-"""δ, well below one over the 1438 training images."""
+"""δ, well below 1/1438 for the 1438 training images."""
 
 
 def example_loss(params, batch, key):
-    """The losses and the gradients of the examples of a random batch."""
+    """The per-example losses and gradients of a random batch."""
     del key
     images = batch.examples
 
@@ -39,7 +39,7 @@ def example_loss(params, batch, key):
 
 
 def plain_loss(params, batch, key):
-    """The mean over the examples that are included, without clipping and noise."""
+    """The mean loss over the included examples, without clipping and noise."""
     del key
     images = batch.examples
     values = losses.softmax_cross_entropy_with_integer_labels(NET.apply(params, images.x), images.y)
@@ -47,7 +47,7 @@ def plain_loss(params, batch, key):
 
 
 def accuracies(step, training, test, *, rate, steps, seed=0):
-    """The test accuracy after each tenth of the steps."""
+    """The test accuracy after every tenth of the steps."""
     init_key, run_key, batch_key = jax.random.split(jax.random.key(seed), 3)
     state = train.init_state(NET.init(init_key), OPTIMIZER, run_key)
     draw = jax.jit(lambda key: privacy.poisson_batch(key, training, rate=rate))
@@ -61,12 +61,12 @@ def accuracies(step, training, test, *, rate, steps, seed=0):
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Trains both, prints their accuracies beside ε, draws them, and returns the figures."""
+    """Trains both networks, prints and draws their accuracies with ε, and returns the numbers."""
     parser = argparse.ArgumentParser(prog="private_digits", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--epsilon", type=float, default=3.0)
     parser.add_argument("--steps", type=int, default=300, help="a multiple of 10")
-    parser.add_argument("--rate", type=float, default=0.1, help="the probability of each image to be in a batch")
-    parser.add_argument("--out", default="runs/private_digits", help="folder of the plot")
+    parser.add_argument("--rate", type=float, default=0.1, help="the probability that an image is in a batch")
+    parser.add_argument("--out", default="runs/private_digits", help="folder for the plot")
     args = parser.parse_args(argv)
 
     training, test = jax.tree.map(jnp.asarray, data.split(data.digits(), (0.8, 0.2), seed=0))

@@ -1,8 +1,7 @@
-"""One hidden layer of sigmoids, softmax, cross-entropy and L2: the loss and all four gradients, beside PyTorch's.
+"""One sigmoid hidden layer, softmax, cross-entropy and L2: the loss and all four gradients, compared with PyTorch's.
 
-The tutorial writes examples as columns, `z1 = W1 X + b1`; here they are rows, `z1 = X W1 + b1`, so that each weight and
-each of its gradients is the transpose. Where torch is not installed the figures stored below, which torch printed, are
-compared instead.
+The tutorial writes examples as columns, `z1 = W1 X + b1`. Here they are rows, `z1 = X W1 + b1`, so each weight and its
+gradient are transposed. If torch is not installed, the comparison uses the values stored below, which torch printed.
 
     python -m examples.sigmoid_network
 """
@@ -37,7 +36,7 @@ TORCH_GRADS = [
 
 
 def loss_fn(params, x, labels):
-    """Mean cross-entropy plus 0.5 λ (‖W1‖² + ‖W2‖²); biases are left out."""
+    """Mean cross-entropy plus 0.5 λ (‖W1‖² + ‖W2‖²), without the biases."""
     logits = fcfunc.apply(params, x, activation="sigmoid")
     each = losses.softmax_cross_entropy_with_integer_labels(logits, labels)
     return jnp.mean(each) + L2 * losses.l2_penalty(params)
@@ -58,12 +57,12 @@ def by_torch() -> tuple[float, list[dict[str, np.ndarray]]]:
 
 def main(argv: Sequence[str] | None = None) -> dict:
     """Compares the loss and the four gradients; returns the loss and the largest differences."""
-    del argv  # there is nothing to choose
+    del argv  # there are no options
     params = jax.tree.map(jnp.asarray, PARAMS)
     loss, grads = jax.jit(jax.value_and_grad(loss_fn))(params, X, LABELS)
     if importlib.util.find_spec("torch") is None:
-        source, (torch_loss, torch_grads) = "figures stored from torch", (TORCH_LOSS, TORCH_GRADS)
-        print("torch is not installed: comparing with the figures stored from it (pip install torch)")
+        source, (torch_loss, torch_grads) = "stored torch values", (TORCH_LOSS, TORCH_GRADS)
+        print("torch is not installed; comparing with values stored from it (to compare directly: pip install torch)")
     else:
         source, (torch_loss, torch_grads) = "torch", by_torch()
     print(f"loss {loss:.6f}, {source} {torch_loss:.6f}")

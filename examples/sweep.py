@@ -1,8 +1,8 @@
-"""A sweep over seeds and learning rates as one compiled program: table and plot of the handwritten digits.
+"""A sweep over seeds and learning rates on handwritten digits, as one compiled program, with a table and a plot.
 
     python -m examples.sweep
 
-Every member draws its own parameters and its own order of the examples, stops for itself, and keeps its best epoch.
+Each run has its own initial parameters and order of the examples, stops independently, and keeps its best epoch.
 """
 
 import argparse
@@ -21,7 +21,7 @@ DIMS = [64, 128, 10]
 
 
 def loss_fn(params, batch, key):
-    """The mean cross-entropy, and the share of examples that are recognized."""
+    """The mean cross-entropy and the accuracy."""
     del key
     logits = fcfunc.apply(params, batch.x)
     loss = jnp.mean(losses.softmax_cross_entropy_with_integer_labels(logits, batch.y))
@@ -29,7 +29,7 @@ def loss_fn(params, batch, key):
 
 
 def optimizer(rate) -> optax.GradientTransformation:
-    """SGD whose learning rate is in its state, so that members of one program may differ in it."""
+    """SGD with its learning rate in the state, so that the runs of one program can have different rates."""
     return optax.inject_hyperparams(optax.sgd)(learning_rate=rate)
 
 
@@ -49,13 +49,13 @@ def make_sweep(epochs: int, patience: int):
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Runs the sweep, prints its table, draws it, and returns the figures of the best learning rate."""
+    """Runs the sweep, prints and draws the results, and returns those of the best learning rate."""
     parser = argparse.ArgumentParser(prog="sweep", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--rates", type=int, default=8, help="learning rates, evenly in their logarithm")
+    parser.add_argument("--rates", type=int, default=8, help="number of learning rates, log-spaced")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--patience", type=int, default=5)
-    parser.add_argument("--out", default="runs/sweep", help="folder of the plot")
+    parser.add_argument("--out", default="runs/sweep", help="folder for the plot")
     args = parser.parse_args(argv)
 
     training, validation, test = jax.tree.map(jnp.asarray, data.split(data.digits(), (0.7, 0.15, 0.15), seed=0))
@@ -74,14 +74,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     for j, rate in enumerate(np.asarray(rates)):
         spread = f"{tested[:, j].mean():.4f} ({tested[:, j].min():.4f} to {tested[:, j].max():.4f})"
         print(f"{rate:8.4f}{epochs[:, j].mean():12.1f}{best[:, j].mean():12.4f}{spread:>34}")
-    chosen = int(np.argmax(best.mean(axis=0)))  # by the validation examples: the test examples choose nothing
+    chosen = int(np.argmax(best.mean(axis=0)))  # chosen on the validation examples, never on the test examples
     print(f"best by validation: learning rate {rates[chosen]:.4f}, test accuracy {tested[:, chosen].mean():.4f}")
     draw(Path(args.out), np.asarray(rates), best, tested)
     return {"rate": float(rates[chosen]), "accuracy": float(tested[:, chosen].mean())}
 
 
 def draw(out: Path, rates, best, tested) -> None:
-    """The best validation accuracy and the test accuracy by learning rate, a point for each seed."""
+    """Draws the best validation accuracy and the test accuracy by learning rate, with one point per seed."""
     with picture(out / "sweep.png", figsize=(6, 3.6)) as panel:
         for values, name, marker in ((best, "validation, best epoch", "o"), (tested, "test, at that epoch", "x")):
             (line,) = panel.plot(rates, values.mean(axis=0), label=name)

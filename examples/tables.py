@@ -1,4 +1,4 @@
-"""Text and missing values in a CSV file become numbers, by a scikit-learn pipeline saved with the parameters."""
+"""Converts text and missing values in a CSV file to numbers, with a scikit-learn pipeline that can be saved."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -11,11 +11,11 @@ import sklearn.pipeline
 import sklearn.preprocessing
 
 MAX_CATEGORIES = 100
-"""Rarer values of a column share one number, so that a column of names does not become a thousand columns."""
+"""The largest number of one-hot columns per text column; rarer values share one of them."""
 
 
 class MixedTable(NamedTuple):
-    """Features as a DataFrame of numbers and strings, targets `y`, and the names of the classes if there are any."""
+    """Features as a DataFrame of numbers and strings, targets `y`, and the names of the classes, if any."""
 
     features: pd.DataFrame
     y: np.ndarray
@@ -23,10 +23,10 @@ class MixedTable(NamedTuple):
 
 
 def read(path: Path, target: str | None) -> MixedTable | None:
-    """Reads a CSV file with a header, in which an empty cell, NA, NaN or ? is a missing value.
+    """Reads a CSV file with a header; an empty cell, NA, NaN or ? is a missing value.
 
-    A column is numbers if most of its values are, and text otherwise. Returns None if the table is numbers alone,
-    without a missing one, or cannot be parsed; `fcfunc.data.read_csv` says more about such a file.
+    A column is numeric if most of its values are numbers, and text otherwise. Returns None if all values are numbers
+    and none is missing, or if the file cannot be parsed; `fcfunc.data.read_csv` has better messages for these.
     """
     try:
         cells = pd.read_csv(path, dtype=str, na_values=["?"], skipinitialspace=True)
@@ -46,7 +46,7 @@ def read(path: Path, target: str | None) -> MixedTable | None:
         if len(stray) and not is_text[name]:
             cell = cells[name].iloc[stray[0]]
             raise ValueError(
-                f"{path}, row {stray[0] + 1}, {name}: a number expected, as in most rows, got {cell[:40]!r}"
+                f"{path}, row {stray[0] + 1}, {name}: expected a number, as in most rows, got {cell[:40]!r}"
             )
     if values.isna().any():
         raise ValueError(f"{path}, row {np.flatnonzero(values.isna())[0] + 1}: no target in {target!r}")
@@ -59,7 +59,7 @@ def read(path: Path, target: str | None) -> MixedTable | None:
 
 
 def preprocessing(features: pd.DataFrame) -> sklearn.compose.ColumnTransformer:
-    """Numbers: the median for a missing one, a column that marks it, mean 0 and variance 1. Text: one-hot columns."""
+    """Numbers: impute the median, mark missing values in a column, standardize. Text: one-hot columns."""
     numeric = sklearn.pipeline.make_pipeline(
         sklearn.impute.SimpleImputer(strategy="median", add_indicator=True, keep_empty_features=True),
         sklearn.preprocessing.StandardScaler(),

@@ -1,9 +1,9 @@
-"""Trains a fully-connected network on digits, on Fashion-MNIST or on your own arrays.
+"""Trains a fully-connected network on digits, Fashion-MNIST or your own data.
 
     python -m examples.train_classifier --data fashion-mnist --dims 784,512,512,10 --epochs 15
 
-Writes params.safetensors, history.jsonl and learning_curve.png to --out, preprocessing.skops if a CSV file has text or
-missing values, and net.onnx or net.stablehlo with --export. The README shows how to load the parameters.
+Writes params.safetensors, history.jsonl and learning_curve.png to --out; also preprocessing.skops if a CSV file has
+text or missing values, and net.onnx or net.stablehlo with --export. docs/guides/saving.md shows how to load them.
 """
 
 import argparse
@@ -31,21 +31,21 @@ OPTIMIZERS = {
     "adam": (optax.scale_by_adam, 1e-3, 0.0),
     "adamw": (optax.scale_by_adam, 1e-3, 1e-4),
 }
-"""The direction of a step, the default learning rate and the default weight decay."""
+"""For each optimizer: the direction of a step, the default learning rate and the default weight decay."""
 
 
 class Task(NamedTuple):
-    """What is learned: the parts of the data, the classes, and how inputs and targets become numbers of order 1."""
+    """The learning task: the parts of the data, the classes, and the scaling of inputs and targets."""
 
     parts: tuple[data.Dataset, ...]
     classes: int | None
     scaling: dict[str, data.Standardizer]
     names: list[str] | None = None
-    preprocessing: Any = None  # a fitted scikit-learn transformer of a table with text or missing values
+    preprocessing: Any = None  # a fitted scikit-learn transformer, for a table with text or missing values
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Trains as the command line says and returns the figures of the test set."""
+    """Trains with the given options and returns the metrics on the test set."""
     args = parse(argv)
     select_device(args.device)
     task = load(args.data, args.task, args.target, args.seed)
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     batch_size = min(args.batch_size, len(training.y))
     if batch_size < args.batch_size:
-        print(f"--batch-size {args.batch_size}: the {batch_size} training examples are one batch")
+        print(f"--batch-size {args.batch_size}: the {batch_size} training examples form one batch")
     if args.norm == "batch_norm" and len(training.y) % batch_size == 1:
         raise ValueError(f"--batch-size {batch_size}: leaves a last batch of 1, which batch_norm cannot normalize")
     steps = train.num_steps(len(training.y), epochs=args.epochs, batch_size=batch_size)
@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 def make_optimizer(name: str, rate: float | None, decay: float | None, steps: int) -> optax.GradientTransformation:
-    """An optimizer whose learning rate decays to 0 along a cosine, with weight decay of the weights alone."""
+    """An optimizer with a cosine decay of the learning rate to 0 and weight decay on the weights only."""
     direction, default_rate, default_decay = OPTIMIZERS[name]
     decay = default_decay if decay is None else decay
 
@@ -133,7 +133,7 @@ def make_optimizer(name: str, rate: float | None, decay: float | None, steps: in
 
 
 def make_loss_fn(net: fcfunc.Network, classes: int | None, l2: float):
-    """The mean loss over a batch, with the accuracy if there are classes."""
+    """The mean loss over a batch, and the accuracy if there are classes."""
 
     def loss_of(outputs, params, batch):
         penalty = l2 * losses.l2_penalty(params) if l2 else 0.0
@@ -143,7 +143,7 @@ def make_loss_fn(net: fcfunc.Network, classes: int | None, l2: float):
         hits = jnp.argmax(outputs, axis=-1) == batch.y
         return loss + penalty, {"accuracy": jnp.mean(hits, dtype=jnp.float32)}
 
-    def loss_fn(params, batch, key):  # in evaluation the key is None: nothing is dropped
+    def loss_fn(params, batch, key):  # in evaluation the key is None, which turns off dropout
         return loss_of(net.apply(params, batch.x, key=key), params, batch)
 
     def loss_fn_with_state(params, batch, key, statistics):
@@ -155,7 +155,7 @@ def make_loss_fn(net: fcfunc.Network, classes: int | None, l2: float):
 
 
 def compare_rules(net: fcfunc.Network, classes: int | None, l2: float, seed: int) -> None:
-    """Compares each rule that the run uses with `jax.grad` of its reference implementation, on random numbers."""
+    """Compares each rule that the run uses with `jax.grad` of its reference implementation, on random inputs."""
     keys = iter(jax.random.split(jax.random.key(seed), 16))
     x = jax.random.normal(next(keys), (32, net.dims[0]))
     w = jax.random.normal(next(keys), net.dims[:2]) / net.dims[0] ** 0.5
@@ -187,11 +187,11 @@ def compare_rules(net: fcfunc.Network, classes: int | None, l2: float, seed: int
         error = worst_relative_error(rule, plain, args, next(keys))
         print(f"{f'layer: affine and {net.activation}' if name == 'layer' else name:<45}{error:.1e}")
         if not error < 1e-5:
-            raise ValueError(f"the rule of {name} is off by {error:.1e} on this device; not training with it")
+            raise ValueError(f"the rule of {name} has a relative error of {error:.1e} on this device; not training")
 
 
 def of_batch(batch_norm):
-    """Batch normalization as in a training step, without the running statistics that it also returns."""
+    """Batch normalization as in a training step, without the returned running statistics."""
     return lambda x, scale, offset: batch_norm(
         x, scale, offset, {"mean": jnp.zeros_like(scale), "var": jnp.ones_like(scale)}, training=True
     )[0]
@@ -210,12 +210,12 @@ def worst_relative_error(rule, plain, args: tuple, key: jax.Array) -> float:
 
 
 def load(source: str, task: str, target: str | None, seed: int) -> Task:
-    """Reads the data and splits it; the scaling is that of the training part alone."""
+    """Reads the data and splits it; the scaling is computed from the training part only."""
     name, folder = source.partition(":")[::2]
     if target is not None and not source.endswith(".csv"):
-        raise ValueError("--target names a column of a CSV file")
+        raise ValueError("--target names a column, which needs a CSV file")
     if task == "regression" and name in ("digits", "fashion-mnist"):
-        raise ValueError(f"--task regression: {name} has classes")
+        raise ValueError(f"--task regression: the targets of {name} are classes")
     if source == "digits":
         parts = data.split(data.digits(), (0.7, 0.15, 0.15), seed=seed)
         return Task(parts, 10, {})
@@ -226,7 +226,7 @@ def load(source: str, task: str, target: str | None, seed: int) -> Task:
     parts, names, preprocessing = read_parts(Path(source), target, seed)
     data.check_values(parts, name=source)
     if any(np.abs(p.x).max() > np.finfo(np.float32).max for p in parts):
-        raise ValueError(f"{source}: x has numbers too large for float32")
+        raise ValueError(f"{source}: x contains numbers too large for float32")
     parts = tuple(data.Dataset(p.x.reshape(len(p.x), -1).astype(np.float32), p.y) for p in parts)
     scaling = {}
     if preprocessing is None:
@@ -236,21 +236,19 @@ def load(source: str, task: str, target: str | None, seed: int) -> Task:
     if task == "classification" and not whole:
         raise ValueError(f"{source}: --task classification needs integer labels, got {parts[0].y.dtype}")
     if task == "regression" and names is not None:
-        raise ValueError(
-            f"{source}: --task regression needs numbers, and the target is text ({', '.join(names[:3])}, ...)"
-        )
+        raise ValueError(f"{source}: --task regression needs a numeric target, got text ({', '.join(names[:3])}, ...)")
     if task == "regression" or not whole:
         targets = data.standardizer(parts[0].y)
         scaling |= {"target": targets}
         return Task(tuple(p._replace(y=targets(p.y)) for p in parts), None, scaling, preprocessing=preprocessing)
-    classes = int(max(p.y.max() for p in parts[:2])) + 1  # of the training file; a test label beyond is refused
+    classes = int(max(p.y.max() for p in parts[:2])) + 1  # a larger label in the test part is an error
     if classes > 10_000:
-        raise ValueError(f"{source}: labels up to {classes - 1}; if y is a quantity, say --task regression")
+        raise ValueError(f"{source}: labels go up to {classes - 1}; if y is a quantity, use --task regression")
     return Task(parts, max(classes, 2), scaling, names, preprocessing)
 
 
 def read_parts(path: Path, target: str | None, seed: int) -> tuple[tuple[data.Dataset, ...], list[str] | None, Any]:
-    """The training, validation and test part of the user's own file, the names of its classes, and preprocessing."""
+    """The training, validation and test parts of a user's file, the names of its classes, and its preprocessing."""
     fractions = (0.7, 0.15, 0.15)
     if path.suffix == ".csv":
         try:
@@ -273,33 +271,33 @@ def read_parts(path: Path, target: str | None, seed: int) -> tuple[tuple[data.Da
     if {"x_train", "y_train", "x_test", "y_test"} <= arrays.keys():
         training, test = (checked(path, arrays, f"x_{part}", f"y_{part}") for part in ("train", "test"))
         if training.x.shape[1:] != test.x.shape[1:] or training.y.dtype.kind != test.y.dtype.kind:
-            raise ValueError(f"{path}: x_train and x_test, or y_train and y_test, are not of one width and kind")
+            raise ValueError(f"{path}: the examples of the two parts must have equal shapes in x and equal kinds in y")
         return (*data.split(training, (0.85, 0.15), seed=seed), test), None, None
     if {"x", "y"} <= arrays.keys():
         return data.split(checked(path, arrays, "x", "y"), fractions, seed=seed), None, None
-    raise ValueError(f"{path}: arrays x and y (or x_train, y_train, x_test, y_test) expected, got {', '.join(arrays)}")
+    raise ValueError(f"{path}: expected arrays x and y (or x_train, y_train, x_test, y_test), got {', '.join(arrays)}")
 
 
 def print_columns(features) -> None:
-    """Says which columns of a table were taken for text and which have missing values."""
+    """Prints which columns of a table are treated as text and which have missing values."""
     text = [name for name in features if features[name].dtype.kind not in "iuf"]
     missing = [name for name in features if features[name].isna().any()]
-    print(f"columns of text: {', '.join(text) or 'none'}; with missing values: {', '.join(missing) or 'none'}")
+    print(f"text columns: {', '.join(text) or 'none'}; with missing values: {', '.join(missing) or 'none'}")
 
 
 def checked(path: Path, arrays: dict[str, np.ndarray], x_name: str, y_name: str) -> data.Dataset:
-    """Inputs and targets that belong together; booleans become 0 and 1."""
+    """The inputs and targets with these names, checked; booleans become 0 and 1."""
     x, y = arrays[x_name], arrays[y_name]
     if x.ndim < 2 or y.shape != x.shape[:1] or not x.size:
         came = f"{x_name} {list(x.shape)} and {y_name} {list(y.shape)}"
-        raise ValueError(f"{path}: {x_name} [n, ...] and {y_name} [n] expected, got {came}")
+        raise ValueError(f"{path}: expected {x_name} [n, ...] and {y_name} [n], got {came}")
     if "c" in x.dtype.kind + y.dtype.kind:
-        raise ValueError(f"{path}: real numbers expected, got {x_name} {x.dtype} and {y_name} {y.dtype}")
+        raise ValueError(f"{path}: expected real numbers, got {x_name} {x.dtype} and {y_name} {y.dtype}")
     return data.Dataset(x, y.astype(np.int32) if y.dtype.kind == "b" else y)
 
 
 def check_dims(dims: list[int] | None, features: int, classes: int | None) -> list[int]:
-    """The widths, by default one hidden layer of 256."""
+    """The widths, by default with one hidden layer of 256."""
     outputs = classes or 1
     dims = dims or [features, 256, outputs]
     if dims[0] != features or dims[-1] != outputs:
@@ -308,21 +306,21 @@ def check_dims(dims: list[int] | None, features: int, classes: int | None) -> li
 
 
 def select_device(device: str | None) -> None:
-    """Makes JAX use the device that was asked for, or says that it is not there."""
+    """Makes JAX use the requested device; raises ValueError if there is none."""
     if device == "cpu":
         jax.config.update("jax_platforms", "cpu")
     elif device == "gpu":
         try:
             jax.config.update("jax_default_device", jax.devices("gpu")[0])
         except RuntimeError:
-            raise ValueError("--device gpu: JAX finds none (install jax[cuda13] or jax[cuda12])") from None
+            raise ValueError("--device gpu: JAX finds no GPU (install jax[cuda13] or jax[cuda12])") from None
 
 
 def write(
     out: Path, net: fcfunc.Network, state: train.TrainState, history, score: str, config: dict, task: Task,
     exported: list[str],
 ) -> list[str]:  # fmt: skip
-    """Writes into a temporary folder first and moves complete files over: none is left half-written."""
+    """Writes to a temporary folder and then moves the complete files, so that none is left half-written."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -335,7 +333,7 @@ def write(
     for panel, metric in zip(panels[0], dict.fromkeys(["loss", score]), strict=True):
         panel.plot(history["epoch"], history[metric], label="training")
         panel.plot(history["epoch"], history[f"validation_{metric}"], label="validation")
-        panel.axvline(history["kept_epoch"], color="gray", linestyle=":", label="epoch that was kept")
+        panel.axvline(history["kept_epoch"], color="gray", linestyle=":", label="kept epoch")
         panel.set(xlabel="epoch", ylabel=metric, yscale="log" if metric == "loss" else "linear")
         panel.grid(alpha=0.3)
         panel.legend()
@@ -365,7 +363,7 @@ def write(
 
 
 def in_unit(params, target: data.Standardizer):
-    """Params whose outputs are in the unit of the target: the last layer undoes the standardization."""
+    """Params whose last layer undoes the standardization, so that outputs are in the target's unit."""
     *hidden, last = jax.device_get(params)
     mean, scale = np.float32(target.mean), np.float32(target.scale)
     return [*hidden, {"w": last["w"] * scale, "b": last["b"] * scale + mean}]
@@ -381,35 +379,35 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="digits (default), fashion-mnist, fashion-mnist:FOLDER, FILE.npz or FILE.csv",
     )
     add("--task", choices=("auto", "classification", "regression"), default="auto",
-        help="what your own data is for; auto: classification where the targets are integers")  # fmt: skip
-    add("--target", metavar="COLUMN", help="the target's column of a CSV file (default: the last)")
+        help="task for your own data; auto: classification if the targets are integers")  # fmt: skip
+    add("--target", metavar="COLUMN", help="target column of a CSV file (default: the last)")
     add(
         "--dims",
         type=integers,
         metavar="N,N,...",
         help="widths, inputs to outputs (default: one hidden layer of 256)",
     )
-    add("--activation", choices=ACTIVATIONS, default="relu", help="of the hidden layers (default: relu)")
-    add("--norm", choices=("batch_norm", "layer_norm", "rms_norm"), help="of the hidden layers (default: none)")
-    add("--residual", action="store_true", help="add a hidden layer's input to its output where the widths are equal")
+    add("--activation", choices=ACTIVATIONS, default="relu", help="activation of the hidden layers (default: relu)")
+    add("--norm", choices=("batch_norm", "layer_norm", "rms_norm"), help="norm of the hidden layers (default: none)")
+    add("--residual", action="store_true", help="add a hidden layer's input to its output if the widths are equal")
     add("--dropout", type=positive(float, zero=True, below=1), default=0.0, metavar="RATE",
-        help="the probability of dropping a hidden layer's output (default: 0)")  # fmt: skip
+        help="probability of dropping an output of a hidden layer (default: 0)")  # fmt: skip
     add(
         "--compute-dtype",
         choices=("bfloat16", "float32"),
-        help="of the operands of all matmuls (default: that of the params)",
+        help="dtype of the operands of all matmuls (default: that of the params)",
     )
     add("--optimizer", choices=tuple(OPTIMIZERS), default="sgd", help="default: sgd")
-    add("--learning-rate", type=positive(float), metavar="RATE", help="at the start; it decays to 0 along a cosine "
+    add("--learning-rate", type=positive(float), metavar="RATE", help="initial value; it decays to 0 along a cosine "
         f"(default: {', '.join(f'{name} {rate}' for name, (_, rate, _) in OPTIMIZERS.items())})")  # fmt: skip
-    add("--l2", type=positive(float, zero=True), default=0.0, metavar="WEIGHT", help="weight of half the squared "
-        "weights in the loss (default: 0)")  # fmt: skip
-    add("--weight-decay", type=positive(float, zero=True), metavar="RATE", help="of the weights alone, times the "
+    add("--l2", type=positive(float, zero=True), default=0.0, metavar="WEIGHT", help="factor of half the sum of "
+        "squared weights in the loss (default: 0)")  # fmt: skip
+    add("--weight-decay", type=positive(float, zero=True), metavar="RATE", help="decay of the weights only, times the "
         "learning rate (default: 0, adamw 0.0001)")  # fmt: skip
-    add("--export", nargs="+", choices=("onnx", "stablehlo"), default=[], help="write the trained network for other "
-        "programs: inputs as in your file, outputs as probabilities or in the target's unit")  # fmt: skip
-    add("--batch-size", type=positive(int), default=32, metavar="N", help="default: 32")
-    add("--epochs", type=positive(int), default=60, metavar="N", help="default: 60")
+    add("--export", nargs="+", choices=("onnx", "stablehlo"), default=[], help="export the trained network: its "
+        "inputs are as in your file, its outputs probabilities or values in the target's unit")  # fmt: skip
+    add("--batch-size", type=positive(int), default=32, metavar="N", help="examples per step (default: 32)")
+    add("--epochs", type=positive(int), default=60, metavar="N", help="passes over the training data (default: 60)")
     add(
         "--patience",
         type=positive(int),
@@ -417,26 +415,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="stop after N epochs without a better validation score",
     )
     add("--seed", type=positive(int, zero=True, below=2**31), default=0, metavar="N", 
-        help="of the split, the weights and the order (default: 0)")  # fmt: skip
-    add("--device", choices=("cpu", "gpu"), help="default: a GPU where JAX finds one, else the CPU")
-    add("--out", metavar="FOLDER", help="where to write (default: runs/NAME-OF-DATA)")
+        help="seed of the split, the initial weights and the order of the examples (default: 0)")  # fmt: skip
+    add("--device", choices=("cpu", "gpu"), help="default: a GPU if JAX finds one, otherwise the CPU")
+    add("--out", metavar="FOLDER", help="output folder (default: runs/NAME-OF-DATA)")
     parser.error = usage_error
     return parser.parse_args(argv)
 
 
 def usage_error(message: str):
-    """One line instead of argparse's whole usage."""
+    """Raises the error for one line, instead of argparse's full usage."""
     raise ValueError(f"{message} (see --help)")
 
 
 def positive(kind, *, zero: bool = False, below: float = 1e38):
-    """An argument type: a number above 0, or from 0 on, that fits into 32 bits."""
+    """An argument type: a number above 0, or at least 0 with `zero`, and below `below`."""
 
     def convert(text):
         number = kind(text)
         if not (0 < number < below or (zero and number == 0)):
             raise argparse.ArgumentTypeError(
-                f"{'at least 0' if zero else 'above 0'} and below {below:g} expected, got {text}"
+                f"must be {'at least 0' if zero else 'above 0'} and below {below:g}, got {text}"
             )
         return number
 
@@ -445,7 +443,7 @@ def positive(kind, *, zero: bool = False, below: float = 1e38):
 
 
 def integers(text: str) -> list[int]:
-    """An argument type: widths between commas."""
+    """An argument type: comma-separated widths."""
     return [positive(int, below=2**20)(part) for part in text.split(",")]
 
 
@@ -465,7 +463,7 @@ def run() -> int:
         print(f"error: {' '.join(str(e).split()) or type(e).__name__}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; nothing written", file=sys.stderr)
+        print("interrupted; nothing was written", file=sys.stderr)
         return 130
     return 0
 

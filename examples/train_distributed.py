@@ -1,11 +1,11 @@
-"""Trains one network on Fashion-MNIST on all devices of one process, of several, or of a cluster.
+"""Trains a network on Fashion-MNIST on all devices of one process, of several processes, or of a cluster.
 
     python -m examples.train_distributed --processes 2 --mode fsdp
-    srun python -m examples.train_distributed --cluster      # or mpirun; in Kubernetes the command of each pod of a Job
+    srun python -m examples.train_distributed --cluster      # or mpirun; on Kubernetes, in each pod of an indexed Job
 
-Writes a checkpoint to --out after each epoch, and within it where --save-every says so; `--resume` goes on from the
-last one, on as many devices as there are then. SIGTERM saves and ends with status 4.
-docs/guides/multiple-devices.md says more.
+Writes a checkpoint to --out after each epoch, and within the epoch with --save-every. `--resume` continues from the
+last one, on the same or a different number of devices. After SIGTERM the run is saved and exits with status 4.
+See docs/guides/multiple-devices.md.
 """
 
 import argparse
@@ -18,21 +18,21 @@ import sys
 import time
 
 LOST = 3
-"""Exit status where another process was lost: the run can go on with --resume."""
+"""Exit status if another process was lost; --resume continues the run."""
 
 TERMINATED = 4
-"""Exit status after SIGTERM: the run was saved and can go on with --resume."""
+"""Exit status after SIGTERM; the run was saved, and --resume continues it."""
 
 GRACE = 5
-"""Seconds that the others have to end by themselves when one has ended in an error."""
+"""The seconds that the other processes have to exit by themselves after one exits with an error."""
 
 
 class Terminated(Exception):
-    """The run was saved and is to end."""
+    """Raised to end the run after it was saved."""
 
 
 def main(args: argparse.Namespace) -> dict[str, float]:
-    """Trains as one of the processes; returns the figures of the test set."""
+    """Trains as one of the processes; returns the metrics on the test set."""
     asked = []
     signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     import jax
@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             initialization_timeout=120,
             heartbeat_timeout_seconds=args.lost_after,
         )
-    signal.signal(signal.SIGTERM, lambda *_: asked.append(True))  # JAX has put its own in its place
+    signal.signal(signal.SIGTERM, lambda *_: asked.append(True))  # again, because JAX installs its own handler
     first = jax.process_index() == 0
 
     def say(text):
@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     else:
         training, test = data.fashion_mnist()
     training, test = ((d.x.reshape(len(d.x), -1), d.y) for d in (training, test))
-    scale = 1.0 if args.data == "digits" else 255.0  # bytes until a step uses them
+    scale = 1.0 if args.data == "digits" else 255.0  # images stay bytes until a step uses them
     dims = args.dims or [training[0].shape[1], 512, 512, 10]
 
     mesh = sharding.make_mesh(model=args.model)
@@ -80,8 +80,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     there = jax.tree.map(lambda spec: jax.sharding.NamedSharding(mesh, spec), specs)
     params = jax.jit(make_params, out_shardings=there)(key)
 
-    # Every process has read all examples, and takes its own; where each reads a part: sharding.global_batch.
-    # As many examples on any usual number of devices: the order of an epoch depends on how many there are.
+    # Every process has read all examples and keeps its part. If each reads only a part, use sharding.global_batch.
+    # The number of examples is the same on any usual number of devices, because the order of an epoch depends on it.
     whole = len(training[1]) - len(training[1]) % math.lcm(128, mesh.shape["data"])
     training = sharding.shard(jax.tree.map(lambda a: a[:whole], training), PartitionSpec("data"), mesh)
     test = sharding.shard(test, PartitionSpec("data" if len(test[1]) % mesh.shape["data"] == 0 else None), mesh)
@@ -106,7 +106,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             other = ", ".join(
                 f"{k} {saved.config.get(k)}, not {v}" for k, v in config.items() if saved.config.get(k) != v
             )
-            raise ValueError(f"--resume: {args.out} is of another run: {other}")
+            raise ValueError(f"--resume: {args.out} is from a different run: {other}")
         state = saved.state
         say(f"resumed at step {saved.step}, saved on {saved.devices} devices, resumes on {jax.device_count()}")
     elif checkpoint.steps(args.out):
@@ -115,7 +115,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     def on_steps(state):
         checkpoint.save(args.out, state, config=config)
         terminate = bool(asked)
-        if jax.process_count() > 1:  # all of them end, or none
+        if jax.process_count() > 1:  # either all processes end, or none
             terminate = bool(multihost_utils.process_allgather(np.array(terminate)).any())
         if terminate:
             raise Terminated(f"terminated; saved at step {int(state.step)}, resume with --resume")
@@ -135,7 +135,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
 
 
 def launch(args: argparse.Namespace, argv: list[str]) -> int:
-    """Starts `--processes` of this program on this machine, and ends with all of them."""
+    """Starts `--processes` processes of this program on this machine and waits for them."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{s.getsockname()[1]}"
@@ -160,11 +160,12 @@ def launch(args: argparse.Namespace, argv: list[str]) -> int:
             child.wait()
     if not any(code is None or code < 0 or code == LOST for code in codes):
         return max(code or 0 for code in codes)
-    # A survivor raises, or is ended by JAX with SIGABRT, or waits on: lost is who was killed, else who is silent.
+    # A survivor raises an error, is aborted by JAX (SIGABRT), or keeps waiting. A killed process is the lost one; if
+    # none was killed, a silent one is.
     killed = {i: signal.Signals(-code).name for i, code in enumerate(codes) if code is not None and code < 0}
     lost = [f"process {i} ({name})" for i, name in killed.items() if name != "SIGABRT"]
     lost = lost or [f"process {i} (silent)" for i, code in enumerate(codes) if code is None] or ["a process"]
-    print(f"error: lost {', '.join(lost)}; go on with --resume", file=sys.stderr)
+    print(f"error: lost {', '.join(lost)}; continue with --resume", file=sys.stderr)
     return LOST
 
 
@@ -178,47 +179,53 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add(
         "--dims", type=lambda text: [int(n) for n in text.split(",")], help="widths (default: two hidden layers of 512)"
     )
-    add("--mode", choices=tuple(MODES), default="data", help="how the params lie (default: data)")
-    add("--model", type=int, default=1, help="devices over which a layer is divided (default: 1)")
+    add("--mode", choices=tuple(MODES), default="data", help="how the params are sharded (default: data)")
+    add("--model", type=int, default=1, help="devices over which each layer is sharded (default: 1)")
     add("--epochs", type=int, default=10)
-    add("--batch-size", type=int, default=512, help="examples per step, of all devices together (default: 512)")
-    add("--accumulate", type=int, default=1, help="take each batch in so many parts")
+    add("--batch-size", type=int, default=512, help="examples per step, over all devices (default: 512)")
+    add("--accumulate", type=int, default=1, help="microbatches per step, for gradient accumulation (default: 1)")
     add("--learning-rate", type=float, default=0.1)
     add("--seed", type=int, default=0)
-    add("--out", default="runs/distributed", help="folder of the checkpoints, the same for all processes")
+    add("--out", default="runs/distributed", help="folder for the checkpoints, shared by all processes")
     add(
         "--save-every",
         type=int,
         metavar="STEPS",
-        help="save within an epoch too, and look for SIGTERM, after so many steps (default: at its end)",
+        help="save, and check for SIGTERM, also every STEPS steps within an epoch (default: only at its end)",
     )
-    add("--resume", action="store_true", help="go on from the last checkpoint")
-    add("--processes", type=int, default=1, help="processes; they are started here unless --process-id is given")
-    add("--process-id", type=int, help="which of the processes this is, 0 to N - 1, where you start them yourself")
-    add("--coordinator", metavar="HOST:PORT", help="where process 0 is found by the others")
-    add("--bind", metavar="ADDRESS:PORT", help="where process 0 listens (default: loopback, this machine alone); "
-        "whoever reaches that port can end the run or read from it: a trusted network only")  # fmt: skip
-    add("--cluster", action="store_true", help="be found by Slurm, Open MPI or Kubernetes (jax.distributed.initialize)")
-    add("--lost-after", type=int, default=20, metavar="SECONDS", help="a silent process counts as lost (default: 20)")
+    add("--resume", action="store_true", help="continue from the last checkpoint")
+    add("--processes", type=int, default=1, help="number of processes, started here unless --process-id is given")
+    add("--process-id", type=int, help="index of this process, 0 to N - 1, if you start them yourself")
+    add("--coordinator", metavar="HOST:PORT", help="address at which the others reach process 0")
+    add("--bind", metavar="ADDRESS:PORT", help="address at which process 0 listens (default: loopback, this machine "
+        "only); anyone who can reach the port can stop the run or read from it, so use a trusted network")  # fmt: skip
+    add("--cluster", action="store_true", help="started by Slurm, Open MPI or Kubernetes (jax.distributed.initialize)")
+    add(
+        "--lost-after",
+        type=int,
+        default=20,
+        metavar="SECONDS",
+        help="when a silent process counts as lost (default: 20)",
+    )
     parser.error = usage_error
     args = parser.parse_args(argv)
     by_hand = args.process_id is not None
     if by_hand != (args.coordinator is not None) or (by_hand and args.processes < 2):
-        usage_error("--process-id, --coordinator HOST:PORT and --processes N of at least 2 go together")
+        usage_error("--process-id, --coordinator HOST:PORT and --processes of at least 2 must be given together")
     if args.save_every is not None and args.save_every < 1:
-        usage_error(f"--save-every is at least 1, got {args.save_every}")
+        usage_error(f"--save-every must be at least 1, got {args.save_every}")
     if by_hand and not 0 <= args.process_id < args.processes:
-        usage_error(f"--process-id is one of 0 to {args.processes - 1}, got {args.process_id}")
+        usage_error(f"--process-id must be between 0 and {args.processes - 1}, got {args.process_id}")
     return args
 
 
 def usage_error(message: str):
-    """One line instead of argparse's whole usage."""
+    """Raises the error for one line, instead of argparse's full usage."""
     raise ValueError(f"{message} (see --help)")
 
 
 def run(argv: list[str]) -> int:
-    """`main` for a shell: an error is one line; status 2, 3 where another process was lost, 4 after SIGTERM."""
+    """`main` for a shell: an error is one line and exit status 2, 3 if another process was lost, 4 after SIGTERM."""
     where, status = "", 2
     try:
         args = parse(argv)
@@ -233,10 +240,10 @@ def run(argv: list[str]) -> int:
         return TERMINATED
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError, MemoryError) as e:
         message = " ".join(str(e).split()) or type(e).__name__
-    except RuntimeError as e:  # what a collective raises when a connection breaks
+    except RuntimeError as e:  # raised by a collective when a connection breaks
         message, status = f"another process was lost, or a device failed: {' '.join(str(e).split())[:160]}", LOST
     print(f"error{where}: {message}", file=sys.stderr, flush=True)
-    # Not sys.exit: at a regular end JAX waits for the other processes, which may be gone.
+    # Not sys.exit, because JAX would wait for the other processes, which may be gone.
     os._exit(status)
 
 

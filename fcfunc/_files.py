@@ -1,4 +1,4 @@
-"""What the readers and writers of files share."""
+"""Helpers for reading and writing files."""
 
 import math
 import os
@@ -16,18 +16,18 @@ MAX_BYTES = 2**31
 
 
 def regular_file(path: str | os.PathLike) -> Path:
-    """The path of a file that can be read, without waiting for anyone to write it."""
+    """The path of a regular file, which can be read without waiting for a writer."""
     _arguments.path("reading a file", path=path)
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
-    if not path.is_file():  # a folder, or a FIFO, whose opening would wait for ever
+    if not path.is_file():  # a folder, or a FIFO, which would block when opened
         raise ValueError(f"{path}: not a regular file")
     return path
 
 
 def write_synced(path: Path, content: bytes) -> None:
-    """Writes a file, and returns once it is on the disk."""
+    """Writes a file and returns when it is on disk."""
     with open(path, "wb") as f:
         f.write(content)
         f.flush()
@@ -35,8 +35,8 @@ def write_synced(path: Path, content: bytes) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file completely or not at all: an existing one is replaced at the end."""
-    path = path.resolve()  # a link stays one
+    """Writes a file completely or not at all; an existing file is replaced at the end."""
+    path = path.resolve()  # so that a symbolic link is kept
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as staging:
         staged = Path(staging) / path.name
         write_synced(staged, content)
@@ -44,14 +44,14 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def to_host(a: Any) -> np.ndarray:
-    """All of `a` on the host. If other processes hold parts of it, every process must call this."""
+    """The whole array on the host. If other processes hold parts of it, every process must call this."""
     if isinstance(a, jax.Array) and not a.is_fully_addressable and not a.is_fully_replicated:
         return multihost_utils.process_allgather(a, tiled=True)
     return np.asarray(a)
 
 
 def plain(value: Any, where: str, depth: int = 0) -> Any:
-    """`value` as it would come back from JSON; TypeError if it is not plain data that every reader can represent."""
+    """`value` as JSON would return it; raises TypeError if it is not plain data that every reader can represent."""
     if depth > 32:
         raise TypeError(f"{where[:80]}...: expected plain data of at most 32 levels")
     if value is None or isinstance(value, bool | str):
@@ -63,4 +63,4 @@ def plain(value: Any, where: str, depth: int = 0) -> Any:
     if isinstance(value, dict) and all(isinstance(k, str) for k in value):
         return {k: plain(v, f"{where}[{k!r}]", depth + 1) for k, v in value.items()}
     shown = f"{value!r:.80}" if not isinstance(value, int) else "an integer of more than 64 bits"
-    raise TypeError(f"{where}: expected plain data, with finite numbers of 64 bits, got {shown}")
+    raise TypeError(f"{where}: expected plain data with finite numbers of at most 64 bits, got {shown}")

@@ -1,8 +1,8 @@
-"""Saving and restoring a run: the whole `TrainState`, and the plain configuration that made it.
+"""Saving and restoring a run: the whole `TrainState`, and the configuration that made it.
 
-The arrays are written and read by orbax-checkpoint (the extra `checkpoint`). Added here is a manifest, put in place
-last: the name, shape, dtype and SHA-256 of every array, the size and SHA-256 of every file, and a SHA-256 of itself.
-All are verified when a checkpoint is restored; a folder without a manifest is not a checkpoint.
+The arrays are written and read by orbax-checkpoint (the extra `checkpoint`). This module adds a manifest, which is
+written last: the name, shape, dtype and SHA-256 of every array, the size and SHA-256 of every file, and a SHA-256 of
+itself. All are verified when a checkpoint is restored. A folder without a manifest is not a checkpoint.
 """
 
 import contextlib
@@ -25,19 +25,19 @@ from fcfunc import _arguments, _files
 __all__ = ["Checkpoint", "restore", "save", "steps"]
 
 FORMAT = 1
-"""Of the manifest; a number above it was written by a newer release."""
+"""The format of the manifest; a higher number was written by a newer release."""
 
 ARRAYS, MANIFEST = "arrays", "manifest.json"
-"""What a checkpoint's folder holds: orbax's files, and last of all the manifest, which makes it a checkpoint."""
+"""The contents of a checkpoint's folder: orbax's files, and the manifest, which is written last."""
 
 
 class Checkpoint(NamedTuple):
-    """What `restore` returns.
+    """The result of `restore`.
 
     Attributes:
-      state: like the one given, with the saved arrays, sharded like the given ones.
-      config: the configuration that was saved.
-      step: the step that was saved.
+      state: has the structure and sharding of `like`, and the saved arrays.
+      config: the saved configuration.
+      step: the saved step.
       devices: the number of devices that the saved arrays were on.
     """
 
@@ -48,28 +48,28 @@ class Checkpoint(NamedTuple):
 
 
 def save(folder: Any, state: Any, *, config: Any = None, keep: int = 3, score: float | None = None) -> Path:
-    """Saves a state as `folder/<step>`, and removes what need not be kept. Every process calls it.
+    """Saves a state as `folder/<step>` and removes old checkpoints. Every process must call it.
 
     Args:
-      folder: for the checkpoints of one run, on a file system that all processes share; created if it does not exist.
-        Only one run at a time may write to it: what a killed save left there (`.<step>.unfinished`) is removed.
+      folder: the folder for the checkpoints of one run, on a file system that all processes share; created if it does
+        not exist. Only one run at a time may write to it: remains of a killed save (`.<step>.unfinished`) are removed.
       state: a `TrainState`, or any pytree of arrays and random keys with a `step`.
-      config: what made the run: dicts with string keys, lists, strings, numbers, booleans and None.
-      keep: how many of the last checkpoints to keep.
-      score: if given, the checkpoint with the highest score is kept too.
+      config: the configuration of the run: dicts with string keys, lists, strings, numbers, booleans and None.
+      keep: the number of most recent checkpoints to keep.
+      score: if given, the checkpoint with the highest score is kept, too.
 
     Returns:
-      The checkpoint's folder. It is complete and verified by its manifest, or it does not exist.
+      The checkpoint's folder. It is complete, with a manifest, or does not exist.
 
     Raises:
-      TypeError: a config that is not such data, a state without a step, an array whose dtype JAX would narrow.
-      ValueError: `keep` below 1, a score that is not finite, a step below 0, or not above those in the folder
+      TypeError: `config` contains other data; the state has no step; JAX would narrow the dtype of an array.
+      ValueError: `keep` is below 1; `score` is not finite; the step is below 0, or not above the steps in the folder
         (saving the same arrays and config again is not an error).
-      OSError: it cannot be written, naming the checkpoint; earlier checkpoints are untouched.
+      OSError: the checkpoint, which the message names, cannot be written; earlier checkpoints are unchanged.
     """
     _arguments.positive("checkpoint.save", keep=keep)
     if score is not None and not np.isfinite(_arguments.number("checkpoint.save", score=score)):
-        raise ValueError(f"checkpoint.save: a finite score expected, got {score}")
+        raise ValueError(f"checkpoint.save: score must be finite, got {score}")
     step = _step_of(state)
     arrays, keys = _named(state)
     described = {
@@ -91,8 +91,8 @@ def save(folder: Any, state: Any, *, config: Any = None, keep: int = 3, score: f
         return where
     if step <= last:
         raise ValueError(
-            f"checkpoint.save: {folder} holds step {last}, and this is step {step}; take another folder, or move "
-            f"what is above step {step} out of this one"
+            f"checkpoint.save: step must be above {last}, the last step in {folder}, got {step}; use another folder, "
+            f"or move the checkpoints from step {step} on out of this one"
         )
     first = jax.process_index() == 0
     with _as_os_error(where, unfinished):
@@ -100,7 +100,7 @@ def save(folder: Any, state: Any, *, config: Any = None, keep: int = 3, score: f
             if first:
                 _start(folder, where, unfinished)
         with _orbax() as (ocp, checkpointer):
-            full = {name: a for name, a in arrays.items() if a.size}  # orbax refuses empty arrays
+            full = {name: a for name, a in arrays.items() if a.size}  # orbax rejects empty arrays
             checkpointer.save(unfinished / ARRAYS, args=ocp.args.StandardSave(full))
         with _all_or_none():
             if first:
@@ -114,34 +114,35 @@ def save(folder: Any, state: Any, *, config: Any = None, keep: int = 3, score: f
 
 
 def restore(folder: Any, like: Any, *, step: int | None = None) -> Checkpoint:
-    """Restores a state, by default the last one. Every process calls it.
+    """Restores a state, by default the last one saved. Every process must call it.
 
     Args:
       folder: as for `save`.
-      like: a state of the same network and optimizer, as `init_state` makes it: the arrays are sharded like its arrays,
-        on as many devices as there are now. Arrays, but not random keys, may be `jax.ShapeDtypeStruct`.
-      step: which checkpoint; None: the last.
+      like: a state of the same network and optimizer, as from `init_state`. The restored arrays are sharded like its
+        arrays, and the number of devices may differ from that of the saved run. Arrays, but not random keys, may be
+        `jax.ShapeDtypeStruct`.
+      step: the step of the checkpoint; None: the last one.
 
     Returns:
-      A `Checkpoint`, every array of it verified by its SHA-256.
+      A `Checkpoint`. The SHA-256 of every array has been verified.
 
     Raises:
-      FileNotFoundError: no checkpoint there, or not of that step.
-      ValueError: a checkpoint of a different network, optimizer or dtype, of a newer format, or one whose bytes are not
-        those that were saved, naming the file or the array, what is wrong, and the checkpoint before it.
+      FileNotFoundError: the folder has no checkpoint, or none of that step.
+      ValueError: the checkpoint has a different network, optimizer or dtype, has a newer format, or is damaged. The
+        message names the file or array, what is wrong, and the previous checkpoint.
     """
     folder = _local(folder)
     if step is not None:
         _arguments.integer("checkpoint.restore", step=step)
     found = steps(folder)
     if not found or (step is not None and step not in found):
-        wanted = "a checkpoint" if step is None else f"the checkpoint {step}"
-        raise FileNotFoundError(f"{folder}: {wanted} expected, found {', '.join(map(str, found)) or 'none'}")
+        wanted = "a checkpoint" if step is None else f"checkpoint {step}"
+        raise FileNotFoundError(f"{folder}: expected {wanted}, found {', '.join(map(str, found)) or 'none'}")
     step = found[-1] if step is None else step
     where = folder / str(step)
     arrays, keys = _named(like)
     earlier = [other for other in found if other < step]
-    with _append_to_error(f"; the checkpoint before it is step={earlier[-1]}" if earlier else ""):
+    with _append_to_error(f"; the previous checkpoint is step={earlier[-1]}" if earlier else ""):
         manifest = _manifest(where)
         _check_alike(where, manifest, arrays, keys)
         _check_files(where, manifest["files"])
@@ -157,18 +158,19 @@ def restore(folder: Any, like: Any, *, step: int | None = None) -> Checkpoint:
                 raise ValueError(f"{where}: its arrays cannot be read ({_arguments.first_line(e)})") from None
         for name, a in restored.items():
             if _sha256(a) != manifest["arrays"][name]["sha256"]:
-                raise ValueError(f"{where}: damaged; {name} is not as it was saved (its SHA-256 differs)")
+                raise ValueError(f"{where}: damaged; {name} differs from the saved array (SHA-256 mismatch)")
     return Checkpoint(_unnamed(like, restored), manifest["config"], step, manifest["devices"])
 
 
 def steps(folder: Any) -> list[int]:
-    """The steps whose whole checkpoints are in a folder.
+    """The steps of the complete checkpoints in a folder.
 
     Args:
       folder: as for `save`.
 
     Returns:
-      In order; none if the folder does not exist. What a killed save left, or anything else there, does not count.
+      The steps in increasing order; an empty list if the folder does not exist. Remains of a killed save and other
+      files are ignored.
     """
     folder = _local(folder)
     if not folder.is_dir():
@@ -181,10 +183,10 @@ def _orbax():
     ocp = _arguments.library("checkpoint", "orbax-checkpoint", "orbax.checkpoint").checkpoint
     log = logging.getLogger("absl")
     level = log.level
-    log.setLevel(logging.CRITICAL)  # each of its threads logs the error that is raised here
+    log.setLevel(logging.CRITICAL)  # each of orbax's threads would log the error that is raised here
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # its own deprecations
+            warnings.simplefilter("ignore")  # orbax's own deprecations
             with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
                 yield ocp, checkpointer
     finally:
@@ -193,14 +195,14 @@ def _orbax():
 
 @contextlib.contextmanager
 def _as_os_error(where: Path, unfinished: Path):
-    """Whatever fails while writing is an OSError that names the checkpoint; what was written of it is removed."""
+    """Turns any failure while writing into an OSError that names the checkpoint, and removes the unfinished files."""
     try:
         yield
     except ImportError:
         raise
     except Exception as e:
         if jax.process_count() > 1 and isinstance(e, RuntimeError):
-            raise  # a collective that broke: another process was lost
+            raise  # a collective failed: another process was lost
         if jax.process_index() == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
         raise OSError(f"{where}: cannot be written; it is not a checkpoint ({_arguments.first_line(e)})") from e
@@ -216,7 +218,7 @@ def _append_to_error(text: str):
 
 @contextlib.contextmanager
 def _all_or_none():
-    """Where one process fails, all of them raise, or the others would wait for it."""
+    """If one process fails, all raise; otherwise the others would wait for it."""
     error = None
     try:
         yield
@@ -225,14 +227,14 @@ def _all_or_none():
     if jax.process_count() > 1:
         failed = multihost_utils.process_allgather(np.array(error is not None)).any()
         if failed and error is None:
-            raise OSError("another process could not do its part")
+            raise OSError("another process failed")
     if error is not None:
         raise error
 
 
 def _start(folder: Path, where: Path, unfinished: Path) -> None:
     if where.exists():
-        raise FileExistsError("something else of that name is there")
+        raise FileExistsError("something else with this name exists")
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(".*.unfinished"):
         if left.name.removeprefix(".").removesuffix(".unfinished").isdigit() and left.is_dir():
@@ -241,7 +243,7 @@ def _start(folder: Path, where: Path, unfinished: Path) -> None:
 
 
 def _hashes(where: Path, *, kept: bool = False) -> dict[str, dict]:
-    """The size and SHA-256 of every file of a checkpoint, by its path; `kept`: once they are on the disk."""
+    """The size and SHA-256 of every file of a checkpoint, by path; with `kept`, also flushes the files to disk."""
     found = {}
     for path in sorted(p for p in (where / ARRAYS).rglob("*") if p.is_file()):
         with open(path, "rb") as f:
@@ -252,18 +254,18 @@ def _hashes(where: Path, *, kept: bool = False) -> dict[str, dict]:
 
 
 def _check_files(where: Path, expected: dict[str, dict]) -> None:
-    """Before any of them is read by a library."""
+    """Verifies the files before a library reads any of them."""
     there = {p.relative_to(where).as_posix() for p in (where / ARRAYS).rglob("*") if p.is_file()}
     for name in sorted(expected.keys() ^ there):
-        what = "the file is missing" if name in expected else "the file was not saved with it"
+        what = "the file is missing" if name in expected else "the file is not part of the checkpoint"
         raise ValueError(f"{where / name}: damaged; {what}")
     for name, file in expected.items():
         path = where / name
         if path.stat().st_size != file["bytes"]:
-            raise ValueError(f"{path}: damaged; {file['bytes']} bytes expected, found {path.stat().st_size}")
+            raise ValueError(f"{path}: damaged; expected {file['bytes']} bytes, found {path.stat().st_size}")
         with open(path, "rb") as f:
             if _sha256_of(f) != file["sha256"]:
-                raise ValueError(f"{path}: damaged; its bytes are not those that were saved (its SHA-256 differs)")
+                raise ValueError(f"{path}: damaged; its contents differ from the saved ones (SHA-256 mismatch)")
 
 
 def _sha256_of(file) -> str:
@@ -271,7 +273,7 @@ def _sha256_of(file) -> str:
 
 
 def _sync(folder: Path) -> None:
-    """Has the disk keep the names in a folder, where the system can."""
+    """Flushes the entries of a folder to disk, if the system supports it."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -289,14 +291,14 @@ def _manifest(where: Path) -> dict:
     path = where / MANIFEST
     digest, _, body = path.read_bytes().partition(b"\n")
     if hashlib.sha256(body).hexdigest().encode() != digest:
-        raise ValueError(f"{path}: damaged; its bytes are not those that were saved (its SHA-256 differs)")
+        raise ValueError(f"{path}: damaged; its contents differ from the saved ones (SHA-256 mismatch)")
     try:
         manifest = json.loads(body)
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path}: damaged; it cannot be read ({_arguments.first_line(e)})") from None
     kinds = {"format": int, "step": int, "devices": int, "keys": dict, "arrays": dict, "files": dict}
     if isinstance(manifest, dict) and type(manifest.get("format")) is int and manifest["format"] > FORMAT:
-        raise ValueError(f"{path}: of format {manifest['format']}, which a newer fcfunc reads; this one reads {FORMAT}")
+        raise ValueError(f"{path}: format {manifest['format']} needs a newer fcfunc; this one reads format {FORMAT}")
     if (
         not isinstance(manifest, dict)
         or not {"config", "score", *kinds} <= manifest.keys()
@@ -310,12 +312,12 @@ def _manifest(where: Path) -> dict:
     ):
         raise ValueError(f"{path}: damaged; it is not a manifest of format {FORMAT}")
     if str(manifest["step"]) != where.name:
-        raise ValueError(f"{path}: is of step {manifest['step']}; its folder was renamed")
+        raise ValueError(f"{path}: the manifest is for step {manifest['step']}; the folder was renamed")
     return manifest
 
 
 def _content(manifest: dict) -> str:
-    """What makes two checkpoints of one step the same: not where they were saved, nor how good they are."""
+    """The content that makes two checkpoints of a step equal, without score, devices and files."""
     return json.dumps({name: manifest[name] for name in ("keys", "arrays", "config")}, sort_keys=True)
 
 
@@ -323,34 +325,34 @@ def _check_alike(where: Path, manifest: dict, arrays: dict, keys: dict) -> None:
     saved = manifest["arrays"]
     for name in [*(saved.keys() - arrays.keys()), *(arrays.keys() - saved.keys())]:
         has, lacks = ("the checkpoint", "this run") if name in saved else ("this run", "the checkpoint")
-        raise ValueError(f"{where}: of a different network or optimizer: {has} has {name}, {lacks} does not")
+        raise ValueError(f"{where}: saved from a different network or optimizer: {has} has {name}, {lacks} does not")
     for name, a in arrays.items():
         came, expected = saved[name], {"shape": list(a.shape), "dtype": str(a.dtype)}
         if any(came[what] != expected[what] for what in expected):
             raise ValueError(
                 f"{where}: {name} is {came['dtype']} {came['shape']}, "
-                f"and this run expects {expected['dtype']} {expected['shape']}"
+                f"but this run expects {expected['dtype']} {expected['shape']}"
             )
     if manifest["keys"] != keys:
-        raise ValueError(f"{where}: random keys {manifest['keys']}, and this run expects {keys}")
+        raise ValueError(f"{where}: the random keys are {manifest['keys']}, but this run expects {keys}")
 
 
 def _prune(folder: Path, keep: int) -> None:
     scores: dict[int, Any] = {}
     for step in steps(folder):
-        with contextlib.suppress(ValueError, OSError):  # a damaged one is left for a person to look at
+        with contextlib.suppress(ValueError, OSError):  # keep a damaged checkpoint for inspection
             scores[step] = _manifest(folder / str(step))["score"]
     scored = [step for step in scores if scores[step] is not None]
     best = max(scored, key=lambda step: (scores[step], step), default=None)
     for step in sorted(scores)[:-keep]:
         if step != best and not (folder / str(step)).is_symlink():
             removed = folder / f".{step}.unfinished"
-            os.rename(folder / str(step), removed)  # from here on it is not a checkpoint, whatever happens next
+            os.rename(folder / str(step), removed)  # from here on it is no longer a checkpoint
             _rmtree(removed)
 
 
 def _rmtree(folder: Path) -> None:
-    """Removes a folder; where somebody has one of its files open, on a network, it stays for the next time."""
+    """Removes a folder, or warns if it cannot: on a network file system, one of its files may still be open."""
     try:
         shutil.rmtree(folder)
     except OSError as e:
@@ -364,7 +366,7 @@ def _is_step(d: Path) -> bool:
 def _local(folder) -> Path:
     _arguments.path("checkpoint", folder=folder)
     if "://" in str(folder):
-        raise ValueError(f"checkpoint: a folder of a file system expected, got {folder}")
+        raise ValueError(f"checkpoint: folder must be on a file system, got {folder}")
     folder = Path(folder).absolute()
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder}: a file is in the way")
@@ -374,14 +376,14 @@ def _local(folder) -> Path:
 def _step_of(state) -> int:
     step = getattr(state, "step", None)
     if step is None or np.shape(step) != () or not jnp.issubdtype(jnp.asarray(step).dtype, jnp.integer):
-        raise TypeError(f"checkpoint.save: a state with a step, one integer, expected, got {type(state).__name__}")
+        raise TypeError(f"checkpoint.save: state must have a step, an integer scalar, got {type(state).__name__}")
     if int(step) < 0:
-        raise ValueError(f"checkpoint.save: a step of at least 0 expected, got {int(step)}")
+        raise ValueError(f"checkpoint.save: step must be at least 0, got {int(step)}")
     return int(step)
 
 
 def _named(state) -> tuple[dict[str, jax.Array], dict[str, str]]:
-    """The arrays of a state by name, random keys as the numbers they are made of; and the kind of each key."""
+    """The arrays of a state by name, with random keys as their data, and the implementation of each key."""
     arrays, keys = {}, {}
     for path, leaf in jax.tree.leaves_with_path(state):
         name, given = _name(path), leaf
@@ -395,10 +397,10 @@ def _named(state) -> tuple[dict[str, jax.Array], dict[str, str]]:
             if np.asarray(given).dtype != leaf.dtype and not isinstance(given, bool | int | float):
                 raise TypeError(f"checkpoint: {name} is {np.asarray(given).dtype}, which JAX narrows to {leaf.dtype}")
         if name in arrays:
-            raise TypeError(f"checkpoint: two leaves are called {name}")
+            raise TypeError(f"checkpoint: two leaves have the name {name}")
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             if not isinstance(leaf, jax.Array):
-                raise TypeError(f"checkpoint: {name}, a random key, must be given itself, not its shape")
+                raise TypeError(f"checkpoint: {name} is a random key and cannot be a ShapeDtypeStruct")
             keys[name], leaf = str(jax.random.key_impl(leaf)), jax.random.key_data(leaf)
         arrays[name] = leaf
     return arrays, keys
@@ -419,6 +421,6 @@ def _unnamed(like, arrays: dict) -> Any:
 
 
 def _sha256(a: jax.Array) -> str:
-    """The SHA-256 of the array's bytes, row by row, on whichever devices they are."""
+    """The SHA-256 of the array's bytes in row-major order, independent of the sharding."""
     host = np.ascontiguousarray(_files.to_host(a))
     return hashlib.sha256(host.reshape(-1).view(np.uint8)).hexdigest()  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
-"""Parameters alone in one file, to be used elsewhere: safetensors, with the configuration that they belong to.
+"""Saving and loading parameters in one safetensors file, together with their configuration.
 
-The file is written and read by the safetensors library, which takes no memory before it has checked the header against
-the file, and runs nothing. Added are the SHA-256 of every array and of the configuration, verified when it is read.
+The file is written and read by the safetensors library, which checks the header against the file before it allocates
+memory, and does not execute code. This module adds a SHA-256 of all arrays and the configuration; `load` verifies it.
 """
 
 import hashlib
@@ -20,32 +20,32 @@ from fcfunc._files import MAX_BYTES, regular_file
 __all__ = ["load", "save"]
 
 HEADER_BYTES = 2**20
-"""The longest header that is read: some ten thousand arrays. The library would parse a hundred times as much."""
+"""The longest header that is read, for about ten thousand arrays; the library itself allows a hundred times that."""
 
 LEVELS = 64
-"""The longest way to an array."""
+"""The largest nesting depth of an array."""
 
 DTYPES = (
     *("bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"),
     *("float16", "bfloat16", "float32", "float64"),
 )
-"""What is saved: what NumPy and the library both know."""
+"""The dtypes that can be saved: those that both NumPy and the library support."""
 
 
 def save(path: str | os.PathLike, params: Any, *, config: Any = None) -> None:
-    """Writes parameters and their configuration. The file is written completely or not at all.
+    """Writes parameters and their configuration to a file, completely or not at all.
 
     Args:
       path: the file, `*.safetensors` by convention.
-      params: lists, dicts and named tuples of arrays, as `net.init` returns them, or together with others:
-        `{"layers": params, "input": standardizer}`. The names in the file are the path to each array, `layers.0.w`;
-        on a mesh every array is gathered.
-      config: what the parameters belong to, e.g. `net.to_dict()`: dicts with string keys, lists, strings, numbers,
-        booleans and None.
+      params: lists, dicts and named tuples of arrays, as from `net.init`, also combined with others, such as
+        `{"layers": params, "input": standardizer}`. An array's name in the file is its path, e.g. `layers.0.w`. Sharded
+        arrays are gathered.
+      config: the configuration of the parameters, e.g. `net.to_dict()`: dicts with string keys, lists, strings,
+        numbers, booleans and None.
 
     Raises:
       ImportError: safetensors is not installed.
-      TypeError: params of anything else, or of a dtype that the file cannot hold, or a config that is not such data.
+      TypeError: `params` contains something else or a dtype that the file cannot hold; `config` contains other data.
       OSError: the file cannot be written; an existing file is left unchanged.
 
     Example:
@@ -60,7 +60,7 @@ def save(path: str | os.PathLike, params: Any, *, config: Any = None) -> None:
     """
     _arguments.path("params_file.save", path=path)
     if isinstance(params, jax.Array | np.ndarray | np.generic):
-        raise TypeError("params_file.save: params of lists, dicts and arrays expected, got an array without a name")
+        raise TypeError("params_file.save: params must be a list, dict or named tuple of arrays, got an array")
     tensors = {name: _host(name, a) for name, a in _named(params, "").items()}
     text = json.dumps(_files.plain(config, "params_file.save: config"), sort_keys=True)
     metadata = {"config": text, "sha256": _digest(tensors, text)}
@@ -69,22 +69,23 @@ def save(path: str | os.PathLike, params: Any, *, config: Any = None) -> None:
 
 
 def load(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> tuple[Any, Any]:
-    """Reads what `save` wrote, or any safetensors file.
+    """Reads a file that `save` wrote, or any other safetensors file.
 
     Args:
       path: the file.
-      max_bytes: the largest file that is accepted. Memory is taken for two copies of it, and some kB for each array.
+      max_bytes: the largest accepted file. Reading needs memory for two copies of it, and a few kB for each array.
 
     Returns:
-      `(params, config)`: lists and dicts of arrays as they were saved, and the configuration, None if the file has
-      none; for a network `fcfunc.mlp(**config)` validates it. A name in the file is read as a path, `layers.0.w`; named
-      tuples come back as dicts. Arrays are JAX arrays, except that those of 64 bits, such as torch's counters, stay
-      NumPy arrays unless `jax_enable_x64` is set, as JAX would narrow them.
+      `(params, config)`: lists and dicts of arrays as they were saved, and the configuration, or None if the file has
+      none; for a network, `fcfunc.mlp(**config)` validates it. Names in the file, such as `layers.0.w`, are read as
+      paths; named tuples become dicts. The arrays are JAX arrays. 64-bit arrays, such as torch's counters, stay NumPy
+      arrays unless `jax_enable_x64` is set, because JAX would narrow them.
 
     Raises:
       ImportError: safetensors is not installed.
-      FileNotFoundError: there is no such file.
-      ValueError: it is not a whole safetensors file, is too large, or differs from what was saved; naming the file.
+      FileNotFoundError: the file does not exist.
+      ValueError: the file, which the message names, is not a complete safetensors file, is too large, or was altered
+        after it was saved.
     """
     _arguments.positive("params_file.load", max_bytes=max_bytes)
     path = regular_file(path)
@@ -94,23 +95,23 @@ def load(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> tuple[Any, A
     with open(path, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
     if size < 8 or length > min(size - 8, HEADER_BYTES):
-        raise ValueError(f"{path}: not a whole safetensors file ({size} bytes, with a header of {length})")
+        raise ValueError(f"{path}: not a complete safetensors file ({size} bytes, with a header of {length})")
     library = _safetensors()
     try:
         with library.safe_open(path, "numpy") as f:
             metadata = f.metadata() or {}
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-    except Exception as e:  # the library's own, and what NumPy says to a dtype that it does not know
-        raise ValueError(f"{path}: not a whole safetensors file ({type(e).__name__}: {e!s:.200})") from None
+    except Exception as e:  # the library's own errors, and NumPy's for an unknown dtype
+        raise ValueError(f"{path}: not a complete safetensors file ({type(e).__name__}: {e!s:.200})") from None
     if any(name.count(".") >= LEVELS for name in tensors):
-        raise ValueError(f"{path}: an array whose name has more than {LEVELS} parts")
+        raise ValueError(f"{path}: the name of an array has more than {LEVELS} parts")
     text = metadata.get("config", "null")
     if "sha256" in metadata and metadata["sha256"] != _digest(tensors, text):
-        raise ValueError(f"{path}: damaged; its arrays are not those that were saved (the SHA-256 differs)")
+        raise ValueError(f"{path}: damaged; its arrays differ from the saved ones (SHA-256 mismatch)")
     try:
         config = json.loads(text)
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path}: its config is not JSON ({e!s:.80})") from None
+        raise ValueError(f"{path}: the config is not valid JSON ({e!s:.80})") from None
     kept = {name: jax.dtypes.canonicalize_dtype(a.dtype) == a.dtype for name, a in tensors.items()}
     return _tree(path, {name: jax.device_put(a) if kept[name] else a for name, a in tensors.items()}), config
 
@@ -120,11 +121,11 @@ def _safetensors():
 
 
 def _host(name: str, a) -> np.ndarray:
-    """On the host, as it will be read back."""
+    """The array on the host, in the form in which it will be read back."""
     host = np.ascontiguousarray(_files.to_host(a)).reshape(np.shape(a))
     host = host.astype(host.dtype.newbyteorder("="))
     if host.dtype.name not in DTYPES:
-        raise TypeError(f"params_file.save: {name} is {host.dtype}, and may be {', '.join(DTYPES)}")
+        raise TypeError(f"params_file.save: the dtype of {name} must be one of {', '.join(DTYPES)}, got {host.dtype}")
     return host
 
 
@@ -138,10 +139,10 @@ def _digest(tensors: dict[str, np.ndarray], config: str) -> str:
 
 
 def _named(tree: Any, prefix: str) -> dict[str, Any]:
-    """The arrays of lists and dicts by the way to each."""
+    """The arrays of nested lists and dicts, by path."""
     where = repr(prefix) if prefix else "the top"
     if prefix.count(".") >= LEVELS:
-        raise TypeError(f"params_file.save: params of at most {LEVELS} levels expected")
+        raise TypeError(f"params_file.save: params must have at most {LEVELS} levels")
     if isinstance(tree, tuple) and hasattr(tree, "_asdict"):
         tree = tree._asdict()  # pyright: ignore[reportAttributeAccessIssue]
     if type(tree) is list:
@@ -152,30 +153,30 @@ def _named(tree: Any, prefix: str) -> dict[str, Any]:
             wrong = not isinstance(name, str) or not name.isprintable() or name in ("", "__metadata__")
             if wrong or "." in name or name.isdigit():
                 raise TypeError(
-                    f"params_file.save: names without dots, and not of digits alone, expected, got {name!r}"
+                    f"params_file.save: names must be printable, without dots and not only digits, got {name!r}"
                 )
     elif isinstance(tree, jax.Array | np.ndarray | np.generic) and not jnp.issubdtype(tree.dtype, jax.dtypes.prng_key):
         return {prefix: tree}
     else:
         raise TypeError(
-            f"params_file.save: params of lists, dicts and arrays expected, got {type(tree).__name__} at {where}"
+            f"params_file.save: params must be lists, dicts and arrays, got {type(tree).__name__} at {where}"
         )
     if not nodes:
-        raise TypeError(f"params_file.save: an empty {type(tree).__name__} at {where} would be lost")
+        raise TypeError(f"params_file.save: the empty {type(tree).__name__} at {where} cannot be saved")
     return {k: a for name, node in nodes.items() for k, a in _named(node, f"{prefix}.{name}".lstrip(".")).items()}
 
 
 def _tree(path: Path, arrays: dict[str, Any]) -> Any:
-    """Lists and dicts from the ways to their arrays."""
+    """Nested lists and dicts from the paths of their arrays."""
     root: dict = {}
     for name, a in arrays.items():
         node, parts = root, name.split(".")
         for part in parts[:-1]:
             node = node.setdefault(part, {})
             if not isinstance(node, dict):
-                raise ValueError(f"{path}: {name} is inside of an array")
+                raise ValueError(f"{path}: {name} is inside an array")
         if parts[-1] in node:
-            raise ValueError(f"{path}: {name} is an array and holds others")
+            raise ValueError(f"{path}: {name} is an array but contains others")
         node[parts[-1]] = a
 
     def lists(node):

@@ -1,8 +1,8 @@
 """Meshes of devices, and the sharding of params and batches.
 
-Nothing here computes. The functions of the package are the same on one device and on several: JAX partitions their work
-according to the sharding of their arguments. The mesh has two axes: examples are sharded along "data", layers along
-"model".
+This module only places arrays. The functions of the package are the same on one device and on several: JAX partitions
+the work according to the sharding of the arguments. The mesh has two axes: examples are sharded along "data", layers
+along "model".
 """
 
 import math
@@ -34,7 +34,7 @@ MODES: dict[str, Rules] = {
         ("classes", "data"),
     ),
 }
-"""The rules of each mode, `(logical axis, mesh axis)` in order of preference; `param_specs` says what they mean."""
+"""The rules of each mode, `(logical axis, mesh axis)` in order of preference; `param_specs` explains them."""
 
 
 def make_mesh(
@@ -47,19 +47,20 @@ def make_mesh(
     """A mesh with the axes "data" and "model".
 
     Args:
-      data: the number of devices over which the examples are sharded; None: all devices divided by `model`.
-      model: the number of devices over which each layer is sharded; neighbors, which have the fastest link.
-      axis_type: `AxisType.Explicit`, as for JAX's own meshes: an array's sharding is part of its type, so that a
-        gradient is sharded like its parameter and a fully sharded parameter is gathered, by the types alone.
-        `AxisType.Auto` leaves the sharding in between to the compiler, which may move activations if that is less; for
-        loss functions and optimizers that the types reject.
+      data: the number of devices over which the examples are sharded; None: the number of all devices divided by
+        `model`.
+      model: the number of devices over which each layer is sharded. They are neighbors, which have the fastest link.
+      axis_type: with `AxisType.Explicit`, as in JAX's own meshes, an array's sharding is part of its type. The types
+        then determine that a gradient is sharded like its parameter and that a fully sharded parameter is gathered.
+        `AxisType.Auto` leaves intermediate shardings to the compiler, which may move activations if they are smaller;
+        use it for loss functions and optimizers that fail with explicit types.
       devices: the devices to use; None: all devices of all processes.
 
     Returns:
-      A `jax.sharding.Mesh`. A mesh of your own from `jax.make_mesh` works everywhere too.
+      A `jax.sharding.Mesh`. Your own mesh from `jax.make_mesh` works everywhere, too.
 
     Raises:
-      ValueError: a number below 1, or numbers whose product is not the number of devices.
+      ValueError: a number is below 1, or the product of the two is not the number of devices.
 
     Example:
       >>> make_mesh(data=1, model=1, devices=jax.devices()[:1]).axis_names
@@ -71,40 +72,40 @@ def make_mesh(
     if rows * model != len(devices) or not devices:
         came = f"model={model}, which does not divide it" if data is None else f"data={data}, model={model}"
         raise ValueError(
-            f"make_mesh: data x model must be the number of devices, {len(devices)}, got {came}; "
-            "devices=jax.devices()[:n] takes fewer"
+            f"make_mesh: data x model must equal the number of devices, {len(devices)}, got {came}; "
+            "to use fewer devices, pass devices=jax.devices()[:n]"
         )
     return jax.make_mesh((rows, model), ("data", "model"), axis_types=(axis_type,) * 2, devices=devices)
 
 
 def param_specs(params: Any, mesh: Mesh, mode: str | Rules, *, replicate: str | Sequence[str] = ()) -> Any:
-    """The sharding of the params of a network on a mesh: a pytree of PartitionSpec with their structure.
+    """The sharding of a network's params on a mesh: a pytree of PartitionSpec with the structure of the params.
 
     Modes:
       "data": params are replicated; examples are sharded along "data".
-      "fsdp": each `w` is sharded along "data" as well, and gathered where it is used.
-      "tensor": each layer is sharded along "model", by columns and by rows in turn, so that two layers need one sum.
+      "fsdp": each `w` is also sharded along "data", and gathered where it is used.
+      "tensor": layers are sharded along "model", alternately by columns and by rows, so that two layers need one sum.
       "fsdp+tensor": both.
 
-    A mode is a list of rules, `(logical axis, mesh axis)`. The logical axes of the widths are "features" for the
-    inputs, then "mlp" and "embed" in turn, and "classes" for the outputs; a stack keeps those of its input, and its
-    leading axis is never sharded. For each `w` the rules are tried in order. A rule applies if `w` has its logical
-    axis, that axis has no mesh axis yet, no other axis of `w` has its mesh axis, and its width can be divided. Biases
-    and the leaves of a norm are sharded like the columns of their `w`.
+    A mode is a list of rules, `(logical axis, mesh axis)`. The logical axes are "features" for the inputs, then
+    alternately "mlp" and "embed" for the hidden widths, and "classes" for the outputs. A stack has the logical axes of
+    its input, and its leading axis is never sharded. For each `w` the rules are tried in order. A rule applies if `w`
+    has the rule's logical axis, neither that axis nor the mesh axis is assigned yet, and the width is divisible by the
+    size of the mesh axis. Biases and the leaves of a norm are sharded like the columns of their `w`.
 
     Args:
       params: from `fcfunc.init`, stacked or not; or their shapes, from `jax.eval_shape`.
       mesh: the mesh.
-      mode: one of `MODES`, or rules of your own. A mesh axis may be a tuple of several.
-      replicate: logical axes that no rule divides: "classes", or `("classes",)`, if there are too few classes.
+      mode: one of `MODES`, or your own rules. A mesh axis may be a tuple of several.
+      replicate: logical axes that stay replicated, such as "classes" or `("classes",)` if there are too few classes.
 
     Returns:
       A list of dicts with one PartitionSpec for each array.
 
     Raises:
-      ValueError: an unknown mode; a rule with an axis that the mesh or the network does not have; a width that the mesh
-        axis does not divide, unless another rule uses that mesh axis: a mode never replicates silently.
-      TypeError: params, a mesh or rules of another kind.
+      ValueError: the mode is unknown; a rule names an axis that the mesh or the network does not have; a width is not
+        divisible by the size of its mesh axis and no other rule uses that mesh axis. A mode never replicates silently.
+      TypeError: `params`, `mesh` or `mode` has the wrong type.
 
     Example:
       >>> from fcfunc import init
@@ -115,16 +116,16 @@ def param_specs(params: Any, mesh: Mesh, mode: str | Rules, *, replicate: str | 
     """
     _check_mesh("param_specs", mesh)
     if isinstance(mode, str) and mode not in MODES:
-        raise ValueError(f"param_specs: unknown mode {mode!r}; known are {', '.join(MODES)}, or a list of rules")
+        raise ValueError(f"param_specs: unknown mode {mode!r}; expected {', '.join(MODES)} or a list of rules")
     rules = _checked_rules("param_specs: mode", MODES[mode] if isinstance(mode, str) else mode)
     if isinstance(replicate, str) or not isinstance(replicate, Sequence):
         replicate = (replicate,)
     if not isinstance(params, list | tuple) or not all(isinstance(p, dict) and "w" in p for p in params):
-        raise TypeError("param_specs: params as from init expected; for another tree take logical_specs")
+        raise TypeError("param_specs: params must be a list of layers; for other pytrees use logical_specs")
     names = ("features", "mlp", "embed", "classes")
     for name in {*replicate, *(name for name, _ in rules)} - set(names):
         raise ValueError(
-            f"param_specs: unknown logical axis {name!r} in mode or replicate; there are {', '.join(names)}"
+            f"param_specs: unknown logical axis {name!r} in mode or replicate; expected {', '.join(names)}"
         )
     rules = [rule for rule in rules if rule[0] not in replicate]
     specs, here, other = [], "features", "mlp"
@@ -139,21 +140,21 @@ def param_specs(params: Any, mesh: Mesh, mode: str | Rules, *, replicate: str | 
 
 
 def logical_specs(axes: Any, tree: Any, mesh: Mesh, rules: Rules) -> Any:
-    """The sharding of any pytree of arrays on a mesh, by the logical names of its axes.
+    """The sharding of any pytree of arrays on a mesh, from the logical names of its axes.
 
     Args:
-      axes: with the structure of `tree`, for each array a PartitionSpec of logical names: `P("embed", "mlp")`, None for
-        an axis that is not sharded.
+      axes: a pytree with the structure of `tree`, with a PartitionSpec of logical names for each array, such as
+        `P("embed", "mlp")`; None for an axis that is not sharded.
       tree: the arrays, or their shapes.
       mesh: the mesh.
-      rules: `(logical axis, mesh axis)` in order of preference, read as `param_specs` reads them. Each name in `axes`
-        needs one; None for its mesh axis replicates it.
+      rules: `(logical axis, mesh axis)` in order of preference, as for `param_specs`. Each name in `axes` needs a rule;
+        the mesh axis None replicates it.
 
     Returns:
       A pytree of PartitionSpec of mesh axes.
 
     Raises:
-      ValueError: as for `param_specs`, naming the array by its path; a logical axis without a rule.
+      ValueError: as for `param_specs`, naming the array by its path; or a logical axis has no rule.
 
     Example:
       >>> mesh = make_mesh(data=1, devices=jax.devices()[:1])
@@ -173,7 +174,7 @@ def logical_specs(axes: Any, tree: Any, mesh: Mesh, rules: Rules) -> Any:
 
     is_axes = lambda a: isinstance(a, PartitionSpec)  # noqa: E731
     if jax.tree.structure(axes, is_leaf=is_axes) != jax.tree.structure(tree):
-        raise ValueError(f"logical_specs: axes must have the shape of tree, got {axes!r:.80} for {tree!r:.80}")
+        raise ValueError(f"logical_specs: axes must have the structure of tree, got {axes!r:.80} for {tree!r:.80}")
     return jax.tree.map_with_path(assign, axes, tree, is_leaf=is_axes)
 
 
@@ -181,16 +182,16 @@ def shard(tree: Any, specs: Any, mesh: Mesh) -> Any:
     """Places arrays on a mesh.
 
     Args:
-      tree: arrays, the same on every process. If they are too large for one device, create them sharded instead:
-        `jax.jit(net.init, out_shardings=...)`.
-      specs: a pytree of PartitionSpec as from `param_specs`, or one for an entire subtree.
+      tree: a pytree of arrays, with the same values on every process. If they are too large for one device, create them
+        sharded instead: `jax.jit(net.init, out_shardings=...)`.
+      specs: a pytree of PartitionSpec, as from `param_specs`; one PartitionSpec may stand for an entire subtree.
       mesh: the mesh.
 
     Returns:
-      The same arrays, of which each device holds its part.
+      The same arrays, with each device holding its part.
 
     Raises:
-      ValueError: an axis that the mesh axes do not divide evenly, naming the array.
+      ValueError: an axis is not divisible by the size of its mesh axes; the message names the array.
 
     Example:
       >>> mesh = make_mesh(data=1, devices=jax.devices()[:1])
@@ -202,7 +203,7 @@ def shard(tree: Any, specs: Any, mesh: Mesh) -> Any:
     wrong = [spec for spec in jax.tree.leaves(specs, is_leaf=is_spec) if not is_spec(spec)]
     if specs is None or wrong:
         raise TypeError(
-            f"shard: specs must be a PartitionSpec, or a tree of them, got {wrong[0] if wrong else None!r:.80}"
+            f"shard: specs must be a PartitionSpec or a pytree of them, got {wrong[0] if wrong else None!r:.80}"
         )
     specs = jax.tree.map(lambda spec, part: jax.tree.map(lambda _: spec, part), specs, tree, is_leaf=is_spec)
 
@@ -214,20 +215,20 @@ def shard(tree: Any, specs: Any, mesh: Mesh) -> Any:
 
 
 def global_batch(local: Any, mesh: Mesh, *, axis: str | tuple[str, ...] = "data") -> Any:
-    """Examples on a mesh, divided over it, from the part that each process has.
+    """Examples sharded over a mesh, assembled from the part that each process has.
 
     Args:
-      local: a pytree of arrays with a common leading axis, this process's examples; every process has as many. If every
-        process has all examples, use `shard(data, PartitionSpec("data"), mesh)` instead.
+      local: a pytree of arrays with a common leading axis, the examples of this process; every process must have the
+        same number. If every process has all examples, use `shard(data, PartitionSpec("data"), mesh)` instead.
       mesh: the mesh.
-      axis: the mesh axis, or axes, over which the examples are divided.
+      axis: the mesh axis, or axes, along which the examples are sharded.
 
     Returns:
-      The same tree of arrays over all processes' examples, in the order of the devices along `axis`.
+      The same pytree with arrays of all processes' examples, in the order of the devices along `axis`.
 
     Raises:
-      ValueError: a mesh axis that there is not; examples that cannot be divided evenly; processes that have unequal
-        numbers of examples, or that share examples, as the mesh lays several processes along another axis.
+      ValueError: the mesh has no such axis; the examples cannot be divided evenly; the processes have different numbers
+        of examples, or share examples, because the mesh arranges several processes along another axis.
 
     Example:
       >>> mesh = make_mesh(data=1, devices=jax.devices()[:1])
@@ -242,8 +243,8 @@ def global_batch(local: Any, mesh: Mesh, *, axis: str | tuple[str, ...] = "data"
         owners.setdefault(part.start, set()).add(device.process_index)
     if any(len(processes) > 1 for processes in owners.values()):
         raise ValueError(
-            f"global_batch: along {axis!r} several processes share the same examples on this mesh; "
-            "give all of them on every process to shard(data, PartitionSpec(...), mesh)"
+            f"global_batch: several processes share the same examples along {axis!r} on this mesh; "
+            "instead, pass all examples on every process to shard(data, PartitionSpec(...), mesh)"
         )
     here = sum(jax.process_index() in processes for processes in owners.values())
     _check_equal_counts(_arguments.count("global_batch", local, "local"))
@@ -252,8 +253,8 @@ def global_batch(local: Any, mesh: Mesh, *, axis: str | tuple[str, ...] = "data"
         leaf, where = np.asarray(clipped(leaf)), f"global_batch: {jax.tree_util.keystr(path) or 'array'}"
         if leaf.shape[0] % here:
             raise ValueError(
-                f"{where}: a number of examples that {here} devices divide expected (of {devices} along {axis!r}), "
-                f"got {list(leaf.shape)}; leave out the last few"
+                f"{where}: the number of examples must be a multiple of {here}, this process's share of the {devices} "
+                f"devices along {axis!r}, got {list(leaf.shape)}; drop the last few"
             )
         shape = (leaf.shape[0] // here * devices, *leaf.shape[1:])
         return jax.make_array_from_process_local_data(sharding, leaf, shape)
@@ -265,11 +266,11 @@ def _check_equal_counts(count: int) -> None:
     if jax.process_count() > 1:
         counts = multihost_utils.process_allgather(np.array(count)).reshape(-1).tolist()
         if len(set(counts)) > 1:
-            raise ValueError(f"global_batch: as many examples on every process expected, got {counts}")
+            raise ValueError(f"global_batch: every process must have the same number of examples, got {counts}")
 
 
 def _assigned(where: str, names, shape, mesh: Mesh, rules: Rules) -> PartitionSpec:
-    """The mesh axis of each logical axis; `where` names the array in an error."""
+    """The mesh axis of each logical axis; `where` names the array in an error message."""
     rules = [(name, tuple(axis) if isinstance(axis, list) else axis) for name, axis in rules]
     if len(names) != len(shape):
         raise ValueError(f"{where}: {len(names)} logical axes, {names}, for an array {list(shape)}")
@@ -291,8 +292,8 @@ def _assigned(where: str, names, shape, mesh: Mesh, rules: Rules) -> PartitionSp
     for axis, (name, width, size) in misfits.items():
         if axis not in entries:
             raise ValueError(
-                f"{where}, {list(shape)}: the width {width} ({name}) cannot be divided over the mesh axis {axis!r} "
-                f"of {size} devices; choose another width, or replicate it by replicate={name!r} or ({name!r}, None)"
+                f"{where}, {list(shape)}: width {width} ({name}) is not divisible by the {size} devices of mesh axis "
+                f"{axis!r}; choose another width, or replicate it with replicate={name!r} or ({name!r}, None)"
             )
     return PartitionSpec(*entries)
 
@@ -303,8 +304,7 @@ def _check_divides(where: str, spec: PartitionSpec, shape, mesh: Mesh) -> None:
     for width, axis in zip(shape, spec, strict=False):
         if width % (size := _size(where, mesh, axis)):
             raise ValueError(
-                f"{where}: the width {width} of {list(shape)} cannot be divided over the mesh axis {axis!r} "
-                f"of {size} devices"
+                f"{where}: width {width} of {list(shape)} is not divisible by the {size} devices of mesh axis {axis!r}"
             )
 
 
@@ -312,7 +312,7 @@ def _size(where: str, mesh: Mesh, axis) -> int:
     names = mesh_axes(axis)
     for name in names:
         if name not in mesh.shape or names.count(name) > 1:
-            raise ValueError(f"{where}: the axis {name!r} is not one of the mesh's: {', '.join(mesh.axis_names)}")
+            raise ValueError(f"{where}: unknown or repeated mesh axis {name!r}; expected {', '.join(mesh.axis_names)}")
     return math.prod(mesh.shape[name] for name in names)
 
 
@@ -324,6 +324,6 @@ def _checked_rules(where: str, rules) -> Rules:
 
 def _check_mesh(where: str, mesh: Mesh) -> None:
     if not isinstance(mesh, Mesh):
-        raise TypeError(f"{where}: mesh must be a mesh, as from make_mesh, got {type(mesh).__name__}")
+        raise TypeError(f"{where}: mesh must be a Mesh, as from make_mesh, got {type(mesh).__name__}")
     if len(set(mesh.axis_types)) > 1:
-        raise ValueError(f"{where}: a mesh whose axes are all Explicit or all Auto expected, got {mesh.axis_types}")
+        raise ValueError(f"{where}: the axes of the mesh must be all Explicit or all Auto, got {mesh.axis_types}")

@@ -167,7 +167,7 @@ def test_options_of_any_kind_of_scalar_leave_the_dtype_alone(call, x64):
 
 
 def test_an_option_that_is_traced_is_refused_by_name():
-    with pytest.raises(TypeError, match="dropout: rate must be a number that is known while tracing"):
+    with pytest.raises(TypeError, match="dropout: rate must be a number that is known at trace time"):
         jax.jit(lambda r: ops.dropout(jnp.ones(3), rate=r, key=jax.random.key(0)))(0.5)
     with pytest.raises(TypeError, match="gelu: approximate must be True or False, got 'none'"):
         ops.gelu(jnp.ones(3), approximate="none")

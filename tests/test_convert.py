@@ -154,9 +154,9 @@ class TestTorch:
         np.testing.assert_allclose(net.apply(params, x.numpy()), module(x).detach().numpy(), rtol=1e-5, atol=1e-6)
         assert module.training
         assert state == ()
-        with pytest.raises(ValueError, match="computes something else than its layers one after the other"):
+        with pytest.raises(ValueError, match="does not simply apply its layers in order"):
             convert.from_torch(module)
-        with pytest.raises(ValueError, match="computes something else"):
+        with pytest.raises(ValueError, match="does not simply apply its layers in order"):
             convert.from_torch(module, activation="tanh")
 
     def test_a_state_dict_in_alphabetical_order_is_put_in_the_order_of_its_numbers(self):
@@ -175,7 +175,7 @@ class TestTorch:
         as_saved = dict(sorted(module.state_dict().items()))
         with pytest.raises(TypeError, match="the order of the layers first, head, middle is not known"):
             convert.from_torch(as_saved, activation="linear")
-        with pytest.raises(ValueError, match="layer_names must be first, head, middle in order"):
+        with pytest.raises(ValueError, match="layer_names must list first, head, middle in order"):
             convert.from_torch(as_saved, activation="linear", layer_names=["first", "head"])
         net, params, _ = convert.from_torch(as_saved, activation="linear", layer_names=["first", "middle", "head"])
         x = self.torch.randn(5, 4)
@@ -192,7 +192,9 @@ class TestTorch:
         nn = self.torch.nn
         module = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
         module[2].weight = module[0].weight
-        with pytest.raises(ValueError, match=r"2.weight is 0.weight again; shared weights cannot be represented"):
+        with pytest.raises(
+            ValueError, match=r"2.weight and 0.weight are the same tensor; shared weights cannot be represented"
+        ):
             convert.from_torch(module)
 
     @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -223,7 +225,7 @@ class TestTorch:
         x = torch.randn(5, 4)
         expected = module.eval()(x).detach().numpy()
         np.testing.assert_allclose(predicted(net, params, state, x.numpy()), expected, rtol=1e-5, atol=1e-6)
-        with pytest.raises(TypeError, match="a state dict does not know the activations"):
+        with pytest.raises(TypeError, match="a state dict does not contain the activations"):
             convert.from_torch(module.state_dict())
 
     def test_training_on_keeps_the_running_statistics_of_torch(self):
@@ -250,9 +252,9 @@ class TestTorch:
             (lambda nn: [nn.Linear(3, 4), nn.LayerNorm(4)], "1: a norm after the last affine layer"),
             (
                 lambda nn: [nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 4), nn.Linear(4, 2)],
-                "one norm expected for all",
+                "all hidden layers must have the same norm",
             ),
-            (lambda nn: [nn.Linear(3, 4), nn.Linear(5, 2)], "5 inputs expected by 1, 4 outputs of 0"),
+            (lambda nn: [nn.Linear(3, 4), nn.Linear(5, 2)], "1 expects 5 inputs, but 0 before it has 4 outputs"),
             (
                 lambda nn: [nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 2)],
                 "without running",
@@ -263,7 +265,7 @@ class TestTorch:
             (lambda nn: [nn.Linear(3, 4), nn.Softplus(beta=2), nn.Linear(4, 2)], r"1 \(Softplus\)"),
             (
                 lambda nn: [nn.MultiheadAttention(4, 2)],
-                r"0 \(MultiheadAttention\)|computes something else|cannot be called",
+                r"0 \(MultiheadAttention\)|does not simply apply its layers|cannot be called",
             ),
         ],
     )
@@ -282,7 +284,7 @@ class TestTorch:
             def forward(self, x):
                 return self.one(x) + self.two(x)
 
-        with pytest.raises(ValueError, match="computes something else than its layers"):
+        with pytest.raises(ValueError, match="does not simply apply its layers in order"):
             convert.from_torch(Branches())
 
     def test_bfloat16_weights_keep_their_dtype(self):
@@ -366,7 +368,7 @@ class TestFlax:
 
         variables = Net().init(jax.random.key(0), jnp.ones((1, 3)))
         assert convert.from_flax(Net(), variables, activation="relu")[0].dims == (3, 8, 2)
-        with pytest.raises(TypeError, match="variables with params expected, got Dense_1, Dense_0"):
+        with pytest.raises(TypeError, match="variables must have the key 'params', got Dense_1, Dense_0"):
             convert.from_flax(Net(), variables["params"], activation="relu")
 
     def test_an_adapter_of_nnx_is_refused(self):
@@ -391,7 +393,7 @@ class TestFlax:
         net, params, _ = convert.from_flax(module, activation="gelu")
         assert net.norm_eps == 1e-6
         np.testing.assert_allclose(net.apply(params, x), module(x), rtol=1e-5, atol=1e-6)
-        with pytest.raises(ValueError, match="computes something else"):
+        with pytest.raises(ValueError, match="does not simply apply its layers in order"):
             convert.from_flax(module, activation="relu")
 
     def test_what_cannot_be_represented_is_named(self):
@@ -402,7 +404,7 @@ class TestFlax:
             convert.from_flax(module, module.init(jax.random.key(0), jnp.ones((1, 3))))
         with pytest.raises(TypeError, match="a linen module needs its variables"):
             convert.from_flax(module)
-        with pytest.raises(TypeError, match=r"a flax\.linen or flax\.nnx module expected, got dict"):
+        with pytest.raises(TypeError, match=r"module must be a flax\.linen or flax\.nnx module, got dict"):
             convert.from_flax({})
 
 
@@ -526,7 +528,7 @@ class TestKeras:
             convert.from_keras(model)
         with pytest.raises(TypeError, match="the model has no weights yet"):
             convert.from_keras(keras.Sequential([of.Dense(3)]))
-        with pytest.raises(TypeError, match="a Keras model expected, got Dense"):
+        with pytest.raises(TypeError, match="model must be a Keras model, got Dense"):
             convert.from_keras(of.Dense(3))
 
 
@@ -593,14 +595,12 @@ class TestSklearn:
 
     def test_what_scikit_learn_does_not_have_is_refused(self):
         net = fcfunc.mlp([3, 4, 2], activation="gelu")
-        with pytest.raises(
-            ValueError, match="one activation of identity, sigmoid|one activation of identity, logistic"
-        ):
+        with pytest.raises(ValueError, match="all hidden layers must use one of identity, logistic"):
             convert.to_sklearn(net, net.init(jax.random.key(0)))
         net = fcfunc.mlp([3, 4, 2], norm="layer_norm")
         with pytest.raises(ValueError, match="neither norms nor dropout, got layer_norm"):
             convert.to_sklearn(net, net.init(jax.random.key(0)))
-        with pytest.raises(TypeError, match="a fitted MLPClassifier or MLPRegressor expected, got str"):
+        with pytest.raises(TypeError, match="estimator must be a fitted MLPClassifier or MLPRegressor, got str"):
             convert.from_sklearn("model")
 
 
@@ -626,7 +626,7 @@ def test_stacked_running_statistics_are_unstacked():
 def test_params_of_another_network_are_refused():
     pytest.importorskip("flax")
     net, other = fcfunc.mlp([3, 4, 2]), fcfunc.mlp([3, 5, 2])
-    with pytest.raises(ValueError, match=r"to_flax: params must be those of the network, \[3, 4, 2\]"):
+    with pytest.raises(ValueError, match=r"to_flax: params must match the network, \[3, 4, 2\]"):
         convert.to_flax(net, other.init(jax.random.key(0)))
     with pytest.raises(TypeError, match="to_flax: net must be a Network"):
         convert.to_flax(None, [])  # type: ignore[arg-type]

@@ -215,7 +215,7 @@ def test_mixed_precision_gives_float32():
         (lambda p: p[:1], "ggn_vector_product: direction must have the structure of params, got PyTreeDef"),
         (
             lambda p: jax.tree.map(lambda a: a[:1], p),
-            r"ggn_vector_product: a leaf of direction is float32\[1\] where params has float32\[4\]",
+            r"ggn_vector_product: a leaf of direction is float32\[1\], but in params it is float32\[4\]",
         ),
     ],
 )

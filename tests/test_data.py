@@ -46,14 +46,14 @@ def test_idx_files_of_every_dtype_come_back_gzipped_or_not(code, compress, write
     [
         (b"", "not an IDX file"),
         (b"PK\3\4 not this", "not an IDX file"),
-        (idx(IMAGES)[:6], "cut off in the header"),
-        (idx(IMAGES)[:-1], r"claims \[2, 3, 4\], 24 bytes, and only 23 follow: it is cut off"),
-        (idx(IMAGES) + b"x", "24 bytes, and more follow"),
+        (idx(IMAGES)[:6], "truncated in the header"),
+        (idx(IMAGES)[:-1], r"claims \[2, 3, 4\], 24 bytes, but only 23 follow; it is truncated"),
+        (idx(IMAGES) + b"x", "24 bytes, but more follow"),
         (idx(IMAGES, magic=b"\1\0"), "not an IDX file"),
         (b"\0\0\x08\x02" + struct.pack(">II", 2**32 - 1, 2**10), "more than the .* allowed"),
-        (gzip.compress(idx(IMAGES))[:-9], "damaged or cut off"),
-        (gzip.compress(idx(IMAGES))[:-8] + b"garbage!", "damaged or cut off"),
-        (gzip.compress(idx(IMAGES)[:-1]), "it is cut off"),
+        (gzip.compress(idx(IMAGES))[:-9], "damaged or truncated"),
+        (gzip.compress(idx(IMAGES))[:-8] + b"garbage!", "damaged or truncated"),
+        (gzip.compress(idx(IMAGES)[:-1]), "it is truncated"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -100,11 +100,11 @@ def claim(shape):
     ("member", "message"),
     [
         (b"not an array", "not an array in NPY format"),
-        (claim("(549755813888,)") + bytes(80), "claims .* 4398046511104 bytes, and 80 follow"),
+        (claim("(549755813888,)") + bytes(80), "claims .* 4398046511104 bytes, but 80 follow"),
         (claim("(-10, -1)") + bytes(80), "claims"),
-        (claim("(10,)") + bytes(79), "80 bytes, and 79 follow"),
-        (claim("(1,)").replace(b"<f8", b"|O8") + bytes(8), "an array of numbers expected, got dtype object"),
-        (claim("(1,)").replace(b"<f8", b"<U2") + bytes(8), "an array of numbers expected"),
+        (claim("(10,)") + bytes(79), "80 bytes, but 79 follow"),
+        (claim("(1,)").replace(b"<f8", b"|O8") + bytes(8), "expected an array of numbers, got dtype object"),
+        (claim("(1,)").replace(b"<f8", b"<U2") + bytes(8), "expected an array of numbers"),
     ],
 )
 def test_bad_members_of_npz_files_are_refused(member, message, tmp_path):
@@ -119,16 +119,16 @@ def test_npz_files_that_are_none_or_cut_off_or_empty_or_too_large_are_refused(tm
     np.savez(tmp_path / "a.npz", x=np.zeros(1000))
     whole = (tmp_path / "a.npz").read_bytes()
     for content in (b"", b"x" * 100, whole[:-30], whole[: len(whole) // 2]):
-        with pytest.raises(ValueError, match="not a whole NPZ file"):
+        with pytest.raises(ValueError, match="not a complete NPZ file"):
             data.read_npz(write(content))
     flipped = bytearray(whole)
     flipped[500] ^= 1
     with pytest.raises(ValueError, match="CRC"):
         data.read_npz(write(bytes(flipped)))
-    with pytest.raises(ValueError, match="8128 bytes when unpacked, more than the 8000 allowed"):
+    with pytest.raises(ValueError, match="8128 bytes decompressed, more than the 8000 bytes"):
         data.read_npz(tmp_path / "a.npz", max_bytes=8000)
     np.savez(tmp_path / "none.npz")
-    with pytest.raises(ValueError, match="holds no array"):
+    with pytest.raises(ValueError, match="contains no array"):
         data.read_npz(tmp_path / "none.npz")
 
 
@@ -153,16 +153,16 @@ def test_csv_files_come_back(text, target, x, y, classes, write):
     ("content", "message"),
     [
         ("", "empty"),
-        ("a,b\n", "a header and no rows"),
-        ("1\n2\n", "at least two columns"),
-        ("a,b\n1,2\n3\n", "line 3: 2 cells expected, got 1"),
-        ("a,b\nx,2\n", "line 2, a: a finite number expected, got 'x'"),
-        ("a,b\nnan,2\n", "line 2, a: a finite number expected, got 'nan'"),
-        ("a,b\n1,inf\n", "line 2: a finite number expected as the target, got 'inf'"),
-        ("a,b\n1e300,2\n", "a finite number expected, got '1e300'"),
-        ("a,b\n1_000,2\n", "a finite number expected, got '1_000'"),
-        ("a,b\n,2\n", "a finite number expected, got ''"),
-        ("a,b\n1,2\n1,x\n", "line 3: a finite number expected as the target, got 'x'"),
+        ("a,b\n", "a header without rows"),
+        ("1\n2\n", "expected at least two columns"),
+        ("a,b\n1,2\n3\n", "line 3: expected 2 cells, got 1"),
+        ("a,b\nx,2\n", "line 2, a: expected a finite number, got 'x'"),
+        ("a,b\nnan,2\n", "line 2, a: expected a finite number, got 'nan'"),
+        ("a,b\n1,inf\n", "line 2: expected a finite number as the target, got 'inf'"),
+        ("a,b\n1e300,2\n", "expected a finite number, got '1e300'"),
+        ("a,b\n1_000,2\n", "expected a finite number, got '1_000'"),
+        ("a,b\n,2\n", "expected a finite number, got ''"),
+        ("a,b\n1,2\n1,x\n", "line 3: expected a finite number as the target, got 'x'"),
         ("a,b\n1,2\n".encode("utf-16"), "not a CSV file in UTF-8"),
         ('a,b\n"1,2\n', "not a CSV file"),
     ],

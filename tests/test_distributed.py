@@ -71,7 +71,7 @@ def test_a_run_of_which_a_process_was_killed_resumes_on_other_devices(tmp_path):
     finally:
         launcher.kill()
     assert launcher.returncode == 3
-    assert errors.strip().splitlines()[-1] == "error: lost process 1 (SIGKILL); go on with --resume"
+    assert errors.strip().splitlines()[-1] == "error: lost process 1 (SIGKILL); continue with --resume"
     assert took < 30  # what docs/guides/multiple-devices.md promises; it is a second on an idle machine
     env.pop("XLA_FLAGS")
     resumed = subprocess.run([*run, "--resume"], capture_output=True, text=True, env=env, timeout=240)

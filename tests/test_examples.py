@@ -73,13 +73,13 @@ def test_layers_chained_by_hand_give_scores_where_no_labels_are_given():
 def test_the_sigmoid_network_has_the_loss_and_gradients_that_torch_printed(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     figures = sigmoid_network.main()
-    assert figures["source"] == "figures stored from torch"
+    assert figures["source"] == "stored torch values"
     assert abs(figures["loss"] - 35.6094379) < 1e-5
     assert figures["worst"] < 1e-5
 
 
 def test_the_sigmoid_network_has_the_loss_and_gradients_of_torch():
-    pytest.importorskip("torch", reason="torch is not installed; the figures stored from it are compared instead")
+    pytest.importorskip("torch", reason="torch is not installed; stored values are compared instead")
     figures = sigmoid_network.main()
     assert figures["source"] == "torch"
     assert figures["worst"] < 1e-5
@@ -189,7 +189,7 @@ def test_text_and_missing_values_in_a_csv_file_are_learned_and_the_saved_pipelin
     houses().to_csv(tmp_path / "houses.csv", index=False)
     status, out, _ = run("--data", "houses.csv", "--optimizer", "adam", "--learning-rate", "0.01")
     assert status == 0
-    assert "columns of text: city; with missing values: city, age" in out
+    assert "text columns: city; with missing values: city, age" in out
     folder = tmp_path / "runs" / "houses"
     preprocessing = skops.io.load(folder / "preprocessing.skops", trusted=["numpy.dtype"])
     params, config = params_file.load(folder / "params.safetensors")
@@ -206,7 +206,7 @@ def test_a_word_among_numbers_is_no_category_and_is_named(run, tmp_path):
     table.to_csv(tmp_path / "houses.csv", index=False)
     status, _, err = run("--data", "houses.csv")
     assert status == 2
-    assert "houses.csv, row 8, area: a number expected, as in most rows, got 'ninety'" in err
+    assert "houses.csv, row 8, area: expected a number, as in most rows, got 'ninety'" in err
 
 
 def test_a_row_without_a_target_is_named(run, tmp_path):
@@ -221,7 +221,7 @@ def test_a_row_without_a_target_is_named(run, tmp_path):
 def test_a_batch_size_beyond_the_examples_is_one_batch_with_a_message(run):
     status, out, _ = run("--batch-size", "5000", "--epochs", "1")
     assert status == 0
-    assert "--batch-size 5000: the 1258 training examples are one batch" in out
+    assert "--batch-size 5000: the 1258 training examples form one batch" in out
 
 
 @pytest.mark.slow
@@ -275,15 +275,15 @@ def test_an_exported_classifier_answers_with_probabilities(run, tmp_path):
         (["--data", "fashion-mnist:here"], "here/train-images-idx3-ubyte.gz: no such file"),
         (["--dims", "64,10,9"], "--dims 64,10,9: the data has 64 features and 10 outputs"),
         (["--dims", "64,x,10"], "argument --dims"),
-        (["--dims", "64,0,10"], "argument --dims: above 0 .* expected, got 0"),
+        (["--dims", "64,0,10"], "argument --dims: must be above 0 .*, got 0"),
         (["--dims", "64,99999999999,10"], "argument --dims: .* got 99999999999"),
-        (["--seed", "1180591620717411303424"], "argument --seed: .* expected"),
-        (["--target", "y"], "--target names a column"),
-        (["--task", "regression"], "digits has classes"),
+        (["--seed", "1180591620717411303424"], "argument --seed: must be at least 0 and below"),
+        (["--target", "y"], "--target names a column, which needs a CSV file"),
+        (["--task", "regression"], "the targets of digits are classes"),
         (["--activation", "swoosh"], "argument --activation: invalid choice: 'swoosh'"),
-        (["--batch-size", "0"], "argument --batch-size: above 0 and below 1e.38 expected, got 0"),
-        (["--learning-rate", "-1"], "argument --learning-rate: above 0 .* expected, got -1"),
-        (["--learning-rate", "nan"], "argument --learning-rate: above 0"),
+        (["--batch-size", "0"], "argument --batch-size: must be above 0 and below 1e.38, got 0"),
+        (["--learning-rate", "-1"], "argument --learning-rate: must be above 0 .*, got -1"),
+        (["--learning-rate", "nan"], "argument --learning-rate: must be above 0"),
         slow(
             ["--learning-rate", "1e30"],
             r"grads\[0\]\['b'\] was not finite at step \d+ \(epoch 1\).*; try a lower learning rate",
@@ -308,14 +308,14 @@ def test_bad_use_is_one_line_and_status_2_and_writes_nothing(argv, message, run,
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"a": np.zeros(3)}, "arrays x and y .* expected, got a"),
-        ({"x": np.zeros((5, 2)), "y": np.zeros(4)}, r"x \[n, ...\] and y \[n\] expected, got x \[5, 2\] and y \[4\]"),
+        ({"a": np.zeros(3)}, "expected arrays x and y .*, got a"),
+        ({"x": np.zeros((5, 2)), "y": np.zeros(4)}, r"expected x \[n, ...\] and y \[n\], got x \[5, 2\] and y \[4\]"),
         ({"x": np.zeros((0, 2)), "y": np.zeros(0)}, r"got x \[0, 2\]"),
-        ({"x": np.full((50, 2), np.nan), "y": np.zeros(50)}, r"finite numbers expected, got nan"),
-        ({"x": np.zeros((50, 2)), "y": np.full(50, -1)}, r"labels in \[0, .*\) expected, got -1"),
+        ({"x": np.full((50, 2), np.nan), "y": np.zeros(50)}, r"must be finite, got nan"),
+        ({"x": np.zeros((50, 2)), "y": np.full(50, -1)}, r"must be a label in \[0, .*\), got -1"),
         ({"x": np.zeros((5, 2)), "y": np.zeros(5)}, "too few"),
         ({"x": np.float64(1), "y": np.zeros(5)}, r"got x \[\]"),
-        ({"x": np.zeros((50, 2)) * 1j, "y": np.zeros(50)}, "real numbers expected, got x complex128"),
+        ({"x": np.zeros((50, 2)) * 1j, "y": np.zeros(50)}, "expected real numbers, got x complex128"),
         ({"x": np.full((50, 2), 1e300), "y": np.zeros(50)}, "too large for float32"),
         (
             {"x_train": np.zeros((60, 2)), "y_train": np.zeros(50), "x_test": np.zeros((5, 2)), "y_test": np.zeros(5)},
@@ -323,9 +323,9 @@ def test_bad_use_is_one_line_and_status_2_and_writes_nothing(argv, message, run,
         ),
         (
             {"x_train": np.zeros((60, 2)), "y_train": np.zeros(60), "x_test": np.zeros((5, 3)), "y_test": np.zeros(5)},
-            "one width",
+            "equal shapes in x",
         ),
-        ({"x": np.zeros((50, 2)), "y": np.arange(50) * 1000}, "if y is a quantity, say --task regression"),
+        ({"x": np.zeros((50, 2)), "y": np.arange(50) * 1000}, "if y is a quantity, use --task regression"),
     ],
 )
 def test_bad_arrays_of_the_user_are_one_line_and_status_2(arrays, message, run, tmp_path):
@@ -344,7 +344,7 @@ def test_a_gpu_that_is_not_there_is_one_line_and_status_2(tmp_path):
     command = [sys.executable, "-m", "examples.train_classifier", "--device", "gpu", "--out", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
-    assert "error: --device gpu: JAX finds none" in result.stderr
+    assert "error: --device gpu: JAX finds no GPU" in result.stderr
     assert "Traceback" not in result.stderr
 
 

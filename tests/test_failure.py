@@ -128,7 +128,7 @@ def test_a_bad_label_is_named_and_not_taken_for_a_learning_rate():
     data, optimizer = make_data(60), optax.sgd(0.1)
     data.y[17] = 7
     with pytest.raises(
-        train.NonFiniteError, match=r"with a value other than data\.y\[17\] = 7 the loss is finite"
+        train.NonFiniteError, match=r"the loss is finite with a value other than data\.y\[17\] = 7: labels"
     ) as e:
         train.fit(loss_fn, optimizer, make_state(optimizer), data, epochs=1, batch_size=8)
     assert "learning rate" not in str(e.value)
@@ -156,5 +156,5 @@ def test_a_bad_label_is_named_if_the_loss_needs_its_key_and_labels_are_a_column(
         logits = fcfunc.apply(params, x)
         return jnp.mean(losses.softmax_cross_entropy_with_integer_labels(logits, batch.y[:, 0]))
 
-    with pytest.raises(train.NonFiniteError, match=r"with a value other than data\.y\[17\] = \[4294967297\] the loss"):
+    with pytest.raises(train.NonFiniteError, match=r"with a value other than data\.y\[17\] = \[4294967297\]: labels"):
         train.fit(dropping, optimizer, make_state(optimizer), data, epochs=1, batch_size=8)

@@ -72,7 +72,7 @@ def test_the_best_epoch_is_the_highest_where_more_is_better_and_the_first_of_equ
 
 
 def test_validation_labels_are_checked_too():
-    with pytest.raises(ValueError, match=r"validation_data\.y\[0\]: labels in \[0, 3\)"):
+    with pytest.raises(ValueError, match=r"validation_data\.y\[0\] must be a label in \[0, 3\)"):
         fit(validation_data=Dataset(np.zeros((2, 4), np.float32), np.array([3, 0])), num_classes=3)
 
 
@@ -80,7 +80,7 @@ def test_validation_labels_are_checked_too():
     ("result", "error", "message"),
     [
         (lambda loss: (loss, {"step": loss}), ValueError, "must not be called 'step'"),
-        (lambda loss: (loss, {"many": jnp.stack([loss, loss])}), ValueError, "each metric must be one number"),
+        (lambda loss: (loss, {"many": jnp.stack([loss, loss])}), ValueError, "each metric must be a scalar"),
         (lambda loss: (loss, None), TypeError, "a loss or \\(loss, dict of metrics\\)"),
         (lambda loss: [loss, {}], TypeError, "a loss or"),
     ],
@@ -124,10 +124,10 @@ def test_two_runs_of_two_epochs_equal_one_of_four():
     [
         ({"patience": 3, "monitor": "validation_loss"}, "monitor 'validation_loss' needs validation_data"),
         ({"patience": 3, "monitor": "f1"}, "monitor 'f1' is not among the metrics: loss, accuracy"),
-        ({"tol": 0.1}, "tol must be a finite number of at least 0, and needs patience"),
-        ({"tol": -0.1, "patience": 3}, "tol must be a finite number of at least 0"),
-        ({"every": 2}, "give every and on_steps together"),
-        ({"validation_data": make_data(0)}, "at least one example expected in validation_data"),
+        ({"tol": 0.1}, "tol must be finite and at least 0, and tol above 0 needs patience"),
+        ({"tol": -0.1, "patience": 3}, "tol must be finite and at least 0"),
+        ({"every": 2}, "every and on_steps must be given together"),
+        ({"validation_data": make_data(0)}, "validation_data must hold at least one example"),
         (
             {"validation_data": make_data(5), "patience": 2, "monitor": "f1"},
             "monitor 'f1' is not among the metrics: loss, accuracy",
@@ -144,15 +144,15 @@ def test_fit_refuses_options_out_of_range(options, message):
     [
         (
             lambda d: Dataset(d.x, np.where(np.arange(50) == 7, 3, d.y)),
-            r"data\.y\[7\]: labels in \[0, 3\) expected, got 3",
+            r"data\.y\[7\] must be a label in \[0, 3\), got 3",
         ),
-        (lambda d: Dataset(d.x, d.y - 1), r"data\.y\[\d+\]: labels in \[0, 3\) expected, got -1"),
+        (lambda d: Dataset(d.x, d.y - 1), r"data\.y\[\d+\] must be a label in \[0, 3\), got -1"),
         (
             lambda d: Dataset(np.where(d.x == d.x[4, 1], np.nan, d.x), d.y),
-            r"data\.x\[4, 1\]: finite numbers expected, got nan",
+            r"data\.x\[4, 1\] must be finite, got nan",
         ),
         (lambda d: Dataset(d.x[:40], d.y), "same leading axis, got 40 in data.x and 50 in data.y"),
-        (lambda d: Dataset(d.x[:0], d.y[:0]), "at least one example expected in data"),
+        (lambda d: Dataset(d.x[:0], d.y[:0]), "data must hold at least one example"),
     ],
     ids=["label too large", "label negative", "nan", "lengths", "empty"],
 )
@@ -239,7 +239,7 @@ def test_what_a_logger_returns_does_not_end_a_run():
 
 
 def test_a_batch_size_above_the_number_of_examples_is_one_batch_with_a_warning():
-    with pytest.warns(UserWarning, match="fit: batch_size 64 is more than the 50 examples, which are one batch"):
+    with pytest.warns(UserWarning, match="fit: batch_size 64 exceeds the number of examples, so all 50 form one batch"):
         state, _ = fit(batch_size=64)
     chex.assert_trees_all_equal(state.params, fit(batch_size=50)[0].params)
     optimizer, data = optax.sgd(0.1), make_data(50)
@@ -247,7 +247,7 @@ def test_a_batch_size_above_the_number_of_examples_is_one_batch_with_a_warning()
         lambda size: train.make_train_epoch(loss_fn, optimizer, size, donate=False),
         lambda size: train.make_fit(loss_fn, optimizer, epochs=1, batch_size=size),
     ):
-        with pytest.warns(UserWarning, match="batch_size 64 is more than the 50 examples"):
+        with pytest.warns(UserWarning, match="batch_size 64 exceeds the number of examples"):
             state, _ = make(64)(make_state(optimizer), data)
         chex.assert_trees_all_equal(state.params, make(50)(make_state(optimizer), data)[0].params)
 
@@ -271,10 +271,10 @@ def test_data_frames_are_trained_on_as_their_numbers():
         fit(Dataset(of_several_dtypes, frame.y))[0].params, fit(Dataset(as_numbers, data.y))[0].params
     )
     for names in (pandas.Series(["a"] * 50), pandas.Series(["a"] * 50, dtype="category")):
-        with pytest.raises(TypeError, match=r"fit: data\.y must hold numbers.*makes labels of names"):
+        with pytest.raises(TypeError, match=r"fit: data\.y must hold numbers.*turns names into labels"):
             fit(Dataset(data.x, names))  # type: ignore[arg-type]
     mixed = frame.x.assign(city="here")
-    with pytest.raises(TypeError, match=r"fit: data\.x must hold numbers, got dtype object: the columns city do not"):
+    with pytest.raises(TypeError, match=r"fit: data\.x must hold numbers, got dtype object in the columns city"):
         fit(Dataset(mixed, frame.y))  # type: ignore[arg-type]
     scores = train.evaluate(loss_fn, make_state(optax.sgd(0.1)).params, frame)
     np.testing.assert_array_equal(
@@ -385,7 +385,7 @@ def test_a_position_outside_of_the_data_is_refused(position):
 def test_data_larger_than_the_free_memory_is_refused(monkeypatch):
     monkeypatch.setattr(_memory, "_free", lambda device: 700)
     optimizer, data = optax.sgd(0.1), make_data(40)
-    with pytest.raises(MemoryError, match=r"fit: data of 0\.00 GB .*to copy, and 0\.00 GB are free on"):
+    with pytest.raises(MemoryError, match=r"fit: data \(0\.00 GB\) .*cannot be copied to .*, which has 0\.00 GB free"):
         train.fit(loss_fn, optimizer, make_state(optimizer), data, epochs=1, batch_size=4)
     train.fit(loss_fn, optimizer, make_state(optimizer), jax.tree.map(jnp.asarray, data), epochs=1, batch_size=4)
 

@@ -213,7 +213,7 @@ def test_for_two_classes_probabilities_are_the_expected_sigmoid():
 )
 def test_a_loss_without_curvature_is_an_error_and_nan_when_compiled(net, loss_fn):
     params, x = net.init(jax.random.key(0)), jnp.asarray(np.random.default_rng(0).standard_normal((7, 3)), jnp.float32)
-    with pytest.raises(ValueError, match="kronecker: the loss has no curvature by the outputs"):
+    with pytest.raises(ValueError, match="kronecker: the loss has no curvature with respect to the network's outputs"):
         laplace.kronecker(net, params, x, loss_fn)
     assert jnp.isnan(posterior_of(laplace.kronecker, net, params, x, loss_fn).prior_precision)
 

@@ -149,7 +149,7 @@ def test_only_square_layers_that_are_alike_are_stacked():
 
 def test_the_layers_of_one_stack_have_one_activation():
     params = fcfunc.stack(fcfunc.init(jax.random.key(0), [4, 4, 4, 2]))
-    with pytest.raises(ValueError, match="the 2 layers of one stack must have one activation"):
+    with pytest.raises(ValueError, match="the 2 layers of a stack must have the same activation"):
         fcfunc.apply(params, jnp.ones((3, 4)), activation=["relu", "tanh"])
     same = fcfunc.apply(params, jnp.ones((3, 4)), activation=["tanh", "tanh"])
     np.testing.assert_array_equal(same, fcfunc.apply(params, jnp.ones((3, 4)), activation="tanh"))
@@ -157,7 +157,7 @@ def test_the_layers_of_one_stack_have_one_activation():
 
 def test_a_stack_of_a_wrong_width_is_named():
     params = fcfunc.stack(fcfunc.init(jax.random.key(0), [4, 4, 4, 2]))
-    with pytest.raises(ValueError, match=r"layer 0: a stack of 2 layers must stand for hidden layers of one width"):
+    with pytest.raises(ValueError, match=r"layer 0: a stack of 2 layers must represent hidden layers of equal width"):
         fcfunc.mlp([4, 5, 4, 2]).apply(params, jnp.ones((3, 4)))
 
 

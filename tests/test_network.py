@@ -365,9 +365,9 @@ def test_too_few_layers_are_counted(params, x):
             ValueError,
             "mlp: activation: unknown activation 'swishy'; known are elu",
         ),
-        ({"activation": ["relu"]}, ValueError, "2 activations expected, one per hidden layer, got 1"),
-        ({"activation": ("relu", 0.5)}, ValueError, "a number goes with elu or leaky_relu, got"),
-        ({"activation": ("elu", -1)}, ValueError, "for elu at least 0, must go with elu, got -1"),
+        ({"activation": ["relu"]}, ValueError, "activation must list 2 entries, one per hidden layer, got 1"),
+        ({"activation": ("relu", 0.5)}, ValueError, "only elu and leaky_relu take a number, got"),
+        ({"activation": ("elu", -1)}, ValueError, "the number for elu must be finite and at least 0, got -1"),
         ({"final_activation": "soft"}, ValueError, "unknown activation 'soft'"),
         ({"norm": "group"}, ValueError, "unknown norm 'group'; known are batch_norm, layer_norm, rms_norm"),
         ({"norm": ["layer_norm"]}, ValueError, r"unknown norm \['layer_norm'\]"),
@@ -376,7 +376,7 @@ def test_too_few_layers_are_counted(params, x):
         ({"dropout_rate": 1.5}, ValueError, r"dropout_rate must be in \[0, 1\], got 1.5"),
         ({"residual": 1}, TypeError, "residual must be True or False, got 1"),
         ({"compute_dtype": "bf16"}, TypeError, "compute_dtype must be bfloat16 .*'bf16'"),
-        ({"compute_dtype": "float16"}, TypeError, "float16 is not offered.*use bfloat16"),
+        ({"compute_dtype": "float16"}, TypeError, "float16 is not supported.*use bfloat16"),
         ({"compute_dtype": "int8"}, TypeError, "must be bfloat16.*got int8"),
         ({"compute_dtype": "float64"}, TypeError, "float64"),
         ({"ops": jnp}, TypeError, "ops must be fcfunc.ops or fcfunc.reference, got"),
@@ -501,7 +501,7 @@ PLAIN, BATCH_NORM = fcfunc.mlp(DIMS), fcfunc.mlp(DIMS, norm="batch_norm")
         (lambda p, x: PLAIN.apply_batch_norm(p, [], x, training=True), ValueError, "norm=None; use apply"),
         (lambda p, x: PLAIN.init_batch_norm_state(p), ValueError, "norm=None, which has no state"),
         (lambda p, x: BATCH_NORM.apply(p, x), ValueError, "apply: batch_norm has a state; use apply_batch_norm"),
-        (lambda p, x: BATCH_NORM.features(p, x), ValueError, "features: batch_norm has a state; its features"),
+        (lambda p, x: BATCH_NORM.features(p, x), ValueError, "features: batch_norm has a state; features does not"),
         (lambda p, x: BATCH_NORM.apply_batch_norm(p, None, x, training=True), TypeError, "state must be a list.*None"),
         (lambda p, x: fcfunc.stack([]), ValueError, r"stack: params must be a list of at least one layer, got \[\]"),
         (lambda p, x: fcfunc.unstack(jax.tree.map(lambda a: a[None], p)), ValueError, r"use jax.vmap\(unstack\)"),
@@ -518,7 +518,7 @@ def test_scales_of_a_wrong_shape_or_dtype_name_their_layer(x):
     params = net.init(KEY)
     with pytest.raises(ValueError, match=r"layer 0: scale must be \[5\], got \[4\]"):
         net.apply([params[0] | {"scale": jnp.ones(4)}, params[1]], x)
-    with pytest.raises(TypeError, match="layer 0: one dtype expected for all of .*scale"):
+    with pytest.raises(TypeError, match="layer 0: .*scale.* must have the same dtype"):
         net.apply([params[0] | {"scale": jnp.ones(5, jnp.bfloat16)}, params[1]], x)
 
 

@@ -120,7 +120,7 @@ def test_a_network_with_batch_norm_carries_its_state_stacked_or_not():
 def test_a_state_that_does_not_fit_is_refused():
     net = fcfunc.mlp([6, 5, 3], norm="batch_norm")
     params = net.init(jax.random.key(0))
-    with pytest.raises(ValueError, match="1 states expected, one per hidden entry of params, got 0"):
+    with pytest.raises(ValueError, match="state must have 1 entries, one per hidden entry of params, got 0"):
         net.apply_batch_norm(params, [], jnp.ones((2, 6)), training=True)
     wrong = [{"mean": jnp.zeros(4), "var": jnp.ones(4)}]
     with pytest.raises(ValueError, match=r"state 0: mean must be \[5\], got \[4\]"):

@@ -96,7 +96,7 @@ def test_affine_names_all_three_shapes_of_a_misfit(x, w, b):
 
 
 def test_affine_promotes_nothing_silently():
-    with pytest.raises(TypeError, match=r"affine: one dtype expected.* x bfloat16\[2,3\], w float32\[3,4\]"):
+    with pytest.raises(TypeError, match=r"affine: x, w, b must have the same dtype.*bfloat16\[2,3\], w float32\[3,4\]"):
         ops.affine(jnp.ones((2, 3), jnp.bfloat16), jnp.ones((3, 4)), jnp.ones(4))
 
 

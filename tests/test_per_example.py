@@ -244,7 +244,7 @@ def test_gradients_of_another_network_are_refused():
         net.example_gradients(net.init(jax.random.key(0)), x, lambda z: z[:, 0])[1]
         for net in (fcfunc.mlp([3, 4, 2]), fcfunc.mlp([3, 6, 2]))
     )
-    with pytest.raises(ValueError, match="dot_products: the gradients are not of one network"):
+    with pytest.raises(ValueError, match="dot_products: gradients and others must come from the same network"):
         per_example.dot_products(one, other)
     with pytest.raises(TypeError, match="squared_norms|leaf_squared_norms: gradients must come from"):
         per_example.squared_norms(fcfunc.init(jax.random.key(0), [3, 4, 2]))
@@ -282,18 +282,18 @@ def test_a_step_that_reports_the_noise_trains_as_one_that_does_not(x64):
 
 def test_an_aggregate_needs_all_examples_at_once_and_no_model_state():
     net = fcfunc.mlp([3, 4])
-    with pytest.raises(ValueError, match="make_train_step: aggregate needs all examples at once: accumulate=1, got 2"):
+    with pytest.raises(ValueError, match="make_train_step: with aggregate, accumulate must be 1, got 2"):
         step_of_examples(net, per_example.mean_with_noise_scale, accumulate=2)
     step = step_of_examples(net, per_example.mean_with_noise_scale)
     params = net.init(jax.random.key(0))
     batch = jnp.ones((5, 3)), jnp.zeros(5, jnp.int32)
     state = train.init_state(params, optax.adam(0.01), jax.random.key(0), model_state=jnp.zeros(2))
-    with pytest.raises(ValueError, match="aggregate does not go with a model_state, which mixes examples"):
+    with pytest.raises(ValueError, match="aggregate cannot be combined with a model_state, which mixes examples"):
         step(state, batch)
     wrong = train.make_train_step(
         lambda params, batch, key: jnp.mean(net.apply(params, batch[0])), optax.adam(0.01), aggregate=lambda *a: a
     )
-    with pytest.raises(TypeError, match=r"loss_fn with aggregate must return \(losses, gradients\) as"):
+    with pytest.raises(TypeError, match=r"loss_fn with aggregate must return \(losses, gradients\), as"):
         wrong(train.init_state(params, optax.adam(0.01), jax.random.key(0)), batch)
 
 

@@ -188,7 +188,7 @@ def test_a_train_step_takes_it_and_draws_other_noise_each_time():
 
 def test_an_ordinary_batch_is_refused():
     aggregate = privacy.private_mean(max_norm=0.5, noise_multiplier=1.0, expected_batch_size=4)
-    with pytest.raises(TypeError, match="a step needs a batch from privacy.poisson_batch, as the guarantee does, got"):
+    with pytest.raises(TypeError, match="the batch must come from privacy.poisson_batch, which the guarantee requires"):
         aggregate(jnp.zeros(3), [], (jnp.zeros(3),), jax.random.key(0))
 
 
@@ -243,5 +243,5 @@ def test_losses_gradients_and_batch_must_have_as_many_examples(x64):
     params, x, labels = made(NET, batch=2)
     aggregate = privacy.private_mean(max_norm=0.5, noise_multiplier=1.0, expected_batch_size=4)
     _, gradients = NET.example_gradients(params, x[:1], cross_entropy(labels[:1]))
-    with pytest.raises(ValueError, match=r"must have as many examples, got \[2\], \[1\] and \[2\]"):
+    with pytest.raises(ValueError, match=r"must have equal numbers of examples, got \[2\], \[1\] and \[2\]"):
         aggregate(jnp.zeros(2), gradients, batch_of(x, labels, np.ones(2, bool)), jax.random.key(0))

@@ -280,7 +280,7 @@ def test_class_weights_infinities_and_objects_come_back_from_a_file(tmp_path):
 def test_a_file_of_another_kind_is_refused(tmp_path):
     x, y = problem("numbers")
     MLPRegressor(max_iter=1).fit(x, y).save(tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="a fitted MLPClassifier expected, got MLPRegressor"):
+    with pytest.raises(ValueError, match="expected a fitted MLPClassifier, got MLPRegressor"):
         MLPClassifier.load(tmp_path / "model.safetensors")
     with pytest.raises(FileNotFoundError):
         MLPClassifier.load(tmp_path / "nothing.safetensors")
@@ -289,7 +289,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"optimizer": "adam"}, "optimizer must be an optax optimizer or make one, got 'adam'"),
+        ({"optimizer": "adam"}, "optimizer must be an optax optimizer or a function that returns one, got 'adam'"),
         ({"hidden_layer_sizes": "abc"}, "hidden_layer_sizes must be integers, got 'abc'"),
         ({"solver": "newton"}, "solver must be one of lbfgs, sgd, adam, got 'newton'"),
         ({"alpha": -1}, "alpha must be a number of at least 0, got -1"),
@@ -302,7 +302,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
         ({"activation": "cube"}, "unknown activation 'cube'"),
         ({"norm": "group_norm"}, "unknown norm 'group_norm'"),
         ({"norm": "batch_norm", "batch_size": 149}, "at least 2 rows in each batch"),
-        ({"norm": "batch_norm", "solver": "lbfgs"}, "solver='lbfgs' takes neither norm='batch_norm' nor"),
+        ({"norm": "batch_norm", "solver": "lbfgs"}, "solver='lbfgs' supports neither norm='batch_norm' nor"),
     ],
 )
 def test_parameters_out_of_range_are_refused(options, message):

@@ -58,7 +58,7 @@ def test_any_optax_optimizer_lowers_the_loss(optimizer):
 
 def test_a_loss_per_example_is_refused_with_advice():
     step = train.make_train_step(lambda p, b, k: losses.squared_error(p * b, b), optax.sgd(0.1))
-    with pytest.raises(ValueError, match=r"must return one number.*got float32\[4\]; take jnp.mean"):
+    with pytest.raises(ValueError, match=r"must return a scalar.*got float32\[4\]; take jnp.mean"):
         step(train.init_state(jnp.float32(1), optax.sgd(0.1), jax.random.key(0)), jnp.ones(4))
 
 
@@ -154,5 +154,5 @@ def test_a_state_in_the_place_of_params_is_refused():
 
 def test_a_loss_with_other_arguments_is_told_which_it_is_given():
     step = train.make_train_step(lambda params, batch: jnp.float32(0), optax.sgd(0.1))
-    with pytest.raises(TypeError, match=r"loss_fn must take \(params, batch, key\)"):
+    with pytest.raises(TypeError, match=r"loss_fn must accept \(params, batch, key\)"):
         step(make_state(optax.sgd(0.1)), make_data(8))

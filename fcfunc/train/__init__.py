@@ -1,15 +1,15 @@
-"""Training as pure functions: a state goes in, a state comes out.
+"""Training as pure functions: each takes a state and returns a new one.
 
-Everything here takes the loss as a function, `loss_fn(params, batch, key)`, and the optimizer as an optax
-transformation; it knows neither the network nor the loss. `batch` and `data` are pytrees of arrays with a common
-leading axis, the examples. `loss_fn` returns the loss, a scalar that is the mean over its batch, or `(loss, metrics)`
-with a dict of further means. `key` is this step's own random key in training, and None in evaluation.
+You pass the loss as a function, `loss_fn(params, batch, key)`, and the optimizer as an optax transformation; nothing
+here depends on the network or on the kind of loss. `batch` and `data` are pytrees of arrays with a common leading axis,
+the examples. `loss_fn` returns the loss, a scalar that is the mean over the batch, or `(loss, metrics)` with a dict of
+further means. `key` is a random key that is different in each training step, and None in evaluation.
 
-On a mesh only the sharding of the arrays changes: place the params by `fcfunc.sharding.shard` and the examples by
-`fcfunc.sharding.global_batch`. Each batch is sharded like the data, and each new state like the one before.
+On a mesh only the sharding of the arrays changes: place the params with `fcfunc.sharding.shard` and the examples with
+`fcfunc.sharding.global_batch`. Each batch is sharded like the data, and each new state like the previous one.
 
-A network that carries something besides its parameters, such as the running statistics of batch normalization, keeps
-it in the state's `model_state`. Its loss is `loss_fn(params, batch, key, model_state) -> (loss, metrics, model_state)`.
+If a network has state besides its parameters, such as the running statistics of batch normalization, it is kept in the
+state's `model_state`. The loss is then `loss_fn(params, batch, key, model_state) -> (loss, metrics, model_state)`.
 """
 
 from fcfunc.train._epoch import evaluate, make_train_epoch, num_steps

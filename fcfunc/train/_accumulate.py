@@ -1,4 +1,4 @@
-"""Gradient accumulation over microbatches, on one device or several."""
+"""Gradient accumulation over microbatches, on one or several devices."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,21 +13,21 @@ from fcfunc.train._mesh import Layouts
 
 
 def accumulated(gradient: Callable, parts: int, layouts: Layouts) -> Callable:
-    """`gradient(params, batch, key, model_state) -> ((loss, (metrics, model_state)), grads)` over microbatches.
+    """`gradient(params, batch, key, model_state) -> ((loss, (metrics, model_state)), grads)`, run over microbatches.
 
-    On a mesh every sum has a leading device axis: each device adds up its own gradients, and the sum over that axis,
-    the only one that is communicated, is taken once, at the end. That is why this is not `optax.microbatch`.
-    `layouts` are those of a state whose first arrays are the params; parts times devices divides the batch.
+    On a mesh every sum has a leading device axis. Each device adds up its own gradients, and the sum over that axis,
+    which is the only communication, is taken once at the end; `optax.microbatch` would communicate in each microbatch.
+    `layouts` describe a state whose first arrays are the params. The batch size must be a multiple of parts × devices.
     """
 
     def of_batch(params: Any, batch: Any, key: jax.Array, model_state: Any):
         over = layouts.examples
         devices = 1 if over is None else over.devices
-        # Params that are sharded over the same devices are gathered here, once, and not for each microbatch.
+        # Params that are sharded over the same devices are gathered once here, not in each microbatch.
         gathered = layouts.gather_params(params)
 
         def split(a):
-            """`[n, ...]` as `[parts, devices, n / parts / devices, ...]`, where each device keeps its own examples."""
+            """`[n, ...]` to `[parts, devices, n / parts / devices, ...]`; each device keeps its own examples."""
             a = _mesh.split_examples(a, (devices, parts, a.shape[0] // (devices * parts)), over)
             return jnp.moveaxis(a, 1, 0)
 
@@ -52,7 +52,7 @@ def accumulated(gradient: Callable, parts: int, layouts: Layouts) -> Callable:
         for name, metric in metrics.items():
             if metric.ndim > 1:
                 raise ValueError(
-                    f"accumulate: each metric must be one number, a mean, got {name!r} {list(metric.shape[1:])}"
+                    f"accumulate: each metric must be a scalar, a mean, got {name!r} {list(metric.shape[1:])}"
                 )
         zeros = jax.tree.map(lambda a: _mesh.zeros_like_sharded(a, mean_dtype(a.dtype), over), (loss, metrics, grads))
         (sums, model_state), _ = jax.lax.scan(add, (zeros, model_state), xs)
@@ -65,12 +65,12 @@ def accumulated(gradient: Callable, parts: int, layouts: Layouts) -> Callable:
 
 
 def _mean_of_devices(a):
-    """The devices' model states as one: the mean of real numbers; the first of counts and keys, which are equal."""
+    """Merges the devices' model states: the mean of real arrays; the first of counts and keys, which are all equal."""
     if jnp.issubdtype(a.dtype, jnp.inexact):
         return jnp.mean(a, axis=0, dtype=mean_dtype(a.dtype)).astype(a.dtype)
     return _mesh.first_device(a)
 
 
 def mean_dtype(dtype):
-    """At least float32: the mean of counts is not a count, and a mean in bfloat16 is a poor one."""
+    """At least float32: the mean of integers is not an integer, and a mean in bfloat16 is inaccurate."""
     return sum_dtype(dtype) if jnp.issubdtype(dtype, jnp.inexact) else jnp.dtype(jnp.float32)

@@ -1,7 +1,7 @@
-"""Identities of functions: two calls share a compiled program only if the function still computes the same.
+"""Keys for cached programs: two calls share a compiled program only if the function still computes the same.
 
-A compiled program holds the values that a function captures as constants, so a program found by the function alone
-would silently use the values of its first call.
+The values that a function captures are constants of its compiled program. A cache keyed by the function alone would
+silently reuse the values of the first call.
 """
 
 import functools
@@ -14,9 +14,9 @@ import numpy as np
 
 
 class FunctionId:
-    """Equal to another id of the same object if its traces are equal; it keeps the object alive.
+    """Equal to another id if both are of the same object and their traces are equal; keeps the object alive.
 
-    Objects are compared by identity: a callable object may be equal to one that computes another loss, or have no hash.
+    Objects are compared by identity: a callable object may equal one that computes a different loss, or be unhashable.
     """
 
     def __init__(self, function: Any, traced: list | None = None):
@@ -30,10 +30,10 @@ class FunctionId:
 
 
 def cached_by_id(make: Callable) -> Callable:
-    """`make`, which returns the same program for the same functions and numbers; the last 32 are kept.
+    """Caches the programs that `make` returns, by its functions and numbers; the last 32 are kept.
 
-    JAX's own cache lives as long as a compiled function, so a new function would be compiled again.
-    Functions are given as `FunctionId`.
+    JAX's own cache lives only as long as a compiled function, so a new function would be compiled again.
+    Functions are passed as `FunctionId`.
     """
 
     @functools.lru_cache(maxsize=32)
@@ -45,20 +45,21 @@ def cached_by_id(make: Callable) -> Callable:
 
 
 def traced(function: Callable, *args) -> tuple[list, Any]:
-    """What `function(*args)` computes, in a form that can be compared, and the shapes of its outputs.
+    """The computation of `function(*args)` in a form that can be compared, and the shapes of its outputs.
 
-    That is its jaxpr as text, which includes the numbers that it captures, and its constants: NumPy arrays by value,
-    since they can change in place, and JAX arrays by identity. A function that the caller compiled, with `jax.jit` for
-    example, shows the values of its own first call, which JAX continues to use.
+    The comparable form is the text of the jaxpr, which includes captured numbers, and its constants: NumPy arrays by
+    value, since they can change in place, and JAX arrays by identity. A function that the caller compiled, for example
+    with `jax.jit`, shows the values of its own first call, which JAX continues to use.
     """
-    # A new function each time: JAX remembers the jaxpr of one that it has seen.
+    # A new function each time, because JAX caches the jaxpr of a function that it has seen.
     jaxpr, shapes = jax.make_jaxpr(lambda *args: function(*args), return_shape=True)(*args)
     return [str(jaxpr), *map(_comparable, _constants(jaxpr))], shapes
 
 
 def _constants(jaxpr) -> Iterator[Any]:
-    """The constants of a jaxpr and of those inside it."""
-    from fcfunc._jax_releases import is_jaxpr, jaxpr_and_consts  # here: jax.extend takes as long to import as fcfunc
+    """The constants of a jaxpr and of the jaxprs inside it."""
+    # Imported here because jax.extend takes as long to import as fcfunc.
+    from fcfunc._jax_releases import is_jaxpr, jaxpr_and_consts
 
     inner, consts = jaxpr_and_consts(jaxpr)
     yield from consts

@@ -1,4 +1,4 @@
-"""Early stopping, for a loop on the host and for one inside a compiled program."""
+"""Early stopping, for a loop on the host or inside a compiled program."""
 
 import math
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from fcfunc.train._state import TrainState
 
 
 class EarlyStopping(NamedTuple):
-    """Which entry of the record decides that an epoch is the best one, and for how many to wait for a better one."""
+    """Which entry of an epoch's record decides whether it is the best, and how many epochs to wait for a better one."""
 
     monitor: str
     mode: str
@@ -21,13 +21,13 @@ class EarlyStopping(NamedTuple):
     tol: float
 
     def start(self, state: TrainState) -> "Best":
-        """Before the first epoch: no score, and the initial model."""
+        """The value before the first epoch: no score, and the initial model."""
         score = jnp.asarray(jnp.nan, jnp.result_type(float))
         model = () if self.patience is None else jax.tree.map(jnp.copy, (state.params, state.model_state))
         return Best(score, jnp.int32(0), jnp.int32(0), model)
 
     def judge(self, best: "Best", epoch: Any, record: dict, state: TrainState) -> "Best":
-        """The best epoch after one more, of which `record` holds the metrics; without patience it is the last."""
+        """The best epoch so far, given the `record` of one more; without patience, the last epoch."""
         if self.patience is None:
             return best._replace(epoch=epoch)
         score = jnp.asarray(record[self.monitor], best.score.dtype)
@@ -36,7 +36,7 @@ class EarlyStopping(NamedTuple):
         return _better_of(best, new, self.tol)
 
     def stops(self, best: "Best") -> Any:
-        """Whether no better epoch came for too long."""
+        """Whether `patience` epochs have passed without a better one."""
         return np.bool_(False) if self.patience is None else best.waited >= self.patience
 
     def restore(self, best: "Best", state: TrainState) -> TrainState:
@@ -48,11 +48,11 @@ class EarlyStopping(NamedTuple):
 
 
 class Best(NamedTuple):
-    """The best epoch so far: its score, negated if more is better, its number from 1 on, and its model."""
+    """The best epoch so far: its score, negated if higher is better, its number, counted from 1, and its model."""
 
     score: jax.Array
     epoch: jax.Array
-    waited: jax.Array  # the number of epochs since one was better by more than the tolerance
+    waited: jax.Array  # the number of epochs since the last improvement by more than the tolerance
     model: Any  # parameters and model state
 
 
@@ -68,13 +68,13 @@ def _better_of(best: Best, new: Best, tol: float) -> Best:
 def checked_early_stopping(
     where: str, monitor: str, mode: str, patience: int | None, tol: float, validation: bool
 ) -> EarlyStopping:
-    """The options as one value, checked; `validation` says whether there is validation data to judge an epoch by."""
+    """Checks the options and returns them as one value; `validation` says whether there is validation data."""
     if patience is not None:
         _arguments.positive(where, patience=patience)
     tol = _arguments.number(where, tol=tol)
     if not 0 <= tol < math.inf or (tol and patience is None):
-        needs = "a finite number of at least 0, and needs patience"
-        raise ValueError(f"{where}: tol must be {needs}, got {tol} with patience {patience}")
+        needs = "finite and at least 0, and tol above 0 needs patience"
+        raise ValueError(f"{where}: tol must be {needs}, got tol {tol} with patience {patience}")
     if mode not in ("min", "max"):
         raise ValueError(f'{where}: mode must be "min" or "max", got {mode!r}')
     if not isinstance(monitor, str):

@@ -1,4 +1,4 @@
-"""An epoch of training as one program, and the evaluation of a loss over all examples."""
+"""An epoch of training as one compiled program, and the evaluation of a loss over all examples."""
 
 import functools
 from collections.abc import Callable
@@ -28,28 +28,27 @@ def make_train_epoch(
     shuffle: bool = True,
     donate: bool = True,
 ) -> Callable:
-    """An epoch of training as one compiled program: shuffling, batching and steps, all on the device.
+    """Makes a training epoch that is one compiled program: shuffling, batching and steps all run on the device.
 
     Args:
       loss_fn: as for `make_train_step`.
       optimizer: any optax optimizer.
       batch_size: examples per step, at least 1. If it does not divide the number of examples, the last step uses the
         remainder as a shorter batch, inside the same program; on a mesh whose devices do not divide that batch, each
-        device processes all of it. With more than there are examples, all of them are one batch, and there is a
-        warning.
+        device processes all of it. If it exceeds the number of examples, they form one batch, with a warning.
       accumulate: as for `make_train_step`; the shorter batch is not split.
-      shuffle: False takes the examples in the order given.
+      shuffle: if False, use the examples in the given order.
       donate: as for `make_train_step`.
 
     Returns:
       `epoch(state, data) -> (state, metrics)`; each metric has one entry per step. Every example is used once, in an
-      order derived from the state's key and step, unless `shuffle=False`. A partly completed epoch of the state is
-      abandoned.
+      order derived from the state's key and step, unless `shuffle=False`. If the state is in the middle of an epoch,
+      the rest of that epoch is abandoned.
 
     Raises:
-      ValueError: `batch_size` or `accumulate` below 1; while tracing: data that is empty or whose
-        arrays differ in the number of examples; a loss that is not a scalar; a `batch_size` that cannot be
-        divided evenly over the devices that hold the examples, or into `accumulate` microbatches.
+      ValueError: `batch_size` or `accumulate` is below 1. While tracing: the data is empty or its arrays differ in the
+        number of examples; the loss is not a scalar; `batch_size` cannot be divided evenly over the devices that hold
+        the examples, or into `accumulate` microbatches.
 
     Example:
       >>> import optax
@@ -78,7 +77,8 @@ def epoch_of(where: str, step: Callable, batch_size: int, accumulate: int, *, sh
 
     def epoch(state: TrainState, data: Any, layouts: Layouts):
         n = count(where, data)
-        # The barrier keeps XLA from fusing the order into the step: with one step, JAX 0.12 would compile for minutes.
+        # The barrier keeps XLA from fusing the order into the step: for an epoch of one step, JAX 0.12 would compile
+        # for minutes.
         return steps(state, data, layouts, jax.lax.optimization_barrier(order_from(state, n, n, shuffle)))
 
     return epoch
@@ -89,7 +89,7 @@ def steps_of(
 ) -> Callable:
     """`steps(state, data, layouts, order) -> (state, metrics)`: part of an epoch, over the examples that `order` lists.
 
-    `record(before, after, metrics)` gives what is returned of each step besides its metrics.
+    `record(before, after, metrics)` computes a value of each step that is returned next to its metrics.
     """
 
     def steps(state: TrainState, data: Any, layouts: Layouts, order: jax.Array):
@@ -111,7 +111,7 @@ def steps_of(
 
 
 def order_from(state: TrainState, n: int, limit: int, shuffle: bool) -> jax.Array:
-    """The next examples of the state's epoch of n, as indices."""
+    """The indices of the next `limit` examples of the state's epoch over n examples."""
     with jax.named_scope("order"):
         places = state.epoch_position + jnp.arange(limit, dtype=jnp.int32)
         return permutation(order_key(state), n, places) if shuffle else places
@@ -120,22 +120,22 @@ def order_from(state: TrainState, n: int, limit: int, shuffle: bool) -> jax.Arra
 def evaluate(
     loss_fn: Callable, params: Any, data: Any, *, batch_size: int = 1024, model_state: Any = ()
 ) -> dict[str, jax.Array]:
-    """The means of the loss and its metrics over all examples, without updates and without randomness.
+    """The means of the loss and its metrics over all examples.
 
     Args:
-      loss_fn: `(params, batch, key) -> loss` or `-> (loss, metrics)`, called with key None; compiled once for each
-        function and each shape of data.
+      loss_fn: `(params, batch, key) -> loss` or `-> (loss, metrics)`, called with key None. It is compiled once for
+        each function and each shape of the data.
       params: the parameters.
       data: a pytree of arrays with a common leading axis, the examples.
-      batch_size: at most this many examples at a time, which bounds the memory. Apart from rounding the result does
-        not depend on it, provided that the metrics are means over the batch.
-      model_state: the state's, if the loss takes one; the new one that it returns is discarded.
+      batch_size: the largest number of examples that are evaluated at once, which bounds the memory. If the metrics are
+        means over the batch, the result does not depend on it, apart from rounding.
+      model_state: the `model_state` of the state, if the loss takes one; the new one that it returns is discarded.
 
     Returns:
-      `{"loss": scalar, ...}`, in which each batch is weighted by its number of examples.
+      `{"loss": scalar, ...}`. Each batch is weighted by its number of examples.
 
     Raises:
-      ValueError: `batch_size` below 1, data that is empty or whose arrays differ in the number of examples.
+      ValueError: `batch_size` is below 1; the data is empty or its arrays differ in the number of examples.
 
     Example:
       >>> evaluate(lambda params, batch, key: jnp.mean((batch - params) ** 2), jnp.float32(1), jnp.arange(4.0))
@@ -152,13 +152,13 @@ def evaluate(
 
 
 def function_id(loss_fn: Callable, state: TrainState, data: Any, key: Any) -> tuple[FunctionId, dict]:
-    """What a loss function computes, as the key of its compiled programs, and the shapes of its metrics."""
+    """The cache key of a loss function's compiled programs, and the shapes of its metrics."""
     computed, (_, (metrics, _)) = traced(uniform(loss_fn), state.params, data, key, state.model_state)
     return FunctionId(loss_fn, computed), metrics
 
 
 def evaluate_compiled(loss_id: FunctionId, params: Any, data: Any, model_state: Any, batch_size: int = 1024):
-    """`evaluate` with a loss whose id is known, after the checks."""
+    """`evaluate` without its checks, for a loss whose id is known."""
     return _evaluation(loss_id, batch_size)(params, model_state, data, layouts=Layouts((), shardings(data)))
 
 
@@ -171,7 +171,7 @@ def _evaluation(loss_fn, batch_size):
         n = count("evaluate", data)
         size = min(batch_size, n)
         if not any(layouts.data):
-            # Equal batches, if some not much smaller divide the examples: one step to compile instead of two.
+            # Prefer a slightly smaller batch size that divides the examples: one step to compile instead of two.
             size = next((s for s in range(size, size // 2, -1) if n % s == 0), size)
 
         def on_batch(_, indices):
@@ -185,25 +185,25 @@ def _evaluation(loss_fn, batch_size):
 
 
 def epoch_means(metrics: dict, n: int, batch_size: int) -> dict:
-    """The means over all examples of metrics that are means over the batches, one entry for each."""
+    """The means over all examples, from metrics with the mean of each batch."""
     weights = batch_sizes(n, batch_size) / n
     real = {name: m.astype(mean_dtype(m.dtype)) for name, m in metrics.items()}
     return {name: jnp.average(m, axis=0, weights=jnp.asarray(weights, m.dtype)) for name, m in real.items()}
 
 
 def num_steps(examples: int, *, epochs: int, batch_size: int) -> int:
-    """The number of steps of a whole run, for a learning-rate schedule.
+    """The number of steps in a whole run, for a learning-rate schedule.
 
     Args:
       examples: the number of training examples, `len(x)`.
       epochs: passes over them.
-      batch_size: examples per step; a shorter last batch is a step too.
+      batch_size: examples per step; a shorter last batch counts as a step.
 
     Returns:
       `epochs * ceil(examples / batch_size)`.
 
     Raises:
-      ValueError: a number that is not an integer of at least 1.
+      ValueError: a number is not an integer of at least 1.
 
     Example:
       >>> import optax

@@ -1,4 +1,4 @@
-"""What `fit` does about a number that is not finite: it finds the step, its examples and the first such array."""
+"""Diagnosis of non-finite values in `fit`: the step, its examples and the first non-finite array."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,15 +16,17 @@ from fcfunc.train._step import finite_guards, skipped_steps, uniform
 
 
 class NonFiniteError(FloatingPointError):
-    """A step of `fit` whose loss, or whose new state, is not finite.
+    """Raised when a step of `fit` produces a non-finite loss or a non-finite value in the state.
+
+    `fit` finds the step by repeating the last steps one at a time. That is a different compiled program, whose results
+    may differ in their last bits; if all its steps are finite, `indices` is empty and `state` is the state before them.
 
     Attributes:
       state: the state before that step; `fit` can resume from it.
       step: the number of the bad step, counted from 0.
-      indices: the examples of its batch, as indices into `data`; empty if the steps, repeated one by one, were finite:
-        that is another program, whose last bits may differ. `state` is then the one before all of them.
-      leaf: the path of the first array that is not finite, in `grads`, `params`, `opt_state`, `model_state` or `loss`.
-      history: the history of the epochs before, as `fit` returns it.
+      indices: the examples of its batch, as indices into `data`.
+      leaf: the path of the first non-finite array, in `grads`, `params`, `opt_state`, `model_state` or `loss`.
+      history: the history of the previous epochs, as `fit` returns it.
     """
 
     def __init__(self, message: str, state: TrainState, step: int, indices: np.ndarray, leaf: str, history: dict):
@@ -33,9 +35,9 @@ class NonFiniteError(FloatingPointError):
 
 
 def step_flags(before: TrainState, after: TrainState, metrics) -> dict[str, jax.Array]:
-    """In a compiled step: whether its loss is finite, and whether a guard has skipped it.
+    """In a compiled step: whether its loss is finite, and whether a guard skipped it.
 
-    A guard lets the first step through that exceeds the number it was told to skip; that one has not been skipped.
+    After the allowed number of skipped steps in a row, the guard applies the next one, which is not counted as skipped.
     """
     finite = jnp.isfinite(metrics["loss"])
     if not finite_guards(after.opt_state):
@@ -48,13 +50,13 @@ def _carried(state: TrainState) -> dict:
 
 
 def _finite(tree):
-    """Of each array of a tree, whether it is finite."""
+    """For each array of a pytree, whether all its values are finite."""
     known = jnp.bool_(True)
     return jax.tree.map(lambda a: jnp.all(jnp.isfinite(a)) if jnp.issubdtype(a.dtype, jnp.inexact) else known, tree)
 
 
 def still_finite(before: TrainState, after: TrainState) -> jax.Array:
-    """Whether no array that was finite has become non-finite. Some start infinite, e.g. an optimizer's best loss."""
+    """Whether every array that was finite still is. Some start infinite, such as an optimizer's best loss."""
     kept = jax.tree.map(lambda a, b: b | ~a, _finite(_carried(before)), _finite(_carried(after)))
     return jnp.all(jnp.array(jax.tree.leaves(kept)))
 
@@ -62,16 +64,16 @@ def still_finite(before: TrainState, after: TrainState) -> jax.Array:
 def non_finite_error(
     run_chunk, loss_fn, before: TrainState, data, sizes, epoch: int, history: dict, *, shuffle: bool
 ) -> NonFiniteError:
-    """The error that ends a run: its last steps, of these numbers of examples, are repeated one by one to find the bad.
+    """The error that ends a run, found by repeating the last steps, of the given sizes, one by one.
 
-    `run_chunk(probe, size, state) -> (state, metrics, skipped, ok)` takes one step with this many examples; with the
-    probe None it uses the run's own optimizer. `data` is as the caller gave it.
+    `run_chunk(probe, size, state) -> (state, metrics, skipped, ok)` takes one step with `size` examples; if `probe` is
+    None, it uses the run's own optimizer. `data` is as the caller passed it.
     """
     found = find_bad_step(run_chunk, before, sizes)
-    if found is None:  # repeated one by one, the steps are another program, whose last bits may differ
+    if found is None:  # one by one, the steps are a different program, whose last bits may differ
         message = (
-            f"fit: not finite in epoch {epoch}, but finite when its steps were repeated one by one; "
-            "the exception's state is that before them"
+            f"fit: epoch {epoch} produced non-finite values, but its steps were finite when repeated one by one; "
+            "the exception's state is the one before these steps"
         )
         return NonFiniteError(message, before, int(before.step), np.arange(0), "loss", history)
     leaf, good, step = first_bad_leaf(run_chunk, found), found.before, int(found.before.step)
@@ -80,30 +82,30 @@ def non_finite_error(
     shown = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
     message = (
         f"fit: {leaf} was not finite at step {step} (epoch {epoch}), with a loss of {found.loss:.6g} on the examples "
-        f"{shown}; {_advice(loss_fn, good, data, indices)}. The exception's state is that before this step"
+        f"{shown}; {_advice(loss_fn, good, data, indices)}. The exception's state is the one before this step"
     )
     return NonFiniteError(message, good, step, indices, leaf, history)
 
 
 def _advice(loss_fn: Callable, state: TrainState, data, indices: np.ndarray) -> str:
-    """What may be wrong if some examples have a loss that is not finite: a label, or the learning rate.
+    """The likely cause of a non-finite loss: a label, or the learning rate.
 
-    `data` is as the caller gave it. A loss may need a random key, or none.
+    `data` is as the caller passed it. The loss is tried without and with a random key, since it may need one.
     """
     if not any(shardings(data)):
         for key in (None, state.key):
             try:
                 return _blame(loss_fn, state, data, indices, key) or "try a lower learning rate"
-            except Exception:  # nor may it take a batch of one example
+            except Exception:  # the loss may also reject a batch of one example
                 continue
     return "try a lower learning rate"
 
 
 def _blame(loss_fn, state, data, indices, key) -> str | None:
-    """The label without which an example's loss would not be NaN; None if there is none.
+    """Names a label that makes an example's loss NaN; None if there is none.
 
-    A label is to blame only if no other example has a finite loss with it: a loss that diverged may be NaN, or an
-    overflow, for some labels alone.
+    A label is blamed only if no other example with the same label has a finite loss: after divergence, the loss may be
+    NaN or overflow for some labels only.
     """
     leaves = [(f"data{jax.tree_util.keystr(path)}", np.asarray(a)) for path, a in jax.tree.leaves_with_path(data)]
 
@@ -113,7 +115,7 @@ def _blame(loss_fn, state, data, indices, key) -> str | None:
         return uniform(loss_fn)(state.params, example, key, state.model_state)[0]
 
     def loss(i, **swapped):
-        """The loss of example i alone, with the named leaves taken from other examples."""
+        """The loss of example i by itself, with the named leaves taken from other examples."""
         return float(loss_of(*(clipped(a[[swapped.get(name, i)]]) for name, a in leaves)))
 
     count = len(leaves[0][1])
@@ -130,14 +132,14 @@ def _blame(loss_fn, state, data, indices, key) -> str | None:
         same = [i for i in np.flatnonzero((a == a[bad]).reshape(count, -1).all(axis=1))[:16] if i != bad]
         if not any(np.isfinite(loss(int(i))) for i in same):
             return (
-                f"with a value other than {name}[{bad}] = {a[bad]!s:.40} the loss is finite: labels must lie in "
+                f"the loss is finite with a value other than {name}[{bad}] = {a[bad]!s:.40}: labels must be in "
                 "[0, classes), and num_classes= checks them before training"
             )
     return None
 
 
 class BadStep(NamedTuple):
-    """The first step of several that is not ok: the states before and after it, and its loss."""
+    """The first bad step: the states before and after it, the number of its examples, and its loss."""
 
     before: TrainState
     after: TrainState
@@ -146,7 +148,7 @@ class BadStep(NamedTuple):
 
 
 def find_bad_step(run_chunk: Callable, state: TrainState, sizes) -> BadStep | None:
-    """Repeats steps one by one and returns the first that is not ok; None if all are."""
+    """Repeats steps one by one and returns the first bad one; None if all are ok."""
     for size in sizes:
         before = state
         state, metrics, _, ok = run_chunk(None, size, before)
@@ -156,7 +158,7 @@ def find_bad_step(run_chunk: Callable, state: TrainState, sizes) -> BadStep | No
 
 
 def first_bad_leaf(run_chunk: Callable, step: BadStep) -> str:
-    """The path of the first array that is not finite after a step, in the order in which they are computed."""
+    """The path of the first non-finite array after a step, in the order of computation."""
     probed = step.before._replace(opt_state=GRADIENT_PROBE.init(step.before.params))
     grads = run_chunk(GRADIENT_PROBE, step.size, probed)[0].opt_state
     was_bad = {path for path, finite in jax.tree.leaves_with_path(_finite(_carried(step.before))) if not finite}
@@ -172,4 +174,4 @@ GRADIENT_PROBE = optax.GradientTransformation(
     lambda params: jax.tree.map(lambda _: jnp.bool_(True), params),
     lambda updates, state, params=None: (jax.tree.map(jnp.zeros_like, updates), _finite(updates)),
 )
-"""An optimizer that moves nothing, and whose state says of each gradient whether it is finite."""
+"""An optimizer that leaves the params unchanged; its state says whether each gradient is finite."""

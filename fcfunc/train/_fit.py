@@ -1,4 +1,4 @@
-"""Whole runs: `fit` on the host, and `make_fit` as a pure function."""
+"""Whole training runs: `fit`, a loop on the host, and `make_fit`, a pure function."""
 
 import contextlib
 import functools
@@ -34,7 +34,7 @@ from fcfunc.train._state import TrainState, copy_state
 from fcfunc.train._step import step_of, uniform
 
 RESERVED = ("epoch", "epochs", "kept_epoch", "step", "seconds")
-"""Entries of a history that no metric may be called."""
+"""Entries of a history whose names no metric may have."""
 
 
 def make_fit(
@@ -51,25 +51,25 @@ def make_fit(
     patience: int | None = None,
     tol: float = 0.0,
 ) -> Callable:
-    """A whole run, including early stopping, as a pure function that can be jitted and mapped: a sweep is one program.
+    """A whole run, including early stopping, as a pure function that works with `jax.jit` and `jax.vmap`.
 
-    For a sweep over seeds and learning rates, pass the hyperparameters through `optax.inject_hyperparams`, which keeps
-    them in the optimizer's state; make one state per run under `jax.vmap`; and call `jax.jit(jax.vmap(fit, ...))`. A
-    run that has stopped early is left unchanged while the others continue. `fit` is the host-side counterpart: it
-    checks the values of the data, reports progress and raises errors.
+    A sweep over seeds and learning rates is then one program: pass the hyperparameters through
+    `optax.inject_hyperparams`, which keeps them in the optimizer's state; make one state per run under `jax.vmap`; and
+    call `jax.jit(jax.vmap(fit, ...))`. A run that has stopped early is left unchanged while the others continue. `fit`
+    is the host-side counterpart: it checks the values of the data, reports progress and raises errors.
 
     Args:
       loss_fn, optimizer, epochs, batch_size, accumulate, shuffle, eval_fn, monitor, mode, patience, tol: as for `fit`.
 
     Returns:
-      `fit(state, data, validation_data=None) -> (state, history)`. The history has the format of `fit`, with arrays of
-      length `epochs` that are NaN for epochs that were not run, and without `step` and `seconds`. A loss, or an array
-      of the state, that becomes non-finite ends the run with the state before that epoch; with `patience` its best
-      epoch is still returned. Each call begins a new epoch. The values of the data are not checked, and `jax.jit`
-      around it wraps 64-bit NumPy integers.
+      `fit(state, data, validation_data=None) -> (state, history)`. The history is that of `fit`, without `step` and
+      `seconds`; its arrays have length `epochs` and are NaN for epochs that were not run. If the loss or an array of
+      the state becomes non-finite, the run ends and returns the state before that epoch, or the best epoch's model if
+      `patience` is given. Each call begins a new epoch. The values of the data are not checked, and under `jax.jit`
+      64-bit NumPy integers wrap around.
 
     Raises:
-      ValueError: an option out of range; while tracing: as for `make_train_epoch` and `fit`.
+      ValueError: an option is out of range; while tracing, as for `make_train_epoch` and `fit`.
 
     Example:
       >>> import optax
@@ -138,7 +138,7 @@ def make_fit(
 
 
 class _Run(NamedTuple):
-    """What the loop of `make_fit` carries from epoch to epoch."""
+    """The carry of the loop over epochs in `make_fit`."""
 
     state: TrainState
     history: dict
@@ -171,61 +171,61 @@ def fit(
 ) -> tuple[TrainState, dict[str, Any]]:
     """Trains for a given number of epochs.
 
-    Before anything runs, the values of the data are checked on the host: real numbers must be finite and, given
-    `num_classes`, every one-dimensional integer array must lie in `[0, num_classes)`. A step whose loss, or whose new
-    state, is not finite ends the run with the last good state; for that the state is kept from where the
-    epoch, or the last `every` steps, began. To skip up to k such steps in a row instead, guard the optimizer:
-    `optax.apply_if_finite(optimizer, k)`. The first bad step beyond those k ends the run.
+    Before training, the values of the data are checked on the host: real numbers must be finite and, given
+    `num_classes`, the values of every one-dimensional integer array must be in `[0, num_classes)`. A step with a
+    non-finite loss or new state ends the run with an error that carries the last good state; for this, the state from
+    the beginning of the epoch, or of the last `every` steps, is kept. To skip up to k such steps in a row instead,
+    guard the optimizer: `optax.apply_if_finite(optimizer, k)`. The first bad step after those k ends the run.
 
-    Called again with the same function, optimizer and shapes, nothing is recompiled unless values that `loss_fn` or the
-    optimizer captures have changed: each call traces them anew and compares. A function that you compiled yourself,
-    with `jax.jit`, keeps the values of its first call.
+    A second call with the same function, optimizer and shapes recompiles nothing unless values that `loss_fn` or the
+    optimizer captures have changed: each call traces both again and compares. A function that you compiled yourself,
+    with `jax.jit`, keeps the captured values of its first call.
 
     Args:
       loss_fn: `(params, batch, key) -> loss` or `-> (loss, metrics)`; if the state has a `model_state`,
         `(params, batch, key, model_state) -> (loss, metrics, model_state)`.
       optimizer: the optax optimizer that `state` was made with.
-      state: from `init_state`, or of an earlier run; a state in the middle of an epoch resumes there, and the first of
-        `epochs` is the rest of that epoch. It is copied, not donated.
-      data: the training examples, a pytree of arrays with a common leading axis; copied to the device once. Tensors of
-        PyTorch and DataFrames are converted.
-      epochs: passes over the data.
-      batch_size: examples per step. With more than there are examples, all of them are one batch, and there is a
-        warning.
+      state: from `init_state` or from an earlier run. A state in the middle of an epoch resumes there, and the rest of
+        that epoch is the first of `epochs`. The state is copied, not donated.
+      data: the training examples, a pytree of arrays with a common leading axis. It is copied to the device once;
+        PyTorch tensors and DataFrames are converted.
+      epochs: the number of passes over the data.
+      batch_size: examples per step. If it exceeds the number of examples, they form one batch, with a warning.
       accumulate: as for `make_train_step`.
-      shuffle: False takes the examples of every epoch in the order given.
-      validation_data: examples that are evaluated after each epoch, never trained on.
-      eval_fn: the loss function of the evaluation; None: `loss_fn` with key None.
-      monitor: the metric that decides which epoch is best: "validation_loss" or "training_loss", or another metric's
-        name after the prefix. Without a prefix it is the validation metric if there is `validation_data`.
-      mode: "min" if less of it is better, "max" if more is.
-      patience: stop after this many epochs in a row without a better one, and return the best epoch's parameters and
-        model state (the rest of the state is the last epoch's). None: run to the end and return the last epoch's. It
-        counts from the first epoch of this call: a resumed run does not know the epochs before.
-      tol: an epoch ends the waiting only if it is better than the best one by more than this. The parameters returned
-        are those of the best epoch all the same.
-      num_classes: the number of classes, if the labels are to be checked.
-      on_epoch: called with the state and the epoch's record, to log or to save; if it returns True, the run ends with
-        this epoch.
-      every: call `on_steps` after this many steps of an epoch, and at its end; the epoch is then a program for this
-        many steps, called several times.
-      on_steps: called with the state, to save a run with long epochs; as for `on_epoch`. A run that resumes from such a
-        state, with the same options, takes exactly the steps the uninterrupted run would have taken.
-      progress: show a progress bar on standard error (needs tqdm), which also moves within an epoch unless several
+      shuffle: if False, use the examples of every epoch in the given order.
+      validation_data: examples that are evaluated after each epoch and never trained on.
+      eval_fn: the loss function for the evaluation; None: `loss_fn` with key None.
+      monitor: the metric that decides which epoch is best: "validation_loss", "training_loss" or one of these prefixes
+        and the name of another metric. Without a prefix, it is the validation metric if there is `validation_data`.
+      mode: "min" if lower is better, "max" if higher is.
+      patience: stop after this many epochs in a row without a better one, and return the parameters and model state of
+        the best epoch (the rest of the state is that of the last epoch). None: run all epochs and return the last
+        state. The count starts with the first epoch of this call, also in a resumed run.
+      tol: an epoch resets the count of `patience` only if it improves on the best one by more than this. The returned
+        parameters are those of the best epoch regardless.
+      num_classes: the number of classes; if given, the labels are checked.
+      on_epoch: called with the state and the epoch's record, for logging or saving; if it returns True, the run ends
+        after this epoch.
+      every: call `on_steps` after this many steps within an epoch, and at its end. The compiled program then covers
+        this many steps and is called several times per epoch.
+      on_steps: called with the state, to save a run within long epochs. A run that resumes from such a state, with the
+        same options, takes exactly the steps the uninterrupted run would have taken.
+      progress: show a progress bar on standard error (needs tqdm); it also moves within an epoch, unless several
         processes share a mesh. If standard error is not a terminal, each epoch prints a line instead.
 
     Returns:
       `(state, history)`. The history is a dict of arrays with one entry per epoch: `epoch` (1, 2, ...), `step`,
       `seconds`, the means of the training metrics over the epoch's examples (`loss`, ...) and the validation metrics
-      (`validation_loss`, ...); `epochs`, the number of epochs that were run; and `kept_epoch`, the one whose parameters
-      were returned, so that `history["loss"][kept_epoch - 1]` is its loss (the last, if the metric was always NaN).
+      (`validation_loss`, ...). Two entries are integers: `epochs`, the number of epochs that were run, and
+      `kept_epoch`, the one whose parameters are returned (the last, if the metric was always NaN):
+      `history["loss"][kept_epoch - 1]` is its loss.
 
     Raises:
-      ValueError: an option out of range; data that is empty, not finite or wrongly labeled; a `monitor` that is not
-        among the metrics, or needs `validation_data`.
-      TypeError: `loss_fn` returns something other than a loss or `(loss, metrics)`; data that cannot be converted.
-      NonFiniteError: a loss or an array of the state became non-finite: a FloatingPointError with the last good state,
-        the step, the indices of its examples and the path of the first array that is not finite.
+      ValueError: an option is out of range; the data is empty, non-finite or has labels out of range; `monitor` is not
+        among the metrics or needs `validation_data`.
+      TypeError: `loss_fn` returns something other than a loss or `(loss, metrics)`; the data cannot be converted.
+      NonFiniteError: the loss or an array of the state became non-finite. This FloatingPointError carries the last good
+        state, the step, the indices of its examples and the path of the first non-finite array.
       MemoryError: the data is larger than the free memory of the device; raised before anything is copied.
 
     Example:
@@ -245,7 +245,7 @@ def fit(
     _arguments.boolean("fit", shuffle=shuffle)
     stopping = checked_early_stopping("fit", monitor, mode, patience, tol, validation=validation_data is not None)
     if (every is None) != (on_steps is None):
-        raise ValueError("fit: give every and on_steps together: after how many steps to call, and what")
+        raise ValueError("fit: every and on_steps must be given together, got only one of them")
     if every is not None:
         _arguments.positive("fit", every=every)
     data = numeric_arrays("fit", data)
@@ -271,7 +271,7 @@ def fit(
     optimizer_id = FunctionId(optimizer, _traced_update(optimizer, state))
 
     def run_chunk(probe, limit, state, **handle):
-        """After the next `limit` examples: the state, the metrics of each step, which were skipped, if all is ok."""
+        """Trains on the next `limit` examples; returns the state, each step's metrics and skips, and if all are ok."""
         update = FunctionId(probe) if probe else optimizer_id
         program = _chunk_program(loss_id, update, batch_size, int(accumulate))
         order = order_program(n, int(limit), bool(shuffle))(state)
@@ -285,7 +285,7 @@ def fit(
             start, chunks = time.perf_counter(), []
             for sizes in _chunk_sizes(n, position, batch_size, every):
                 before = state
-                # Processes that share a program would not agree on how often to report.
+                # Processes that share a program would disagree on how often to report.
                 reports = bar and bar.redraws and jax.process_count() == 1
                 handle = {"handle": bar.handle()} if bar and reports else {}
                 state, metrics, skipped, ok = run_chunk(None, sizes.sum(), before, **handle)
@@ -316,13 +316,13 @@ def fit(
 
 
 def _is_true(value: Any) -> bool:
-    """Whether a callback said True, in Python or as an array; what else it returns, such as a count, says nothing."""
+    """Whether a callback returned True, in Python or as an array; other values, such as a count, are ignored."""
     return isinstance(value, bool | np.bool_ | jax.Array) and np.asarray(value).dtype == bool and bool(value)
 
 
 @cached_by_id
 def _chunk_program(loss_fn, optimizer, batch_size, accumulate):
-    """Part of an epoch, as `fit` runs it. The state is not donated: it is returned if the new one is not finite."""
+    """Part of an epoch, as `fit` runs it. The state is not donated, since it is needed if the new one is non-finite."""
 
     def train_chunk(state, data, layouts, order, handle=None):
         def record(before, after, metrics):
@@ -340,8 +340,8 @@ def _chunk_program(loss_fn, optimizer, batch_size, accumulate):
 
 @functools.lru_cache(maxsize=32)
 def order_program(n: int, limit: int, shuffle: bool):
-    """`order_from` as a program of its own, which is compiled once for all losses and, if it is small, quickly."""
-    from fcfunc._jax_releases import quick_options  # here: jax.extend takes as long to import as fcfunc
+    """`order_from` as a separate program, compiled once for all losses and, if it is small, with quick options."""
+    from fcfunc._jax_releases import quick_options  # imported here: jax.extend takes as long to import as fcfunc
 
     options = quick_options() if limit < 10**5 else {}
     program = jax.jit(lambda state: order_from(state, n, limit, shuffle), compiler_options=options)
@@ -354,7 +354,7 @@ def order_program(n: int, limit: int, shuffle: bool):
 
 
 def _chunk_sizes(n: int, position: int, batch_size: int, every: int | None):
-    """The sizes of the batches of an epoch from a position on, split after each `every` steps from its beginning."""
+    """The batch sizes of the rest of an epoch, split after every `every` steps counted from its beginning."""
     sizes = batch_sizes(n - position, batch_size)
     first = -(-position // batch_size)
     cuts = [i for i in range(1, len(sizes)) if every and (first + i) % every == 0]
@@ -362,7 +362,7 @@ def _chunk_sizes(n: int, position: int, batch_size: int, every: int | None):
 
 
 def _means_of_chunks(chunks) -> dict[str, float]:
-    """The means of metrics over the examples of an epoch, without the steps that a guard has skipped."""
+    """The means of the metrics over the examples of an epoch, without the steps that a guard skipped."""
     metrics, skipped, sizes = jax.tree.map(lambda *a: np.concatenate(a), *chunks)
     taken = ~skipped
     if not taken.any():
@@ -371,7 +371,7 @@ def _means_of_chunks(chunks) -> dict[str, float]:
 
 
 def _history(records: list[dict], kept_epoch: int) -> dict[str, Any]:
-    """The records of epochs as one dict of arrays."""
+    """Merges the records of epochs into one dict of arrays."""
     columns = {name: np.array([record[name] for record in records]) for name in (records[0] if records else ())}
     return columns | {"epochs": len(records), "kept_epoch": kept_epoch}
 
@@ -382,7 +382,7 @@ def _check_state(where: str, state) -> None:
 
 
 def _traced_update(optimizer, state):
-    """What the update computes; None if it needs more than the gradient: then the optimizer is known by identity."""
+    """The traced update; None if it needs more than the gradient, and the optimizer is then compared by identity."""
     try:
         with on_mesh_of(state.params), jax.numpy_dtype_promotion("standard"):
             return traced(optimizer.update, state.params, state.opt_state, state.params)[0]
@@ -391,13 +391,13 @@ def _traced_update(optimizer, state):
 
 
 def _check_metrics(where: str, metrics: dict, stopping: EarlyStopping, prefix: str) -> None:
-    """Raises if a history cannot hold these metrics, or if the monitored one with this prefix is not among them."""
+    """Raises ValueError if a history cannot hold these metrics, or if they lack the monitored one with this prefix."""
     for name, metric in metrics.items():
         if name in RESERVED:
-            raise ValueError(f"{where}: a metric must not be called {name!r}, which the history uses itself")
+            raise ValueError(f"{where}: a metric must not be called {name!r}, a name that the history reserves")
         if not isinstance(metric, jax.ShapeDtypeStruct) or metric.shape != ():
             raise ValueError(
-                f"{where}: each metric must be one number, the mean over the batch, got {metric} for {name!r}"
+                f"{where}: each metric must be a scalar, the mean over the batch, got {metric} for {name!r}"
             )
     monitored = "validation_" if stopping.monitor.startswith("validation_") else ""
     monitor = stopping.monitor.removeprefix(monitored)

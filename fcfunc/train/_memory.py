@@ -1,4 +1,4 @@
-"""Whether data fits into the free memory of a device, before any of it is copied there."""
+"""Checks that data fits into the free memory of a device before it is copied there."""
 
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,9 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def check_memory(where: str, **trees: Any) -> None:
-    """MemoryError if the arrays on the host are larger than the free memory of the default device.
+    """Raises MemoryError if the arrays on the host are larger than the free memory of the default device.
 
-    Arrays that are on a device already are not copied. If the system does not report free memory, nothing is checked.
+    Arrays that are already on a device do not count. If the system does not report free memory, nothing is checked.
     """
     sizes = {name: sum(map(_size, jax.tree.leaves(tree))) for name, tree in trees.items()}
     if not any(sizes.values()):
@@ -20,8 +20,8 @@ def check_memory(where: str, **trees: Any) -> None:
     (device,) = jax.device_put(0.0).devices()  # where new arrays go
     free = _free(device)
     if free is not None and sum(sizes.values()) > free:
-        parts = " and ".join(f"{name} of {size / 1e9:.2f} GB" for name, size in sizes.items() if size)
-        raise MemoryError(f"{where}: {parts} to copy, and {free / 1e9:.2f} GB are free on {device}")
+        parts = " and ".join(f"{name} ({size / 1e9:.2f} GB)" for name, size in sizes.items() if size)
+        raise MemoryError(f"{where}: {parts} cannot be copied to {device}, which has {free / 1e9:.2f} GB free")
 
 
 def _size(a) -> int:
@@ -39,7 +39,7 @@ def _free(device: Any) -> int | None:
         free = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None  # not Linux
-    try:  # a container may be allowed less than the machine has; what it has cached of files is given back
+    try:  # a container may have a lower limit than the machine; its file cache is reclaimable
         limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
         stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
         return min(free, limit - used + int(stat["inactive_file"]))

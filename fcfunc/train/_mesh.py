@@ -1,4 +1,4 @@
-"""The sharding of a state and of its data around a compiled step: on an Auto mesh the arrays' types do not show it."""
+"""The sharding of a state and its data around a compiled step; on an Auto mesh the arrays' types do not show it."""
 
 import contextlib
 import functools
@@ -15,35 +15,35 @@ from fcfunc._layout import ExampleAxes, constrain, example_axes, explicit_shardi
 
 
 class Layouts(NamedTuple):
-    """The sharding of each array of a state and of its data. The empty one leaves every array as it is."""
+    """The sharding of each array of a state and its data. The empty value leaves every array unchanged."""
 
     state: tuple[NamedSharding | None, ...] = ()
     data: tuple[NamedSharding | None, ...] = ()
 
     @property
     def examples(self) -> ExampleAxes | None:
-        """How the data shards its leading axis, the examples; None if it does not."""
+        """How the leading axis of the data, the examples, is sharded; None if it is not."""
         return example_axes(self.data)
 
     def constrain_state(self, state: Any) -> Any:
-        """A new state, or its first arrays, sharded like the one before."""
+        """Shards a new state, or its first arrays, like the previous one."""
         return _map(constrain, state, self.state)
 
     def gather_params(self, params: Any) -> Any:
-        """The params without the sharding over the devices that hold the examples."""
+        """Gathers params that are sharded over the devices that hold the examples."""
         return _map(lambda a, s: constrain(a, without_axes(s, self.examples)), params, self.state)
 
     def gather_rows(self, data: Any, indices: jax.Array) -> Any:
-        """The examples at some indices, each of them once and within bounds, sharded like the data."""
+        """The examples at some indices, sharded like the data. The indices must be distinct and within bounds."""
         with jax.named_scope("gather"):
             return _map(functools.partial(_layout.gather_rows, indices=indices), data, self.data)
 
     def check_divides(self, what: str, n: int, parts: int) -> None:
-        """ValueError if n examples cannot be divided evenly over the devices that hold them, and into parts."""
+        """Raises ValueError if n examples cannot be divided evenly over the devices that hold them and into parts."""
         devices = self.examples.devices if self.examples else 1
         if n % (parts * devices):
             shares = f"{devices} devices that hold the examples, times {parts} microbatches"
-            raise ValueError(f"{what} of {n} examples cannot be divided evenly by {shares}")
+            raise ValueError(f"{what} of {n} examples cannot be divided evenly over {shares}")
 
 
 def jit_on_mesh(where: str, fun: Callable, *, donate: bool = True) -> Callable:
@@ -56,7 +56,7 @@ def jit_on_mesh(where: str, fun: Callable, *, donate: bool = True) -> Callable:
                 raise TypeError(f"{where}: state must be a TrainState, as from init_state, got {type(state).__name__}")
             data = examples(where, data)
             of_data = shardings(data)
-            # On one device a step may take less time than looking at all its arrays.
+            # On one device a step may take less time than inspecting all its arrays.
             if not any(of_data) and not any(shardings(state.step)):
                 return run(state, data, **more, layouts=Layouts())
             if _layout.is_tracer(state.step):
@@ -73,13 +73,13 @@ def jit_on_mesh(where: str, fun: Callable, *, donate: bool = True) -> Callable:
 
 
 def on_mesh_of(tree: Any) -> contextlib.AbstractContextManager:
-    """A context in which new arrays, such as those that optimizers make, may be combined with those of the pytree."""
+    """A context in which new arrays, such as those that optimizers make, can be combined with those of the pytree."""
     mesh = _mesh_of(tree)
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def replicate_unplaced(state: Any, tree: Any) -> Any:
-    """`state`, with every array that is on no mesh replicated over the mesh of `tree`."""
+    """`state`, with every array that is not on a mesh replicated over the mesh of `tree`."""
     mesh = _mesh_of(tree)
     if mesh is None:
         return state
@@ -100,7 +100,7 @@ def shard_examples(a: jax.Array, over: ExampleAxes | None) -> jax.Array:
 
 
 def split_examples(a: jax.Array, shape: tuple[int, ...], over: ExampleAxes | None) -> jax.Array:
-    """`a` with its leading axis reshaped to `shape`, the first of it sharded like the examples: nothing moves."""
+    """`a` with its leading axis reshaped to `shape`, whose first axis is sharded like the examples; no data moves."""
     a, shape = shard_examples(a, over), (*shape, *a.shape[1:])
     sharding = explicit_sharding(a)
     if sharding is None:
@@ -120,7 +120,7 @@ def first_device(a: jax.Array) -> jax.Array:
 def type_of_part(a: jax.Array) -> jax.ShapeDtypeStruct:
     """The shape, dtype and sharding of `a[i]`.
 
-    `a[0]` itself would not show it: if the remaining axes have size 1, JAX 0.12 drops their sharding.
+    `a[0]` does not show the sharding: JAX 0.12 drops that of axes of size 1.
     """
     sharding = explicit_sharding(a)
     if sharding is not None:
@@ -129,16 +129,16 @@ def type_of_part(a: jax.Array) -> jax.ShapeDtypeStruct:
 
 
 def zeros_like_sharded(a: jax.ShapeDtypeStruct, dtype, over: ExampleAxes | None) -> jax.Array:
-    """Zeros to which arrays like `a` are added, with the leading axis sharded like the examples."""
+    """Zeros for accumulating arrays like `a`, with the leading axis sharded like the examples."""
     zeros = jnp.zeros(a.shape, dtype)
     if over is not None and AxisType.Explicit in over.mesh.axis_types:
-        # Without a sharding it does not depend on anything on the mesh: a constant.
+        # An array without a sharding is a constant that depends on nothing on the mesh.
         return zeros if a.sharding is None else jax.sharding.reshard(zeros, a.sharding)
     return shard_examples(zeros, over)
 
 
 def _map(fun: Callable, tree: Any, shardings: tuple) -> Any:
-    """`fun(leaf, sharding)` of each leaf, with None for the leaves that have no entry in `shardings`."""
+    """Maps `fun(leaf, sharding)` over the leaves, with None for leaves that have no entry in `shardings`."""
     leaves, treedef = jax.tree.flatten(tree)
     return jax.tree.unflatten(treedef, map(fun, leaves, (*shardings, *[None] * len(leaves))))
 

@@ -1,4 +1,4 @@
-"""A random order of n things without a sort: each place's element is computed by itself."""
+"""A random permutation without a sort: each element is computed independently."""
 
 import math
 
@@ -6,23 +6,24 @@ import jax
 import jax.numpy as jnp
 
 ROUNDS = {256: 12, 2**31: 4}
-"""Rounds for fewer than this many things. Small digits need more: after 4, orders of six are not equally likely."""
+"""The number of rounds for fewer than this many elements. Small digits need more: after 4 rounds, the permutations of
+six elements are not equally likely."""
 
 
 def permutation(key: jax.Array, n: int, places: jax.Array | None = None) -> jax.Array:
-    """A pseudo-random permutation of 0 to n − 1, int32, with as much work per element as there are rounds.
+    """A pseudo-random permutation of 0 to n − 1, int32; the work per element is proportional to the number of rounds.
 
-    `places`: which of its elements, by default all of them in order.
+    `places` selects which of its elements to compute, by default all of them in order.
 
-    A number is written as two digits, of bases a and b with a·b just above n. Each round adds to one digit a keyed hash
-    of the other, and then the other way round: a Feistel network, which can be undone and so is a bijection, whatever
-    the hash. What falls above n is sent through again until it does not, which it does not for ever: its orbit returns
-    to where it started, below n.
+    A number is written as two digits, in bases a and b with a·b at least n. Each round adds to one digit a keyed hash
+    of the other, and then vice versa. This is a Feistel network: each round can be inverted for any hash, so the result
+    is a bijection. Values of n or more are passed through again until they are below n (cycle walking). This
+    terminates, because the cycle of a value contains its starting point, which is below n.
 
-    Sources: Black and Rogaway 2002, Ciphers with Arbitrary Finite Domains, for the digits and the walk; the constants
-    of the hash are those of "lowbias32" by Wellons 2018.
+    Sources: Black and Rogaway 2002, Ciphers with Arbitrary Finite Domains, for the digits and the cycle walking;
+    Wellons 2018, "lowbias32", for the constants of the hash.
     """
-    # An even base, or every round would be an even permutation, and so their composition.
+    # The base a is even: otherwise every round, and so their composition, would be an even permutation.
     a = 2 * math.ceil(math.sqrt(max(n, 1)) / 2)
     b = -(-max(n, 1) // a)
     count = next(count for below, count in ROUNDS.items() if n < below)
@@ -42,7 +43,7 @@ def permutation(key: jax.Array, n: int, places: jax.Array | None = None) -> jax.
 
 
 def _added(digit, hashed, base):
-    """`digit` plus a number below `base`, which the upper 16 bits of the hash give, modulo `base`."""
+    """`digit` plus a number below `base`, taken from the upper 16 bits of the hash, modulo `base`."""
     total = digit + (((hashed >> 16) * base) >> 16)
     return jnp.where(total >= base, total - base, total)
 

@@ -13,9 +13,9 @@ BAR = "{l_bar}{bar}| {n:.2f}/{total} [{elapsed}<{remaining}{postfix}]"
 
 
 class ProgressBar:
-    """Epochs done, with fractions: the compiled epoch reports its steps, the host's loop the metrics.
+    """A bar of completed epochs, with fractions: the compiled epoch reports its steps, and the host loop the metrics.
 
-    A bar redraws its line, which only a terminal can show; in a file or a pipe each epoch is a line of its own.
+    Only a terminal can show a line that is redrawn; in a file or a pipe, each epoch prints a line.
     """
 
     def __init__(self, epochs: int, steps: int, first_step: int):
@@ -36,20 +36,20 @@ class ProgressBar:
         self.bar.close()
 
     def handle(self) -> dict[str, jax.Array]:
-        """What a compiled epoch needs in order to report five times a second: which bar, and every how many steps."""
+        """What a compiled epoch needs to report five times a second: the bar's number and the steps between reports."""
         rate = self.epochs * self.steps / (time.perf_counter() - self.started)
         return {"bar": jnp.int32(self.number), "every": jnp.int32(max(1, min(rate / 5, self.steps)))}
 
     def to_step(self, step: int):
         """Moves the bar to a step."""
         now = time.perf_counter()
-        if now - self.drawn > 0.1:  # the first epoch reports each step
+        if now - self.drawn > 0.1:  # the first epoch reports every step
             self.drawn = now
             self.draw(round((step - self.first_step) / self.steps, 2))
 
     def draw(self, done: float):
-        """Draws the bar at a number of epochs; the clock of its estimate starts with the first of them."""
-        if not self.moved:  # what came before was compilation
+        """Draws the bar at a number of epochs; the clock for the remaining time starts at the first call."""
+        if not self.moved:  # the time before was compilation
             self.moved, self.bar.initial = True, done
             self.bar.start_t = self.bar.last_print_t = time.time()
         self.bar.n = done
@@ -69,11 +69,11 @@ class ProgressBar:
 
 
 _open_bars: weakref.WeakValueDictionary[int, ProgressBar] = weakref.WeakValueDictionary()
-"""The bars that may be reported to, by number: a compiled epoch outlives the bar of its first run."""
+"""The open bars by number, because a compiled epoch outlives the bar of its first run."""
 
 
 def report(handle: dict[str, jax.Array], step: jax.Array) -> None:
-    """In a compiled epoch: has the host move the bar if a report is due; nothing waits for it."""
+    """In a compiled epoch: tells the host to move the bar if a report is due, without waiting for it."""
     due = step % handle["every"] == 0
     jax.lax.cond(due, lambda *a: jax.debug.callback(_move, *a), lambda *a: None, handle["bar"], step)
 

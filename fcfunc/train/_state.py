@@ -1,4 +1,4 @@
-"""The state of a run, and the random keys that it gives to steps and epochs."""
+"""The state of a run, and the random keys of its steps and epochs."""
 
 from typing import Any, NamedTuple
 
@@ -12,17 +12,17 @@ from fcfunc.train._mesh import on_mesh_of, replicate_unplaced
 
 
 class TrainState(NamedTuple):
-    """All that a run carries from step to step.
+    """Everything that a run carries from step to step.
 
     Attributes:
-      params: the parameters, any pytree.
+      params: the parameters, any pytree of arrays.
       opt_state: the optimizer's state.
       step: the number of steps taken, an int32 scalar.
-      key: the run's random key. It never changes: each step and each epoch derives its own by `fold_in(key, step)`, so
-        that a run resumed from a saved state continues exactly as it would have.
-      model_state: what the loss carries from step to step besides the parameters; without leaves if that is nothing.
-      epoch_position: the number of examples of the current epoch that were used, an int32 scalar; 0 between epochs. A
-        step of `make_train_step`, which belongs to no epoch, abandons the current epoch.
+      key: the run's random key. It never changes: each step and each epoch derives its own key by `fold_in(key, step)`,
+        so a run that resumes from a saved state continues exactly as it would have.
+      model_state: other state that the loss carries from step to step; an empty pytree if there is none.
+      epoch_position: the number of examples used so far in the current epoch, an int32 scalar; 0 between epochs. A step
+        of `make_train_step` does not belong to an epoch and abandons the current one.
       epoch_start: the step at which the current epoch began, an int32 scalar; it determines the epoch's order.
     """
 
@@ -41,18 +41,18 @@ def init_state(
     """The state of a run before its first step.
 
     Args:
-      params: the initial parameters. They are copied: steps donate the buffers of the state, never the caller's.
+      params: the initial parameters. They are copied, because steps donate the buffers of the state.
       optimizer: any optax optimizer, e.g. `optax.sgd(0.1)`.
-      key: a random key, from which the order of the examples and the keys of `loss_fn` are derived.
-      model_state: what the loss carries besides the parameters, e.g. `net.init_batch_norm_state(params)`.
+      key: a random key. The order of the examples and the keys passed to `loss_fn` are derived from it.
+      model_state: state of the loss besides the parameters, e.g. `net.init_batch_norm_state(params)`.
 
     Returns:
-      A `TrainState` at step 0. If the params are on a mesh, the optimizer's arrays that are made from a parameter are
-      sharded like it, and the rest is replicated.
+      A `TrainState` at step 0. If the params are on a mesh, optimizer arrays that are made from a parameter are sharded
+      like it, and the others are replicated.
 
     Raises:
-      TypeError: no key, or no optax optimizer.
-      ValueError: params without an array.
+      TypeError: `key` is not a random key, or `optimizer` is not an optax optimizer.
+      ValueError: `params` contains no array.
 
     Example:
       >>> import optax
@@ -63,7 +63,7 @@ def init_state(
     _arguments.optimizer("init_state", optimizer)
     _arguments.key("init_state", key)
     if not jax.tree.leaves(params):
-        raise ValueError(f"init_state: params must hold an array, got {params!r:.80}")
+        raise ValueError(f"init_state: params must contain at least one array, got {params!r:.80}")
     for path, leaf in jax.tree.leaves_with_path(params):
         _arguments.array("init_state", **{f"params{jax.tree_util.keystr(path)}": leaf})
     with on_mesh_of(params):
@@ -73,20 +73,20 @@ def init_state(
 
 
 def copy_state(state: TrainState) -> TrainState:
-    """The same state in buffers of its own, which no step of another donates."""
+    """A copy of a state in new buffers, which no step from another state donates."""
     return jax.tree.map(jnp.copy, state)
 
 
 def step_key(state: TrainState) -> jax.Array:
-    """The key of the loss in the next step."""
+    """The key that the loss receives in the next step."""
     return jax.random.fold_in(jax.random.split(state.key)[0], state.step)
 
 
 def epoch_start(state: TrainState) -> jax.Array:
-    """The step at which the epoch began that the next step belongs to."""
+    """The first step of the epoch that the next step belongs to."""
     return jnp.where(state.epoch_position == 0, state.step, state.epoch_start)
 
 
 def order_key(state: TrainState) -> jax.Array:
-    """The key of the order of the epoch that the next step belongs to."""
+    """The key for the order of the epoch that the next step belongs to."""
     return jax.random.fold_in(jax.random.split(state.key)[1], epoch_start(state))

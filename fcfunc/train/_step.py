@@ -1,4 +1,4 @@
-"""One step of training: the gradient of the loss and the update of the optimizer."""
+"""One training step: the gradient of the loss and the optimizer update."""
 
 import inspect
 from collections.abc import Callable
@@ -23,32 +23,32 @@ def make_train_step(
     aggregate: Callable | None = None,
     donate: bool = True,
 ) -> Callable:
-    """A compiled step of training.
+    """Makes a compiled training step.
 
     Args:
       loss_fn: `(params, batch, key) -> loss` or `-> (loss, metrics)`; if the state has a `model_state`,
         `(params, batch, key, model_state) -> (loss, metrics, model_state)`.
-      optimizer: any optax optimizer; those that need the loss or the gradient (`optax.lbfgs`,
-        `optax.contrib.reduce_on_plateau`) receive them.
+      optimizer: any optax optimizer; one that needs the loss or the gradient (`optax.lbfgs`,
+        `optax.contrib.reduce_on_plateau`) receives them.
       accumulate: gradient accumulation: split the batch into this many microbatches, process them one after the other
-        and step by the mean of their gradients, with the memory of one microbatch. On a mesh each device sums its own
-        gradients, and a single sum over the devices follows. Loss and metrics must be plain means over the examples,
-        not over the rows that count (`losses.mean`). Each microbatch, and each device's share of it, has its own random
-        key and its own batch statistics; a `model_state` is averaged over the devices.
-      aggregate: how the gradients of single examples become that of the step:
+        and use the mean of their gradients, with the memory use of one microbatch. On a mesh each device sums its own
+        gradients, followed by a single sum over the devices. Loss and metrics must be means over all examples, not over
+        unmasked ones (`losses.mean`). Each microbatch, and each device's part of it, has its own random key and batch
+        statistics; a `model_state` is averaged over the devices.
+      aggregate: how per-example gradients become the gradient of the step:
         `aggregate(losses, gradients, batch, key) -> (loss, gradient, metrics)`, where `loss_fn(params, batch, key)`
         returns `(losses, gradients)` as `net.example_gradients` does. `per_example.mean_with_noise_scale` reports the
-        noise of the gradient, and `privacy.private_mean` trains with differential privacy. The optimizer is not given
-        the loss then. None: `loss_fn` is differentiated.
-      donate: let the step reuse the memory of the state that it is given, which must not be used afterwards ("Array
+        noise of the gradient, and `privacy.private_mean` trains with differential privacy. The optimizer then does not
+        receive the loss. None: differentiate `loss_fn`.
+      donate: let the step reuse the buffers of the state that is passed in, which must not be used afterwards ("Array
         has been deleted"). False keeps the old state valid, at the cost of a second copy.
 
     Returns:
-      `step(state, batch) -> (state, metrics)`, with the loss before the update as `metrics["loss"]`.
+      `step(state, batch) -> (state, metrics)`; `metrics["loss"]` is the loss before the update.
 
     Raises:
-      ValueError: `accumulate` below 1, or above 1 with `aggregate`; while tracing: a loss that is not a scalar, a batch
-        that cannot be split evenly, a `model_state` with `aggregate`.
+      ValueError: `accumulate` is below 1, or above 1 with `aggregate`. While tracing: the loss is not a scalar; the
+        batch cannot be split evenly; the state has a `model_state` and `aggregate` is given.
 
     Example:
       >>> import optax
@@ -65,7 +65,7 @@ def make_train_step(
     if aggregate is not None:
         _arguments.function("make_train_step", aggregate=aggregate)
         if accumulate > 1:
-            raise ValueError(f"make_train_step: aggregate needs all examples at once: accumulate=1, got {accumulate}")
+            raise ValueError(f"make_train_step: with aggregate, accumulate must be 1, got {accumulate}")
     step = step_of(loss_fn, optimizer, aggregate)
 
     def train_step(state, batch, layouts):
@@ -78,7 +78,7 @@ def make_train_step(
 
 
 def step_of(loss_fn: Callable, optimizer: optax.GradientTransformation, aggregate: Callable | None = None) -> Callable:
-    """`step(state, batch, layouts, accumulate) -> (state, metrics)`, the metrics being those before the update."""
+    """`step(state, batch, layouts, accumulate) -> (state, metrics)`, with the metrics before the update."""
     update = optax.with_extra_args_support(optimizer).update
     loss = uniform(loss_fn)
     gradient = jax.value_and_grad(loss, has_aux=True) if aggregate is None else of_examples(loss_fn, aggregate)
@@ -88,15 +88,15 @@ def step_of(loss_fn: Callable, optimizer: optax.GradientTransformation, aggregat
 
         of_batch = gradient if accumulate == 1 else accumulated(gradient, accumulate, layouts)
         (value, (metrics, model_state)), grads = of_batch(state.params, batch, key, state.model_state)
-        # optax itself mixes dtypes; a caller in strict mode need not know.
+        # optax mixes dtypes, which must not raise an error if the caller uses strict promotion.
         with jax.numpy_dtype_promotion("standard"), jax.named_scope("update"):
             more = {"grad": grads}
-            if aggregate is None:  # a loss is not private, even where the gradient is
+            if aggregate is None:  # the loss is not private, even if the gradient is
                 of_params = lambda params: loss(params, batch, key, state.model_state)[0]  # noqa: E731
                 more |= {"value": value, "value_fn": of_params}
             updates, opt_state = update(grads, state.opt_state, state.params, **more)
             params = optax.apply_updates(state.params, updates)
-        if finite_guards(opt_state):  # a skipped step leaves the model state as it leaves the parameters
+        if finite_guards(opt_state):  # a skipped step changes neither the parameters nor the model state
             skipped = skipped_steps(opt_state) > skipped_steps(state.opt_state)
             model_state = optax.tree.where(skipped, state.model_state, model_state)
         new = state._replace(params=params, opt_state=opt_state, step=state.step + 1, model_state=model_state)
@@ -106,7 +106,7 @@ def step_of(loss_fn: Callable, optimizer: optax.GradientTransformation, aggregat
 
 
 def uniform(loss_fn: Callable) -> Callable:
-    """`(params, batch, key, model_state) -> (loss, (metrics, model_state))`, in whichever form the loss is written."""
+    """`(params, batch, key, model_state) -> (loss, (metrics, model_state))`, for a loss of any accepted signature."""
 
     def loss_and_metrics(params, batch, key, model_state):
         _check_signature(loss_fn, bool(jax.tree.leaves(model_state)))
@@ -126,30 +126,30 @@ def uniform(loss_fn: Callable) -> Callable:
             raise TypeError(f"loss_fn must return a loss or (loss, dict of metrics), got {result!r:.200}")
         if np.shape(loss) != ():
             raise ValueError(
-                f"loss_fn must return one number, the mean over the batch, got {_arguments.describe(loss)}; "
+                f"loss_fn must return a scalar, the mean over the batch, got {_arguments.describe(loss)}; "
                 "take jnp.mean of the per-example losses"
             )
         if "loss" in metrics:
-            raise ValueError('loss_fn: the metrics must not have an entry "loss" of their own')
+            raise ValueError('loss_fn: the metrics must not contain an entry "loss", which is reserved')
         return loss, (metrics, model_state)
 
     return loss_and_metrics
 
 
 def of_examples(loss_fn: Callable, aggregate: Callable) -> Callable:
-    """As `jax.value_and_grad` of `uniform(loss_fn)`, for a loss function that returns the gradients of its examples."""
+    """Like `jax.value_and_grad` of `uniform(loss_fn)`, for a loss function that returns per-example gradients."""
 
     def gradient(params, batch, key, model_state):
         if jax.tree.leaves(model_state):
-            raise ValueError("make_train_step: aggregate does not go with a model_state, which mixes examples")
+            raise ValueError("make_train_step: aggregate cannot be combined with a model_state, which mixes examples")
         _check_signature(loss_fn, False)
         result = loss_fn(params, batch, key)
         if not isinstance(result, tuple) or len(result) != 2 or jnp.ndim(result[0]) != 1:
             raise TypeError(
-                "loss_fn with aggregate must return (losses, gradients) as net.example_gradients does, "
+                "loss_fn with aggregate must return (losses, gradients), as net.example_gradients does, "
                 f"got {result!r:.100}"
             )
-        # A key of its own, which no layer has.
+        # A key that no layer uses.
         loss, grads, metrics = aggregate(*result, batch, jax.random.fold_in(key, 2**32 - 1))
         grads = jax.tree.map(lambda a, p: a.astype(p.dtype), grads, params)
         return (loss, (metrics, model_state)), grads
@@ -158,7 +158,7 @@ def of_examples(loss_fn: Callable, aggregate: Callable) -> Callable:
 
 
 def finite_guards(opt_state) -> list[optax.ApplyIfFiniteState]:
-    """The states of `optax.apply_if_finite` in the state of an optimizer."""
+    """The states of `optax.apply_if_finite` inside an optimizer state."""
     is_guard = lambda node: isinstance(node, optax.ApplyIfFiniteState)  # noqa: E731
     return [node for node in jax.tree.leaves(opt_state, is_leaf=is_guard) if is_guard(node)]
 
@@ -169,19 +169,19 @@ def skipped_steps(opt_state) -> Any:
 
 
 def _check_signature(loss_fn: Callable, with_state: bool) -> None:
-    """TypeError if a loss function does not take the arguments that it is given."""
+    """Raises TypeError if a loss function does not accept the arguments that it will receive."""
     names = ("params", "batch", "key", *(("model_state",) if with_state else ()))
     try:
         inspect.signature(loss_fn).bind(*names)
     except TypeError as e:
         why = "the state has a model_state" if with_state else "without init_state(..., model_state=...)"
-        raise TypeError(f"loss_fn must take ({', '.join(names)}): {why} ({e})") from None
+        raise TypeError(f"loss_fn must accept ({', '.join(names)}): {why} ({e})") from None
     except ValueError:
         pass  # a function in C, without a signature
 
 
 def _check_same_kind(before, after) -> None:
-    """A model state that changed its shapes or dtypes in a step would need another program for the next."""
+    """Raises ValueError if a step changed shapes or dtypes of the model state: the next would be recompiled."""
     kinds = [jax.tree.map(_arguments.describe, tree) for tree in (before, after)]
     if kinds[0] != kinds[1]:
         raise ValueError(
