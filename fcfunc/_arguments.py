@@ -1,4 +1,4 @@
-"""Checks and conversions of arguments. A message says where, what was expected, and what was given."""
+"""Checks and conversions of arguments. Each message says where, what was expected, and what was given."""
 
 import importlib
 import os
@@ -24,14 +24,14 @@ def describe(x) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The class and the first line of an exception, and the next one where the first only announces it."""
+    """The class and the first line of an exception, and the next line if the first ends in a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     count = 2 if lines and lines[0].endswith(":") else 1
     return f"{type(error).__name__}: {' '.join(lines[:count])[:400]}"
 
 
 def library(where: str, package: str, *modules: str) -> Any:
-    """Imports modules of an optional package and returns the topmost; ImportError with what to install without it."""
+    """Imports modules of an optional package and returns the top-level one; ImportError says what to install."""
     top = modules[0].partition(".")[0]
     try:
         for name in (top, *modules):
@@ -42,14 +42,14 @@ def library(where: str, package: str, *modules: str) -> Any:
 
 
 def array(where: str, /, **arrays) -> None:
-    """TypeError if an argument is neither an array nor a number."""
+    """Raises TypeError if an argument is neither an array nor a number."""
     for name, x in arrays.items():
         if not isinstance(x, ARRAYS):
             raise TypeError(f"{where}: {name} must be an array, got {describe(x)}")
 
 
 def floating(where: str, /, **arrays) -> None:
-    """TypeError if an array does not have one of the floating-point dtypes that the rules are tested for."""
+    """Raises TypeError if an array does not have one of the floating-point dtypes that the rules are tested for."""
     array(where, **arrays)
     for name, x in arrays.items():
         if jnp.result_type(x).name not in FLOATS:
@@ -57,17 +57,17 @@ def floating(where: str, /, **arrays) -> None:
 
 
 def one_dtype(where: str, /, *, hint: str = "", **arrays) -> None:
-    """TypeError if floating-point arrays that enter one formula differ in dtype: nothing is promoted silently."""
+    """Raises TypeError if floating-point arrays differ in dtype: nothing is promoted silently."""
     floating(where, **arrays)
     if len({jnp.result_type(x) for x in arrays.values()}) > 1:
         came = ", ".join(f"{name} {describe(x)}" for name, x in arrays.items())
-        raise TypeError(f"{where}: one dtype expected for all of {', '.join(arrays)}, got {came}; cast one side{hint}")
+        raise TypeError(f"{where}: {', '.join(arrays)} must have the same dtype, got {came}; cast one side{hint}")
 
 
 def operands(where: str, compute_dtype, /, **arrays) -> np.dtype:
     """The dtype of the operands of a matmul: `compute_dtype`, or that of the arrays if it is None.
 
-    TypeError if it is not one of those offered, or if the arrays differ in dtype without it.
+    Raises TypeError if `compute_dtype` is not supported, or if it is None and the arrays differ in dtype.
     """
     if compute_dtype is None:
         one_dtype(where, hint=" or give compute_dtype", **arrays)
@@ -78,14 +78,14 @@ def operands(where: str, compute_dtype, /, **arrays) -> np.dtype:
 
 
 def compute_dtype_of(where: str, compute_dtype) -> np.dtype:
-    """A dtype for the operands of a matmul; TypeError if it is not one of those offered."""
+    """A dtype for the operands of a matmul; raises TypeError if it is not supported."""
     try:
         dtype = jnp.dtype(compute_dtype)
     except TypeError:
         raise TypeError(f"{where}: compute_dtype must be bfloat16 or float32, got {compute_dtype!r:.80}") from None
     if dtype == jnp.float16:
         raise TypeError(
-            f"{where}: compute_dtype float16 is not offered, its gradients underflow without loss scaling; use bfloat16"
+            f"{where}: compute_dtype float16 is not supported (gradients underflow without loss scaling); use bfloat16"
         )
     if dtype.name not in FLOATS or dtype != jax.dtypes.canonicalize_dtype(dtype):
         raise TypeError(
@@ -95,15 +95,15 @@ def compute_dtype_of(where: str, compute_dtype) -> np.dtype:
 
 
 def one_shape(where: str, /, **arrays) -> None:
-    """ValueError if arrays that are combined element by element differ in shape: nothing is broadcast."""
+    """Raises ValueError if arrays that are combined elementwise differ in shape: nothing is broadcast."""
     array(where, **arrays)
     if len({np.shape(x) for x in arrays.values()}) > 1:
         came = ", ".join(f"{name} {list(np.shape(x))}" for name, x in arrays.items())
-        raise ValueError(f"{where}: one shape expected for all of {', '.join(arrays)}, got {came}")
+        raise ValueError(f"{where}: {' and '.join(arrays)} must have the same shape, got {came}")
 
 
 def labels(where: str, labels, *, scores) -> None:
-    """TypeError if labels are not integers, ValueError if there is not one for each row of `scores`."""
+    """Raises TypeError if labels are not integers, ValueError if there is not one per row of `scores`."""
     array(where, labels=labels)
     if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
         raise TypeError(f"{where}: labels must be integers, got {describe(labels)}")
@@ -115,14 +115,14 @@ def labels(where: str, labels, *, scores) -> None:
 
 
 def real_labels(where: str, labels, *, dtype, name: str = "labels"):
-    """Labels that enter a formula as numbers; integers and booleans are cast to `dtype`.
+    """Labels that are used as real numbers; integers and booleans are cast to `dtype`.
 
-    TypeError if they are not real numbers.
+    Raises TypeError if they are not real numbers.
     """
     array(where, **{name: labels})
     kind = jnp.result_type(labels)
     if jnp.issubdtype(kind, jnp.integer) or kind == jnp.bool_:
-        # Cast on the host where possible: JAX would first keep the lower 32 bits of an int64.
+        # Cast on the host if possible: JAX would first truncate an int64 to its lower 32 bits.
         numbers = labels if isinstance(labels, jax.Array) else np.asarray(labels)
         return jnp.asarray(numbers.astype(dtype))
     floating(where, **{name: labels})
@@ -130,7 +130,7 @@ def real_labels(where: str, labels, *, dtype, name: str = "labels"):
 
 
 def loss_options(where: str, shape: tuple, mask, weights, smoothing, *, logits: tuple | None = None) -> float:
-    """The label smoothing as a float, after the checks of the options of a loss of this shape.
+    """Checks the options of a loss of this shape and returns the label smoothing as a float.
 
     The mask may also have the shape of the logits, if that is given.
     """
@@ -151,16 +151,16 @@ def loss_options(where: str, shape: tuple, mask, weights, smoothing, *, logits: 
 
 
 def class_weights(where: str, weights, classes: int, *, name: str = "class_weights") -> None:
-    """TypeError or ValueError if there are weights of classes but not one number for each class."""
+    """Raises TypeError or ValueError if class weights are given but are not one number per class."""
     if weights is None:
         return
     floating(where, **{name: weights})
     if np.shape(weights) != (classes,):
-        raise ValueError(f"{where}: {name} must be [{classes}], one for each class, got {list(np.shape(weights))}")
+        raise ValueError(f"{where}: {name} must be [{classes}], one per class, got {list(np.shape(weights))}")
 
 
 def axis(where: str, axis, **arrays) -> None:
-    """TypeError if `axis` is not an integer, ValueError if an array has no axis of that number."""
+    """Raises TypeError if `axis` is not an integer, ValueError if an array has no such axis."""
     integer(where, axis=axis)
     for name, x in arrays.items():
         if not -jnp.ndim(x) <= axis < jnp.ndim(x):
@@ -168,9 +168,9 @@ def axis(where: str, axis, **arrays) -> None:
 
 
 def axes(where: str, wanted, **arrays) -> tuple[int, ...]:
-    """The axes that an integer, several or None (all of them) name, counted from the front.
+    """The nonnegative axes given by an integer, a tuple, a list, or None for all axes.
 
-    TypeError or ValueError if an array has no such axis, or if one is named twice.
+    Raises TypeError or ValueError if the array has no such axis, or if one is repeated.
     """
     ((_, x),) = arrays.items()
     named = range(jnp.ndim(x)) if wanted is None else wanted if isinstance(wanted, tuple | list) else (wanted,)
@@ -178,12 +178,12 @@ def axes(where: str, wanted, **arrays) -> tuple[int, ...]:
         axis(where, i, **arrays)
     counted = tuple(int(i) % jnp.ndim(x) for i in named)
     if len(set(counted)) < len(counted):
-        raise ValueError(f"{where}: axis names an axis twice, got {wanted}")
+        raise ValueError(f"{where}: axis must not repeat an axis, got {wanted}")
     return counted
 
 
 def key(where: str, key) -> None:
-    """TypeError if `key` is not a single random key."""
+    """Raises TypeError if `key` is not a single random key."""
     typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     raw = isinstance(key, jax.Array) and key.dtype == jnp.uint32 and key.shape == (2,)
     if not ((typed and key.shape == ()) or raw):
@@ -192,9 +192,9 @@ def key(where: str, key) -> None:
 
 
 def number(where: str, **numbers) -> float:
-    """The number as a Python float: any other kind of scalar would affect the dtype of a result.
+    """The number as a Python float, because any other kind of scalar could change the dtype of a result.
 
-    TypeError if it is not a real number that is known while tracing.
+    Raises TypeError if it is not a real number that is known at trace time.
     """
     ((name, value),) = numbers.items()
     try:
@@ -202,21 +202,21 @@ def number(where: str, **numbers) -> float:
             raise TypeError
         return float(value)
     except (TypeError, ValueError, OverflowError, jax.errors.ConcretizationTypeError):
-        raise TypeError(f"{where}: {name} must be a number that is known while tracing, got {value!r:.80}") from None
+        raise TypeError(f"{where}: {name} must be a number that is known at trace time, got {value!r:.80}") from None
 
 
 def ignored_label(where: str, ignore_index) -> None:
-    """TypeError or ValueError if `ignore_index` is neither None nor an integer that a label can be."""
+    """Raises TypeError or ValueError if `ignore_index` is neither None nor a possible integer label."""
     if ignore_index is None:
         return
     if not isinstance(ignore_index, int | np.integer) or isinstance(ignore_index, bool):
         raise TypeError(f"{where}: ignore_index must be an integer or None, got {ignore_index!r:.80}")
-    if not -(2**31) < ignore_index < 2**31 - 1:  # labels that are too large become the largest one
-        raise ValueError(f"{where}: ignore_index must fit into 32 bits, got {ignore_index}")
+    if not -(2**31) < ignore_index < 2**31 - 1:  # larger labels are clipped to the largest one
+        raise ValueError(f"{where}: ignore_index must fit in 32 bits, got {ignore_index}")
 
 
 def dtype(where: str, /, **dtypes) -> None:
-    """TypeError if a dtype is neither None nor one of the floating-point dtypes."""
+    """Raises TypeError if a dtype is neither None nor one of the floating-point dtypes."""
     for name, value in dtypes.items():
         try:
             known = value is None or jnp.dtype(value).name in FLOATS
@@ -227,55 +227,55 @@ def dtype(where: str, /, **dtypes) -> None:
 
 
 def integer(where: str, /, **numbers) -> None:
-    """TypeError if a number is not a Python or NumPy integer."""
+    """Raises TypeError if a number is not a Python or NumPy integer."""
     for name, n in numbers.items():
         if not isinstance(n, int | np.integer) or isinstance(n, bool):
             raise TypeError(f"{where}: {name} must be an integer, got {n!r:.80}")
 
 
 def boolean(where: str, /, **flags) -> None:
-    """TypeError if a flag is not True or False."""
+    """Raises TypeError if a flag is not True or False."""
     for name, flag in flags.items():
         if not isinstance(flag, bool | np.bool_):
             raise TypeError(f"{where}: {name} must be True or False, got {flag!r:.80}")
 
 
 def function(where: str, /, **functions) -> None:
-    """TypeError if an argument is not callable."""
+    """Raises TypeError if an argument is not callable."""
     for name, f in functions.items():
         if not callable(f):
             raise TypeError(f"{where}: {name} must be a function, got {type(f).__name__}")
 
 
 def optimizer(where: str, optimizer) -> None:
-    """TypeError if `optimizer` does not have the `init` and `update` of an optax optimizer."""
+    """Raises TypeError if `optimizer` does not have the `init` and `update` of an optax optimizer."""
     if not all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
         raise TypeError(f"{where}: optimizer must be an optax optimizer, got {type(optimizer).__name__}")
 
 
 def path(where: str, /, **paths) -> None:
-    """TypeError if an argument is not a path."""
+    """Raises TypeError if an argument is not a path."""
     for name, p in paths.items():
         if not isinstance(p, str | os.PathLike):
             raise TypeError(f"{where}: {name} must be a path, got {type(p).__name__}")
 
 
 def positive(where: str, **numbers) -> None:
-    """ValueError if a number that counts something is not an integer of at least 1."""
+    """Raises ValueError if a count is not an integer of at least 1."""
     for name, n in numbers.items():
         if not isinstance(n, int | np.integer) or isinstance(n, bool) or n < 1:
             raise ValueError(f"{where}: {name} must be an integer of at least 1, got {n!r}")
 
 
 def as_array(leaf):
-    """`jnp.asarray`, except that a NumPy integer too large for JAX becomes the largest one, not a different number."""
+    """`jnp.asarray`, except that NumPy integers too large for JAX become the largest one, not a different number."""
     return jnp.asarray(clipped(leaf))
 
 
 def clipped(leaf):
-    """A NumPy array of integers, clipped to the range that JAX keeps; anything else unchanged.
+    """Clips a NumPy array of integers to the range of JAX's integers; returns anything else unchanged.
 
-    Without x64 JAX keeps the lower 32 bits: the label 2**32 would silently be class 0.
+    Without x64, JAX keeps only the lower 32 bits, so the label 2**32 would silently become class 0.
     """
     if type(leaf) is int and not -(2**31) <= leaf < 2**31:
         leaf = np.int64(max(-(2**63), min(leaf, 2**63 - 1)))
@@ -287,9 +287,9 @@ def clipped(leaf):
 
 
 def examples(where: str, data, name: str = "data"):
-    """`data`, ready for JAX: a NumPy integer too large for JAX becomes the largest one, not a different number.
+    """`data`, ready for JAX: NumPy integers too large for JAX become the largest one, not a different number.
 
-    TypeError with advice if a leaf is not an array of numbers.
+    Raises TypeError with advice if a leaf is not an array of numbers.
     """
     numbers = numeric_arrays(where, data, name)
     return (
@@ -300,11 +300,11 @@ def examples(where: str, data, name: str = "data"):
 
 
 def numeric_arrays(where: str, data, name: str = "data"):
-    """`data` with tensors and tables of other libraries as NumPy arrays, which hold the same numbers.
+    """`data` with tensors and tables of other libraries converted to NumPy arrays of the same numbers.
 
-    TypeError with advice if a leaf is not an array of numbers.
+    Raises TypeError with advice if a leaf is not an array of numbers.
     """
-    if all(map(_is_numeric, jax.tree.leaves(data))):  # in each step, which has no time for the names of the arrays
+    if all(map(_is_numeric, jax.tree.leaves(data))):  # fast path: runs in each training step
         return data
     return jax.tree.map_with_path(
         lambda path, leaf: _numeric_array(where, f"{name}{jax.tree_util.keystr(path)!s:.80}", leaf), data
@@ -324,7 +324,7 @@ def _numeric_array(where: str, here: str, leaf):
     kind = type(leaf)
     found = f"{kind.__module__.split('.')[0]} {kind.__name__}".removeprefix("builtins ")
     if isinstance(leaf, np.ma.MaskedArray):
-        raise TypeError(f"{where}: {here} must be an array, got a masked array; {here}.filled(...) makes one")
+        raise TypeError(f"{where}: {here} must be an array, got a masked array; use {here}.filled(...)")
     if isinstance(leaf, np.generic) or not hasattr(leaf, "__array__"):
         hint = f"use {here}.toarray()" if hasattr(leaf, "toarray") else "np.asarray converts lists"
         raise TypeError(f"{where}: {here} must be an array, got {found}; {hint}")
@@ -339,14 +339,14 @@ def _numeric_array(where: str, here: str, leaf):
             f"{where}: {here} must be an array, got {found} that NumPy cannot convert ({e!s:.120})"
         ) from None
     if not _is_numeric(a):
-        hint = "; np.unique(names, return_inverse=True)[1] makes labels of names" if a.dtype.kind in "OSU" else ""
-        hint = f": the columns {', '.join(others)!s:.80} do not" if others else hint
+        hint = "; np.unique(names, return_inverse=True)[1] turns names into labels" if a.dtype.kind in "OSU" else ""
+        hint = f" in the columns {', '.join(others)!s:.80}" if others else hint
         raise TypeError(f"{where}: {here} must hold numbers, got dtype {a.dtype!s:.40}{hint}")
     return a
 
 
 def count(where: str, data, name: str = "data") -> int:
-    """The number of examples, at least one."""
+    """The number of examples; raises ValueError if there are none or if the arrays disagree."""
     leaves = jax.tree.leaves_with_path(data)
     sizes = {f"{name}{jax.tree_util.keystr(path)}": np.shape(leaf) for path, leaf in leaves}
     if not sizes:
@@ -362,28 +362,36 @@ def count(where: str, data, name: str = "data") -> int:
                 f"and {shape[0]} in {path}"
             )
     if n < 1:
-        raise ValueError(f"{where}: at least one example expected in {name}, got none")
+        raise ValueError(f"{where}: {name} must hold at least one example, got none")
     return n
 
 
 def fitting_batch_size(where: str, batch_size: int, n: int) -> int:
-    """The batch size, but no more than the number of examples: then all of them are one batch, with a warning."""
+    """The batch size, reduced with a warning if it exceeds the number of examples."""
     if batch_size <= n:
         return int(batch_size)
-    warnings.warn(f"{where}: batch_size {batch_size} is more than the {n} examples, which are one batch", stacklevel=3)
+    warnings.warn(
+        f"{where}: batch_size {batch_size} exceeds the number of examples, so all {n} form one batch", stacklevel=3
+    )
     return n
 
 
 def check_values(data: Any, *, num_classes: int | None = None, name: str = "data") -> None:
-    """Raises if a value cannot be trained on; runs on the host.
+    """Raises if the data contains a value that cannot be trained on; runs on the host.
 
     Args:
       data: a pytree of arrays with a common leading axis.
-      num_classes: if given, every one-dimensional integer array holds labels, which must lie in `[0, num_classes)`.
+      num_classes: if given, one-dimensional integer arrays hold labels, which must be in `[0, num_classes)`.
       name: what the data is called in the message.
 
     Raises:
-      ValueError: a NaN, an infinity or a label out of range, with the array's path and the index of the first.
+      ValueError: a value is NaN or infinite, or a label is out of range. The message names the array and the index of
+        the first such value.
+
+    Example:
+      >>> check_values({"x": np.array([1.0, np.nan])})
+      Traceback (most recent call last):
+      ValueError: ...
     """
     if num_classes is not None:
         positive("check_values", num_classes=num_classes)
@@ -392,16 +400,16 @@ def check_values(data: Any, *, num_classes: int | None = None, name: str = "data
     ]
     for path, start, a in parts:
         where = f"{name}{jax.tree_util.keystr(path)}"
-        if jnp.issubdtype(a.dtype, jnp.inexact):  # NumPy's own test does not know bfloat16
-            bad, expected = ~np.isfinite(a), "finite numbers"
+        if jnp.issubdtype(a.dtype, jnp.inexact):  # np.issubdtype does not know bfloat16
+            bad, expected = ~np.isfinite(a), "finite"
         elif num_classes is not None and a.ndim == 1 and np.issubdtype(a.dtype, np.integer):
-            bad, expected = (a < 0) | (a >= num_classes), f"labels in [0, {num_classes})"
+            bad, expected = (a < 0) | (a >= num_classes), f"a label in [0, {num_classes})"
         else:
             continue
         if bad.any():
             at = tuple(int(i) for i in np.argwhere(bad)[0])
             shown = ", ".join(str(i + first) for i, first in zip(at, start, strict=True))
-            raise ValueError(f"{where}[{shown}]: {expected} expected, got {a[at]}")
+            raise ValueError(f"{where}[{shown}] must be {expected}, got {a[at]}")
 
 
 def _local_parts(leaf) -> list[tuple[tuple[int, ...], np.ndarray]]:

@@ -66,6 +66,13 @@ def save(folder: Any, state: Any, *, config: Any = None, keep: int = 3, score: f
       ValueError: `keep` is below 1; `score` is not finite; the step is below 0, or not above the steps in the folder
         (saving the same arrays and config again is not an error).
       OSError: the checkpoint, which the message names, cannot be written; earlier checkpoints are unchanged.
+
+    Example:
+      >>> import fcfunc, optax, tempfile
+      >>> folder, optimizer = tempfile.mkdtemp(), optax.sgd(0.1)
+      >>> state = fcfunc.train.init_state(fcfunc.init(jax.random.key(0), [2, 3]), optimizer, jax.random.key(1))
+      >>> save(folder, state).name
+      '0'
     """
     _arguments.positive("checkpoint.save", keep=keep)
     if score is not None and not np.isfinite(_arguments.number("checkpoint.save", score=score)):
@@ -130,6 +137,15 @@ def restore(folder: Any, like: Any, *, step: int | None = None) -> Checkpoint:
       FileNotFoundError: the folder has no checkpoint, or none of that step.
       ValueError: the checkpoint has a different network, optimizer or dtype, has a newer format, or is damaged. The
         message names the file or array, what is wrong, and the previous checkpoint.
+
+    Example:
+      >>> import fcfunc, optax, tempfile
+      >>> folder, optimizer = tempfile.mkdtemp(), optax.sgd(0.1)
+      >>> state = fcfunc.train.init_state(fcfunc.init(jax.random.key(0), [2, 3]), optimizer, jax.random.key(1))
+      >>> saved = save(folder, state, config={"dims": [2, 3]})
+      >>> restored = restore(folder, state)
+      >>> restored.config, int(restored.state.step)
+      ({'dims': [2, 3]}, 0)
     """
     folder = _local(folder)
     if step is not None:
@@ -171,6 +187,11 @@ def steps(folder: Any) -> list[int]:
     Returns:
       The steps in increasing order; an empty list if the folder does not exist. Remains of a killed save and other
       files are ignored.
+
+    Example:
+      >>> import tempfile
+      >>> steps(tempfile.mkdtemp())
+      []
     """
     folder = _local(folder)
     if not folder.is_dir():

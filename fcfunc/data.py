@@ -73,6 +73,11 @@ def digits() -> Dataset:
       ImportError: scikit-learn is not installed.
 
     Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI repository.
+
+    Example:
+      >>> x, y = digits()
+      >>> x.shape, y[:5]
+      ((1797, 64), array([0, 1, 2, 3, 4], dtype=int32))
     """
     sklearn = _arguments.library("digits", "scikit-learn", "sklearn.datasets")
     x, y = sklearn.datasets.load_digits(return_X_y=True)
@@ -94,6 +99,9 @@ def fashion_mnist(folder: str | os.PathLike = FASHION_MNIST_FOLDER) -> tuple[Dat
       ValueError: a file is damaged, or the numbers of images and labels differ.
 
     Source: H. Xiao, K. Rasul and R. Vollgraf 2017, Fashion-MNIST. MIT license.
+
+    Example:
+      >>> training, test = fashion_mnist("folder/of/the/four/files")  # doctest: +SKIP
     """
     _arguments.path("fashion_mnist", folder=folder)
     folder = Path(folder)
@@ -122,6 +130,14 @@ def read_idx(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> np.ndarr
       ValueError: the file is not an IDX file, is truncated, is longer than its header says, or is too large.
 
     Source: Y. LeCun, The MNIST database, for the format.
+
+    Example:
+      >>> import tempfile
+      >>> path = os.path.join(tempfile.mkdtemp(), "labels.idx")
+      >>> with open(path, "wb") as f:
+      ...     n = f.write(bytes([0, 0, 8, 1, 0, 0, 0, 3, 7, 2, 1]))  # unsigned bytes, one axis of length 3
+      >>> read_idx(path)
+      array([7, 2, 1], dtype=uint8)
     """
     _arguments.positive("read_idx", max_bytes=max_bytes)
     path = regular_file(path)
@@ -150,6 +166,13 @@ def read_npz(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> dict[str
     Raises:
       FileNotFoundError: the file does not exist.
       ValueError: the file is not an NPZ file, contains something other than numeric arrays, is damaged or too large.
+
+    Example:
+      >>> import tempfile
+      >>> path = os.path.join(tempfile.mkdtemp(), "data.npz")
+      >>> np.savez(path, x=np.zeros((5, 2)), y=np.arange(5))
+      >>> {name: a.shape for name, a in read_npz(path).items()}
+      {'x': (5, 2), 'y': (5,)}
     """
     _arguments.positive("read_npz", max_bytes=max_bytes)
     path = regular_file(path)
@@ -179,7 +202,7 @@ def read_npz(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> dict[str
 
 
 def read_csv(path: str | os.PathLike, *, target: str | None = None, max_bytes: int = MAX_BYTES) -> Table:
-    """Reads features and a target from a CSV file.
+    r"""Reads features and a target from a CSV file.
 
     The first row is a header if any of its cells except the last is not a number. Every feature must be a finite
     number. A target of integers with at most nine digits becomes int32, other numbers become float32, and strings
@@ -197,6 +220,14 @@ def read_csv(path: str | os.PathLike, *, target: str | None = None, max_bytes: i
       FileNotFoundError: the file does not exist.
       ValueError: the file is empty or too large, rows differ in their number of cells, a cell is not a finite number,
         or the target is not in the header; the message names the line.
+
+    Example:
+      >>> import tempfile
+      >>> path = Path(tempfile.mkdtemp()) / "bees.csv"
+      >>> n = path.write_text("length,width,kind\n1.5,0.2,wasp\n2,0.4,bee\n")
+      >>> table = read_csv(path)
+      >>> table.features, table.classes, table.y
+      (['length', 'width'], ['bee', 'wasp'], array([1, 0], dtype=int32))
     """
     _arguments.positive("read_csv", max_bytes=max_bytes)
     path = regular_file(path)

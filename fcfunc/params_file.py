@@ -86,6 +86,14 @@ def load(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> tuple[Any, A
       FileNotFoundError: the file does not exist.
       ValueError: the file, which the message names, is not a complete safetensors file, is too large, or was altered
         after it was saved.
+
+    Example:
+      >>> import fcfunc, tempfile
+      >>> path = Path(tempfile.mkdtemp()) / "params.safetensors"
+      >>> save(path, fcfunc.init(jax.random.key(0), [2, 3]))
+      >>> params, config = load(path)
+      >>> params[0]["w"].shape, config
+      ((2, 3), None)
     """
     _arguments.positive("params_file.load", max_bytes=max_bytes)
     path = regular_file(path)
