@@ -1,15 +1,19 @@
-"""Fully-connected networks as pure functions in JAX, with hand-written backward rules that are tested.
+"""Fully-connected networks as pure JAX functions, with hand-written and tested backward rules.
 
-A network is `net = fcfunc.mlp([784, 128, 10])`, with `params = net.init(key)` and `net.apply(params, x)`. The plain one
-needs only `fcfunc.init(key, dims)` and `fcfunc.apply(params, x)`.
+`net = fcfunc.mlp([784, 128, 10])` describes a network, `params = net.init(key)` initializes its parameters and
+`net.apply(params, x)` computes its outputs. For a plain network, `fcfunc.init(key, dims)` and
+`fcfunc.apply(params, x)` are enough.
 
-`fcfunc.ops` holds the operations and `fcfunc.losses` the losses, `fcfunc.train` the training loops and `fcfunc.testing`
-the checker of backward rules, `check_vjp`. `fcfunc.reference` has a plain JAX implementation of each rule, and
-`fcfunc.per_example` what can be computed from the gradients of single examples; `fcfunc.curvature`, `fcfunc.laplace`
-and `fcfunc.privacy` build on it.
-`fcfunc.sharding` places arrays on several devices; `fcfunc.data`, `params_file` and `checkpoint` read and write files;
-`fcfunc.sklearn` has estimators for scikit-learn, `fcfunc.convert` exchanges networks with other libraries, and
-`fcfunc.export` writes them for programs without fcfunc.
+- `fcfunc.ops` and `fcfunc.losses` contain the operations and the losses, and `fcfunc.reference` a plain JAX
+  implementation of each.
+- `fcfunc.train` contains the training loops.
+- `fcfunc.testing` contains `check_vjp`, the checker of backward rules.
+- `fcfunc.per_example` works with per-example gradients; `fcfunc.curvature`, `fcfunc.laplace` and `fcfunc.privacy`
+  build on it.
+- `fcfunc.sharding` places arrays on several devices.
+- `fcfunc.data`, `fcfunc.params_file` and `fcfunc.checkpoint` read and write files.
+- `fcfunc.sklearn` has scikit-learn estimators, `fcfunc.convert` exchanges networks with other libraries, and
+  `fcfunc.export` writes them for programs without fcfunc.
 """
 
 import importlib
@@ -31,11 +35,11 @@ __all__ = [
 LAZY = (
     "checkpoint", "convert", "curvature", "data", "export", "laplace", "params_file", "privacy", "sklearn", "testing",
 )  # fmt: skip
-"""Modules that a network and its training do not need."""
+"""Modules imported on first use, because building and training a network does not need them."""
 
 
 def __getattr__(name: str):
-    """Imports a module when it is first used."""
+    """Imports a lazy module on first use."""
     if name in LAZY:
         return importlib.import_module(f"fcfunc.{name}")
     if name == "__version__":

@@ -1,4 +1,4 @@
-"""What differs between the supported JAX releases, 0.10 to 0.12. No other module asks which release is installed."""
+"""Differences between the supported JAX releases, 0.10 to 0.12. No other module checks the installed release."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,11 +7,11 @@ import jax
 import jax.extend.core as jex
 
 ClosedJaxpr: Any = getattr(jex, "ClosedJaxpr", jex.Jaxpr)
-"""Before JAX 0.12 this class wraps a `Jaxpr` and the values of its constants; in 0.12 the two are one class."""
+"""Before JAX 0.12, this class wraps a `Jaxpr` and the values of its constants; in 0.12, the two classes are one."""
 
 
 def quick_options() -> dict[str, Any]:
-    """Options of `jax.jit` for a program that runs once or twice: XLA compiles it in half of the time."""
+    """Options of `jax.jit` for a program that runs once or twice: XLA compiles it in half the time."""
     if jax.default_backend() != "cpu":
         return {}
     options: dict[str, Any] = {"xla_backend_optimization_level": 0}
@@ -24,15 +24,15 @@ def is_jaxpr(param: Any) -> bool:
 
 
 def jaxpr_and_consts(jaxpr: Any) -> tuple[Any, Sequence]:
-    """A jaxpr that an equation holds, and the values of its constants.
+    """The jaxpr that is a parameter of an equation, and the values of its constants.
 
-    The test for `ClosedJaxpr` comes first, because only before 0.12 is there a `Jaxpr` without values.
+    `ClosedJaxpr` is tested first, because a `Jaxpr` without values exists only before 0.12.
     """
     return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, ClosedJaxpr) else (jaxpr, ())
 
 
 def scan_arguments(params: dict, values: list) -> tuple[list, list, list]:
-    """The constants, the first carry and the scanned arrays among the arguments of a scan."""
+    """Splits the arguments of a scan into constants, initial carry and scanned arrays."""
     if "ft_in" in params:  # since 0.12
         consts, carry, xs = params["ft_in"].update(values).unpack()
         return list(consts), list(carry), list(xs)

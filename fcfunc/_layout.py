@@ -1,4 +1,4 @@
-"""The sharding of arrays inside a rule, and putting arrays on a mesh."""
+"""The sharding of arrays inside a rule, and the placement of arrays on a mesh."""
 
 import math
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 def explicit_sharding(x: jax.Array, *others: jax.Array) -> NamedSharding | None:
     """The sharding in the type of `x` if its mesh has Explicit axes, None otherwise.
 
-    If `x` is on no such mesh but one of the others is, `x` counts as replicated there.
+    If `x` is not on such a mesh but one of the others is, `x` counts as replicated on it.
     """
     sharding = jax.typeof(x).sharding
     if AxisType.Explicit in sharding.mesh.axis_types:
@@ -23,15 +23,16 @@ def explicit_sharding(x: jax.Array, *others: jax.Array) -> NamedSharding | None:
 
 
 def reshard_like(x: jax.Array, like: jax.Array) -> jax.Array:
-    """`x` with the sharding that the type of `like` has on an Explicit mesh; unchanged elsewhere."""
+    """`x` sharded like `like` if that is on an Explicit mesh; unchanged otherwise."""
     sharding = explicit_sharding(like)
     return x if sharding is None else jax.sharding.reshard(x, sharding)
 
 
 def reshard_like_axes(a: jax.Array, like: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """`a`, whose axes are the given axes of `like`, sharded like these on an Explicit mesh; unchanged elsewhere.
+    """`a` sharded like the given axes of `like` if that is on an Explicit mesh; unchanged otherwise.
 
-    Done before a rule, not in it: the transpose of resharding returns the cotangent to the sharding of its primal.
+    This is done before a rule, not inside it: the transpose of `reshard` gives the cotangent the sharding of its
+    primal.
     """
     sharding = explicit_sharding(like)
     if sharding is None:
@@ -41,12 +42,12 @@ def reshard_like_axes(a: jax.Array, like: jax.Array, axes: tuple[int, ...]) -> j
 
 
 def reshard_axes(a: jax.Array, sharding: NamedSharding, axes: tuple[int, ...]) -> jax.Array:
-    """`a` with the sharding that the given axes of a sharding have."""
+    """`a` resharded like the given axes of a sharding."""
     return jax.sharding.reshard(a, NamedSharding(sharding.mesh, PartitionSpec(*(sharding.spec[i] for i in axes))))
 
 
 def dot_sharding(x: jax.Array, w: jax.Array, row_axes: int) -> NamedSharding | None:
-    """The sharding of `x w` on an Explicit mesh: rows like those of `x`, columns like those of `w` if they can be."""
+    """The sharding of `x w` on an Explicit mesh: rows like those of `x`, columns like those of `w` if possible."""
     sharding = explicit_sharding(x) or explicit_sharding(w)
     if sharding is None:
         return None
@@ -64,17 +65,17 @@ def transposed(sharding: NamedSharding) -> NamedSharding:
 
 
 def mesh_axes(entry) -> tuple:
-    """The axes of a mesh that one entry of a PartitionSpec names."""
+    """The mesh axes named by one entry of a PartitionSpec."""
     return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
 
 
 def is_tracer(a: Any) -> bool:
-    """Whether `a` stands for an array while a function is traced."""
+    """Whether `a` is a tracer, which represents an array while a function is traced."""
     return isinstance(a, Tracer)
 
 
 def put(a: Any, sharding: NamedSharding) -> jax.Array:
-    """`a`, the same array on every process, placed with a sharding."""
+    """Places `a`, which is the same on every process, with a sharding."""
     if sharding.is_fully_addressable or (isinstance(a, jax.Array) and not a.is_fully_addressable):
         return jax.device_put(a, sharding)
     if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
@@ -85,10 +86,10 @@ def put(a: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def match_varying(args):
-    """Lifts every array of a pytree to vary over the axes that any of them varies over.
+    """Casts every array of a pytree to vary over the mesh axes that any of them varies over.
 
-    Outside `shard_map` nothing varies and nothing is done. Inside, a replicated weight that meets a sharded batch owes
-    its gradient a sum over the batch's axes; the transpose of the lift is that sum.
+    Outside `shard_map`, nothing varies and the arrays are unchanged. Inside, if a replicated weight meets a sharded
+    batch, the gradient of the weight must be summed over the batch's mesh axes. The transpose of the cast is that sum.
     """
     leaves, treedef = jax.tree.flatten(args)
     varying = [jax.typeof(leaf).manual_axis_type.varying for leaf in leaves]
@@ -99,7 +100,7 @@ def match_varying(args):
 
 
 def zeros(like: Any) -> jax.Array:
-    """Zeros of the shape, dtype and, on an Explicit mesh, the sharding of a `jax.ShapeDtypeStruct`."""
+    """Zeros with the shape, dtype and, on an Explicit mesh, sharding of a `jax.ShapeDtypeStruct`."""
     sharding = getattr(like, "sharding", None)
     explicit = isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types
     a = jnp.zeros(like.shape, like.dtype)
@@ -107,7 +108,7 @@ def zeros(like: Any) -> jax.Array:
 
 
 class ExampleAxes(NamedTuple):
-    """The axes of a mesh over which examples are sharded, and the number of devices along them."""
+    """The mesh axes over which examples are sharded, and the number of devices along them."""
 
     mesh: Any
     axes: tuple[str, ...]
@@ -115,9 +116,9 @@ class ExampleAxes(NamedTuple):
 
 
 def shardings(tree: Any) -> tuple[NamedSharding | None, ...]:
-    """The sharding on a mesh of each array of a pytree, or None.
+    """The mesh sharding of each array of a pytree, or None.
 
-    Only a concrete array knows its sharding on an Auto mesh; while tracing, the types show it on Explicit meshes alone.
+    On an Auto mesh, only a concrete array knows its sharding. A traced array shows it only on an Explicit mesh.
     """
 
     def of(a):
@@ -130,7 +131,7 @@ def shardings(tree: Any) -> tuple[NamedSharding | None, ...]:
 
 
 def constrain(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
-    """`x` with a sharding inside a compiled function; None leaves it."""
+    """Constrains the sharding of `x` inside a compiled function; None leaves it unchanged."""
     if sharding is None:
         return x
     if AxisType.Explicit in sharding.mesh.axis_types:
@@ -139,7 +140,7 @@ def constrain(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
 
 
 def example_axes(shardings: tuple) -> ExampleAxes | None:
-    """How the first of the arrays that shards its leading axis does so; None if none does."""
+    """How the first array with a sharded leading axis is sharded along it; None if there is none."""
     for sharding in shardings:
         if sharding is not None and sharding.spec and (axes := mesh_axes(sharding.spec[0])):
             return ExampleAxes(sharding.mesh, axes, math.prod(sharding.mesh.shape[axis] for axis in axes))
@@ -147,7 +148,7 @@ def example_axes(shardings: tuple) -> ExampleAxes | None:
 
 
 def gather_rows(a: Any, sharding: NamedSharding | None, *, indices: jax.Array) -> jax.Array:
-    """Some rows of `a`, sharded like all of them; replicated if they are too few to be divided."""
+    """Gathers rows of `a`, sharded like `a`, or replicated if the devices do not divide the number of rows."""
     over = example_axes((sharding,))
     if over is not None and len(indices) % over.devices:
         sharding = without_axes(sharding, over)

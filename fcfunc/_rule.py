@@ -1,4 +1,4 @@
-"""How a hand-written rule becomes a differentiable function, in one way for every rule of the package."""
+"""Turns hand-written rules into differentiable functions, in the same way for every rule in the package."""
 
 import inspect
 from collections.abc import Callable
@@ -14,11 +14,11 @@ def rule(fwd: Callable, bwd: Callable) -> Callable:
     """Joins `fwd(*args, **options) -> (out, residuals)` and `bwd(residuals, g, **options) -> cotangents`.
 
     The result computes `fwd(*args, **options)[0]` and is differentiated in reverse mode by `bwd`. Positional arguments
-    are pytrees of arrays; keyword options are static and hashable, and `bwd` receives those that it names, or all if it
-    takes `**options`. `jax.custom_vjp` alone has no keyword-only options, which is why this function exists.
+    are pytrees of arrays. Keyword options are static and hashable; `bwd` receives those that it names, or all of them
+    if it has `**options`. This function exists because `jax.custom_vjp` does not support keyword-only options.
 
-    `fwd` is plain JAX and never calls the joined function. So the rule itself can be differentiated (`jax.hessian`,
-    `jvp` of `grad`), and `jax.grad` of the undecorated function is an oracle for `bwd`.
+    `fwd` is plain JAX and never calls the joined function. The rule itself can therefore be differentiated
+    (`jax.hessian`, `jvp` of `grad`), and `jax.grad` of the undecorated function is an oracle for `bwd`.
     """
     bwd_options = inspect.signature(bwd).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in bwd_options.values())
@@ -32,7 +32,7 @@ def rule(fwd: Callable, bwd: Callable) -> Callable:
     def joined_bwd(options, residuals, g):
         return bwd(residuals, g, **{name: value for name, value in options if takes_all or name in bwd_options})
 
-    primal.__name__ = fwd.__name__.removesuffix("_fwd")  # the name seen in a jaxpr and in a profile
+    primal.__name__ = fwd.__name__.removesuffix("_fwd")  # the name in a jaxpr and in a profile
     joined = jax.custom_vjp(primal, nondiff_argnums=(0,))
     joined.defvjp(joined_fwd, joined_bwd)
 
@@ -48,5 +48,5 @@ def sum_dtype(dtype) -> jnp.dtype:
 
 
 def upcast(x: jax.Array) -> jax.Array:
-    """`x` in at least float32."""
+    """`x` cast to at least float32."""
     return x.astype(sum_dtype(x.dtype))

@@ -1,7 +1,7 @@
-"""A network as one value: what it is, apart from its parameters, and the functions of its parameters.
+"""Networks: a `Network` describes the layers, and its methods take the parameters as an argument.
 
-A layer is `h ← f(norm(h W + b))`, followed by dropout and `+ h`; only the affine map is always there. Identical hidden
-layers can be stacked and are then run by `lax.scan`: `stack`.
+A layer computes `h ← f(norm(h W + b))`, followed by dropout and `+ h`; everything but the affine map is optional.
+Identical hidden layers can be stacked (see `stack`) and then run under `lax.scan`.
 """
 
 from __future__ import annotations  # short signatures in help()
@@ -28,24 +28,24 @@ Params = list[dict[str, jax.Array]]
 Activation = str | tuple[str, float] | Callable[[jax.Array], jax.Array] | None
 
 NORMS = {"batch_norm": ("scale", "offset"), "layer_norm": ("scale", "offset"), "rms_norm": ("scale",)}
-"""The leaves that the params of a hidden layer have for each norm."""
+"""The leaves that each norm adds to the params of a hidden layer."""
 
 NAMES = ("elu", "gelu", "leaky_relu", "log_softmax", "relu", "sigmoid", "silu", "softmax", "softplus", "tanh")
 ACTIVATIONS = {name: (name, {}) for name in NAMES} | {"gelu_exact": ("gelu", {"approximate": False})}
-"""The operation and its options for each name of an activation."""
+"""The operation and its options for each activation name."""
 
 PROBED = ("affine", "norm")
-"""The values of a layer whose cotangents its parameters need."""
+"""The values of a layer whose cotangents are needed for the gradients of its parameters."""
 
 NUMBERS = {"elu": "alpha", "leaky_relu": "negative_slope"}
-"""The option that the number in `("elu", 0.5)` stands for."""
+"""The option that is set by the number in a pair such as `("elu", 0.5)`."""
 
 NAMESPACES = {"ops": ops, "reference": reference}
 HE_NORMAL, ZEROS = jax.nn.initializers.he_normal(), jax.nn.initializers.zeros
 
 
 class _Missing:
-    """The default of `key`. None means "no dropout", so a missing key needs a value of its own."""
+    """The default of `key`. None means "no dropout", so a missing key needs a separate value."""
 
     def __repr__(self) -> str:
         return "<required with dropout>"
@@ -56,10 +56,10 @@ _MISSING: Any = _Missing()
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A fully-connected network apart from its parameters, as `fcfunc.mlp` makes it.
+    """A fully-connected network without its parameters, as returned by `fcfunc.mlp`.
 
-    It is hashable, compares by value and is not a pytree: close over it, or pass it as a static argument. `print` shows
-    its layers.
+    It is hashable, compares by value and is not a pytree: close over it, or pass it as a static argument. `print(net)`
+    shows the layers.
     """
 
     dims: tuple[int, ...]
@@ -126,7 +126,7 @@ class Network:
         return "\n".join([f"mlp({list(self.dims)}{''.join(options)})", *lines])
 
     def to_dict(self) -> dict[str, Any]:
-        """The network as plain data: `fcfunc.mlp(**net.to_dict())` equals `net`, also after JSON.
+        """The network as plain data: `fcfunc.mlp(**net.to_dict())` equals `net`, even after a JSON round trip.
 
         Raises:
           TypeError: an activation is a function, which cannot be saved.
@@ -153,23 +153,23 @@ class Network:
         b_init: Callable | None = None,
         param_dtype: Any = "float32",
     ) -> Params:
-        """Initial parameters.
+        """Initializes the parameters.
 
         Args:
-          key: a random key, `jax.random.key(seed)`. Layer l uses `fold_in(key, l)`, so that a deeper network begins
-            with the layers of a shallower one.
+          key: a random key, `jax.random.key(seed)`. Layer l uses `fold_in(key, l)`, so a deeper network starts with
+            the same layers as a shallower one.
           w_init: an initializer `(key, shape, dtype) -> array` for the weights, such as
             `jax.nn.initializers.lecun_normal()`; None: `he_normal()`.
           b_init: the same for the biases, such as `jax.nn.initializers.constant(0.1)`; None: zeros.
-          param_dtype: dtype of the parameters. Leave it at float32 and use `compute_dtype` for mixed precision: updates
-            of bfloat16 parameters round to nothing.
+          param_dtype: dtype of the parameters. For mixed precision, leave it at float32 and use `compute_dtype`:
+            small updates of bfloat16 parameters are lost to rounding.
 
         Returns:
           A list with one `{"w": [fan_in, fan_out], "b": [fan_out]}` per layer, without "b" if `use_bias=False`. With a
-          norm, hidden layers have a `scale` of ones and, except for "rms_norm", an `offset` of zeros.
+          norm, hidden layers also have a `scale` of ones and, except for "rms_norm", an `offset` of zeros.
 
         Raises:
-          TypeError: no key, or not a floating-point dtype.
+          TypeError: `key` is not a random key, or `param_dtype` is not a floating-point dtype.
 
         Source: He et al. 2015, Delving Deep into Rectifiers, for the default weights.
 
@@ -184,28 +184,28 @@ class Network:
         w_init, b_init = HE_NORMAL if w_init is None else w_init, ZEROS if b_init is None else b_init
         _arguments.function("init", w_init=w_init, b_init=b_init)
         shapes = tuple(tuple(self._shapes(i).items()) for i in range(len(self.dims) - 1))
-        # One compiled program starts in a third of the time of one operation at a time; a caller's program contains it.
-        # An initializer of the caller's may have no hash.
+        # One compiled program starts in a third of the time that separate operations take. Under a caller's jit, the
+        # caller's program contains it. A caller's initializer may not be hashable.
         compiled = not _layout.is_tracer(key) and all(isinstance(f, Hashable) for f in (w_init, b_init))
         return (_compiled_init if compiled else _init)(key, shapes, w_init, b_init, jnp.dtype(param_dtype))
 
     def apply(self, params: Params, x: jax.Array, *, key: jax.Array | None = _MISSING) -> jax.Array:
-        """The outputs of the network.
+        """Computes the outputs of the network.
 
         Args:
           params: from `init`, or any list of dicts of these shapes. A hidden layer with `w` `[layers, width, width]`
-            stands for that many layers and is scanned: see `fcfunc.stack`.
+            represents that many layers and is scanned; see `fcfunc.stack`.
           x: inputs, `[..., dims[0]]`, in the dtype of the params unless the network has a `compute_dtype`.
-          key: required with a `dropout_rate` above 0: a random key in training, and None to drop nothing. Hidden layer
-            l uses `fold_in(key, l)`.
+          key: required if `dropout_rate` is above 0: a random key in training, None to disable dropout. Hidden layer l
+            uses `fold_in(key, l)`.
 
         Returns:
           `[..., dims[-1]]`, in the dtype of `x`; with `compute_dtype` in at least float32.
 
         Raises:
-          ValueError: params or `x` whose shapes do not fit, naming the layer; a network with batch normalization, which
-            has a state: use `apply_batch_norm`.
-          TypeError: `x` and the params are not of one floating-point dtype; no key where one is required.
+          ValueError: the shapes of the params or `x` do not fit (the message names the layer); the network has batch
+            normalization and therefore a state: use `apply_batch_norm`.
+          TypeError: `x` and the params do not share one floating-point dtype; a required key is missing.
 
         Example:
           >>> net = mlp([3, 4, 2], activation="tanh")
@@ -215,10 +215,10 @@ class Network:
         return self._last_layer(params, self._hidden_layers("apply", params, x, key)[0])
 
     def features(self, params: Params, x: jax.Array, *, key: jax.Array | None = _MISSING) -> jax.Array:
-        """The input of the last layer, for a loss that includes that layer, such as `linear_softmax_cross_entropy`.
+        """Computes the input of the last layer, for losses that include it, such as `linear_softmax_cross_entropy`.
 
         Args:
-          params, x, key: as for `apply`.
+          params, x, key: see `apply`.
 
         Returns:
           `[..., dims[-2]]`, in the dtype of `x` or, with hidden layers, in `compute_dtype`.
@@ -241,21 +241,21 @@ class Network:
         unbiased_variance: bool = True,
         key: jax.Array | None = _MISSING,
     ) -> tuple[jax.Array, list[dict[str, jax.Array]]]:
-        """The outputs of a network with `norm="batch_norm"`, and its new running statistics.
+        """Computes the outputs of a network with `norm="batch_norm"` and its new running statistics.
 
         Args:
-          params, x, key: as for `apply`.
-          state: from `init_batch_norm_state(params)`, or as the last step returned it.
-          training: whether the batch is normalized by its own statistics and updates the running ones.
-          decay, unbiased_variance: as for `fcfunc.ops.batch_norm`.
+          params, x, key: see `apply`.
+          state: from `init_batch_norm_state(params)`, or as returned by the previous step.
+          training: True to normalize the batch by its own statistics and update the running ones.
+          decay, unbiased_variance: see `fcfunc.ops.batch_norm`.
 
         Returns:
-          `(outputs, state)`. A loss function that is differentiated returns the state beside the loss, as
-          `jax.value_and_grad(..., has_aux=True)` expects it.
+          `(outputs, state)`. A loss function to be differentiated returns the loss and the state, as
+          `jax.value_and_grad(..., has_aux=True)` expects.
 
         Raises:
-          ValueError: as for `apply`; a state that does not fit the params; a training batch of fewer than two rows.
-          TypeError: as for `apply`.
+          ValueError: see `apply`; the state does not fit the params; a training batch has fewer than two rows.
+          TypeError: see `apply`.
 
         Example:
           >>> net = mlp([3, 4, 2], norm="batch_norm")
@@ -277,26 +277,26 @@ class Network:
     def example_gradients(
         self, params: Params, x: jax.Array, loss_fn: Callable, *, key: jax.Array | None = _MISSING
     ) -> tuple[jax.Array, list[dict[str, Any]]]:
-        """The loss of each example and its gradient by the parameters, in factors, from one backward pass.
+        """Computes per-example losses and factored gradients from one backward pass.
 
-        The gradient of one example's loss by the weights of a layer is the outer product of the layer's input and the
-        cotangent of its affine output. The two factors are returned instead of the product; `fcfunc.per_example` has
-        what can be computed from them.
+        The gradient of one example's loss with respect to the weights of a layer is the outer product of the layer's
+        input and the cotangent of its affine output. The two factors are returned instead of the product;
+        `fcfunc.per_example` has functions that work with them.
 
         Args:
-          params, key: as for `apply`.
+          params, key: see `apply`.
           x: inputs, `[batch, dims[0]]`.
-          loss_fn: `loss_fn(outputs) -> losses`, `[batch]`; each loss depends on its own row of the outputs alone.
+          loss_fn: `loss_fn(outputs) -> losses`, `[batch]`; each loss must depend only on its own row of the outputs.
 
         Returns:
           `(losses, gradients)`. The gradients have the structure of `params`, with `per_example.Outer` for `w` and
-          `per_example.Rows` for the other leaves. They are those of the losses, not of their mean.
+          `per_example.Rows` for the other leaves. They are gradients of the individual losses, not of their mean.
 
         Raises:
           ValueError: `x` is not `[batch, dims[0]]`; `loss_fn` does not return one loss per example, or a loss depends
-            on other examples (in a compiled function its gradient is NaN then); batch normalization, which mixes
-            examples; otherwise as for `apply`.
-          TypeError: as for `apply`.
+            on other examples (in a compiled function, its gradient is NaN instead); the network has batch
+            normalization, which mixes examples; see also `apply`.
+          TypeError: see `apply`.
 
         Source: derived in docs/background/derivations.md#gradients-of-single-examples.
 
@@ -316,17 +316,17 @@ class Network:
     def example_vjp(
         self, params: Params, x: jax.Array, *, key: jax.Array | None = _MISSING
     ) -> tuple[jax.Array, Callable]:
-        """The outputs and their backward pass, as from `jax.vjp`, which keeps the gradients of the examples apart.
+        """Computes the outputs and their backward pass, like `jax.vjp`, but with per-example gradients.
 
         Args:
-          params, x, key: as for `example_gradients`.
+          params, x, key: see `example_gradients`.
 
         Returns:
-          `(outputs, pull)`, where `pull(g)` returns, for cotangents `[batch, dims[-1]]` in the dtype of the outputs,
-          each example's gradient of `sum(g[i] * outputs[i])`, in factors as from `example_gradients`.
+          `(outputs, pull)`. `pull(g)` takes cotangents `[batch, dims[-1]]` in the dtype of the outputs, and returns
+          the gradient of `sum(g[i] * outputs[i])` for each example `i`, factored as in `example_gradients`.
 
         Raises:
-          ValueError, TypeError: as for `example_gradients`.
+          ValueError, TypeError: see `example_gradients`.
 
         Example:
           >>> net = mlp([3, 4, 2])
@@ -339,14 +339,14 @@ class Network:
 
     def _example_vjp(self, where: str, params: Params, x: jax.Array, key) -> tuple[jax.Array, Callable]:
         if self.norm == "batch_norm":
-            raise ValueError(f"{where}: batch normalization mixes examples; a single one has no gradient of its own")
+            raise ValueError(f"{where}: batch normalization mixes examples, so there are no per-example gradients")
         self._check_params(where, params)
         _arguments.floating(where, x=x)
         hidden = map(self._activation_of, range(len(self.dims) - 2))
         for activation, width in zip((*hidden, self.final_activation), self.dims[1:], strict=True):
             if callable(activation) and _mixes_rows(activation, width):
                 named = f"the activation {_shown(activation)} mixes examples"
-                raise ValueError(f"{where}: {named}; a single one has no gradient of its own")
+                raise ValueError(f"{where}: {named}, so there are no per-example gradients")
         if jnp.ndim(x) != 2:
             raise ValueError(f"{where}: x must be [batch, {self.dims[0]}], got {list(np.shape(x))}")
 
@@ -355,7 +355,7 @@ class Network:
             outputs, tap = self._last_layer(params, h, probes[-1])
             return outputs, [*taps, tap]
 
-        # The derivative by a zero that is added to an affine output is the cotangent of that output.
+        # The derivative with respect to a zero added to an affine output is the cotangent of that output.
         _, shapes = jax.eval_shape(outputs_of, [{} for _ in params])
         probes = [{name: _layout.zeros(tap[name]) for name in PROBED if name in tap} for tap in shapes]
         outputs, pull, taps = jax.vjp(outputs_of, probes, has_aux=True)
@@ -377,13 +377,13 @@ class Network:
         return outputs, factors
 
     def init_batch_norm_state(self, params: Params) -> list[dict[str, jax.Array]]:
-        """The running statistics of `apply_batch_norm` before the first step: mean 0, variance 1.
+        """Initializes the running statistics for `apply_batch_norm` with mean 0 and variance 1.
 
         Args:
           params: from `init`, stacked or not.
 
         Returns:
-          A list with one `{"mean", "var"}` per hidden layer, in at least float32, in the shapes of its `scale`.
+          A list with one `{"mean", "var"}` per hidden layer, in at least float32, with the shape of its `scale`.
 
         Example:
           >>> net = mlp([3, 4, 2], norm="batch_norm")
@@ -412,16 +412,16 @@ class Network:
         return self.activation[i] if several else self.activation  # type: ignore[index,return-value]
 
     def _hidden_layers(self, where, params, x, key, *, state=None, probes=None, **batch_norm_options):
-        """`(h, state)` after all layers but the last; with probes `(h, taps)`, what `example_gradients` needs."""
+        """`(h, state)` after all layers but the last; with probes, `(h, taps)` for `example_gradients`."""
         if self.norm == "batch_norm" and state is None:
             advice = "use apply_batch_norm(params, state, x, training=...)"
-            advice = "its features are not offered" if where == "features" else advice
+            advice = "features does not support it" if where == "features" else advice
             raise ValueError(f"{where}: batch_norm has a state; {advice}")
         depths = self._check_params(where, params)
         self._check_inputs(where, params, x, key)
         if state is not None and len(state) != len(depths):
             raise ValueError(
-                f"{where}: {len(depths)} states expected, one per hidden entry of params, got {len(state)}"
+                f"{where}: state must have {len(depths)} entries, one per hidden entry of params, got {len(state)}"
             )
         for i, given in enumerate(state or []):
             _check_leaves(f"{where}, state {i}", given, dict.fromkeys(("mean", "var"), np.shape(params[i]["scale"])))
@@ -431,7 +431,7 @@ class Network:
         for p, s, probe, depth in zip(params, state or nothing, probes or nothing, depths, strict=False):
             activation = self._activation_of(layer)
             if any(self._activation_of(layer + i) != activation for i in range(depth)):
-                raise ValueError(f"{where}: the {depth} layers of one stack must have one activation")
+                raise ValueError(f"{where}: the {depth} layers of a stack must have the same activation")
             options = {"where": where, "activation": activation, "key": None if key is _MISSING else key}
             options["batch_norm_options"] = batch_norm_options
             run = _scanned_layers if p["w"].ndim == 3 else _hidden_layer
@@ -441,7 +441,7 @@ class Network:
         return h, new_state
 
     def _last_layer(self, params, h, probe=None) -> Any:
-        """The outputs; with a probe `(outputs, tap)`."""
+        """The outputs; with a probe, `(outputs, tap)`."""
         out_dtype = None if self.compute_dtype is None else sum_dtype(self.compute_dtype)
         p, tap = jax.tree.map(as_array, params[-1]), {"inputs": h}
         if probe is None:
@@ -454,7 +454,7 @@ class Network:
         return y if probe is None else (y, tap)
 
     def _check_params(self, where: str, params) -> list[int]:
-        """The number of layers that each hidden entry stands for, after the check that the params fit the network."""
+        """Checks that the params fit the network; returns the number of layers that each hidden entry represents."""
         _check_list(where, params)
         depths, layer, last = [], 0, len(self.dims) - 2
         for p in params[:-1]:
@@ -466,14 +466,14 @@ class Network:
         return depths
 
     def _check_layer(self, where: str, p, layer: int) -> int:
-        """The number of layers that an entry of the params stands for, which begins at a layer."""
+        """Checks the entry of the params that starts at `layer`; returns the number of layers that it represents."""
         here, dims, stack = f"{where}, layer {layer}", self.dims, ()
         if isinstance(p, dict) and jnp.ndim(p.get("w", 0)) == 3 and layer < len(dims) - 2:
             stack = np.shape(p["w"])[:1]
             widths = set(dims[layer : min(layer + stack[0], len(dims) - 2) + 1])
             if stack[0] < 1 or layer + stack[0] > len(dims) - 2 or len(widths) > 1:
                 raise ValueError(
-                    f"{here}: a stack of {stack[0]} layers must stand for hidden layers of one width, "
+                    f"{here}: a stack of {stack[0]} layers must represent hidden layers of equal width, "
                     f"got w {list(np.shape(p['w']))} for dims {list(dims)}"
                 )
         _check_leaves(here, p, {name: (*stack, *shape) for name, shape in self._shapes(layer).items()})
@@ -493,7 +493,7 @@ class Network:
             _arguments.key(where, key)
         if self.dropout_rate and key is _MISSING:
             raise TypeError(
-                f"{where}: dropout_rate {self.dropout_rate} needs key: a random key in training, or None to drop none"
+                f"{where}: dropout_rate {self.dropout_rate} needs key: a random key in training, or None for no dropout"
             )
 
 
@@ -510,35 +510,35 @@ def mlp(
     compute_dtype: Any = None,
     ops: ModuleType | str = "ops",
 ) -> Network:
-    """A fully-connected network: affine layers, each hidden one followed by norm, activation, dropout and `+ h`.
+    """A fully-connected network of affine layers, with norm, activation, dropout and `+ h` after each hidden one.
 
-    Without a norm, affine and activation are the single rule `ops.layer`, which saves the least memory.
+    Without a norm, an affine layer and its activation are the single rule `ops.layer`, which takes the least memory.
 
     Args:
-      dims: the widths, inputs first and outputs last: `[784, 128, 10]` has one hidden layer.
-      activation: after each hidden layer: "elu", "gelu", "gelu_exact", "leaky_relu", "log_softmax", "relu", "sigmoid",
-        "silu", "softmax", "softplus", "tanh", or "linear" or None for none; a name and a number, `("leaky_relu", 0.2)`
-        for the slope or `("elu", 0.5)` for alpha; a function of an array; or a list of these, one per hidden layer.
-        "gelu" is the tanh form, "gelu_exact" the one with erf. A function of your own is differentiated separately
-        from its affine layer, whose output is then kept in memory.
-      final_activation: after the last layer; None leaves it linear, as the losses on logits expect it.
-      norm: "layer_norm" or "rms_norm" in the hidden layers, or "batch_norm", which has a state: `apply_batch_norm`.
-      norm_eps: the norm's `eps`, in the square of the unit of its input; None: 1e-5.
-      residual: add its input to a hidden layer's output where their widths are equal.
+      dims: the widths, from inputs to outputs: `[784, 128, 10]` has one hidden layer.
+      activation: activation of the hidden layers. One of "elu", "gelu", "gelu_exact", "leaky_relu", "log_softmax",
+        "relu", "sigmoid", "silu", "softmax", "softplus" and "tanh"; "linear" or None for none; a name and a number,
+        `("leaky_relu", 0.2)` for the slope or `("elu", 0.5)` for alpha; a function of an array; or a list of these, one
+        per hidden layer. "gelu" is the tanh approximation, "gelu_exact" the form with erf. A function of your own is
+        differentiated separately from its affine layer, whose output is then kept in memory.
+      final_activation: activation of the last layer; None leaves it linear, as losses on logits expect.
+      norm: "layer_norm" or "rms_norm" in the hidden layers, or "batch_norm", which has a state: use `apply_batch_norm`.
+      norm_eps: the norm's `eps`, in squared units of its input; None: 1e-5.
+      residual: add the input of a hidden layer to its output if their widths are equal.
       dropout_rate: the probability of dropping each output of a hidden layer.
       use_bias: whether the layers have a bias.
-      compute_dtype: dtype of the operands of every matmul, forward and backward, and of what is kept between layers:
-        "bfloat16" with float32 params is mixed precision. Accumulation is in float32, and gradients have the params'
-        dtype. There is no float16, which would need loss scaling; bfloat16 does not.
-      ops: `fcfunc.ops`, the default, with hand-written backward rules; or `fcfunc.reference`, plain JAX, with which
-        forward mode (`jax.jvp`, `jax.jacfwd`) works. Their names, "ops" and "reference", are accepted too.
+      compute_dtype: dtype of the operands of every matmul, forward and backward, and of the values kept between layers.
+        For mixed precision, use "bfloat16" with float32 params. Accumulation is in float32, and gradients have the
+        params' dtype. float16 is not supported because, unlike bfloat16, it needs loss scaling.
+      ops: `fcfunc.ops` (the default), with hand-written backward rules, or `fcfunc.reference`, plain JAX, which
+        supports forward mode (`jax.jvp`, `jax.jacfwd`). The names "ops" and "reference" are accepted too.
 
     Returns:
       A `Network`.
 
     Raises:
-      ValueError: an option out of range: an unknown name, a wrong number of activations, a rate outside [0, 1].
-      TypeError: an option of another kind, such as dims that are not integers or an activation that has no hash.
+      ValueError: an option is out of range: an unknown name, a wrong number of activations, a rate outside [0, 1].
+      TypeError: an option has the wrong type, such as dims that are not integers or an activation that is not hashable.
 
     Example:
       >>> print(mlp([784, 128, 10], norm="layer_norm"))
@@ -555,18 +555,18 @@ def mlp(
 
 
 def init(key: jax.Array, dims: Sequence[int]) -> Params:
-    """Parameters of a plain network, with He-normal weights and biases of 0: `fcfunc.mlp(dims).init(key)`.
+    """Initializes a plain network with He-normal weights and zero biases, like `fcfunc.mlp(dims).init(key)`.
 
     Args:
       key: a random key, `jax.random.key(seed)`.
-      dims: the widths, inputs first and outputs last.
+      dims: the widths, from inputs to outputs.
 
     Returns:
       A list with one `{"w": [fan_in, fan_out], "b": [fan_out]}` per layer, in float32.
 
     Raises:
-      ValueError: fewer than two dims, or one below 1.
-      TypeError: no key, or dims that are not integers.
+      ValueError: there are fewer than two dims, or one is below 1.
+      TypeError: `key` is not a random key, or dims are not integers.
 
     Example:
       >>> jax.tree.map(jnp.shape, init(jax.random.key(0), [3, 4, 2]))
@@ -576,19 +576,19 @@ def init(key: jax.Array, dims: Sequence[int]) -> Params:
 
 
 def apply(params: Params, x: jax.Array, *, activation: Any = "relu") -> jax.Array:
-    r"""The outputs of a plain network: `h = x`; for each layer :math:`h ← f(h W + b)`, the last one without `f`.
+    r"""Computes the outputs of a plain network: :math:`h ← f(h W + b)` in each layer, without `f` in the last one.
 
     Args:
       params: from `init`.
       x: inputs, `[..., dims[0]]`, in the dtype of the params.
-      activation: as for `fcfunc.mlp`, which has all other options too.
+      activation: see `fcfunc.mlp`, which has all other options too.
 
     Returns:
       `[..., dims[-1]]`, in the dtype of `x`.
 
     Raises:
-      ValueError: params or `x` whose shapes do not fit, naming the layer; an unknown activation.
-      TypeError: `x` and the params are not of one floating-point dtype.
+      ValueError: the shapes of the params or `x` do not fit (the message names the layer); the activation is unknown.
+      TypeError: `x` and the params do not share one floating-point dtype.
 
     Example:
       >>> apply(init(jax.random.key(0), [3, 4, 2]), jnp.ones((5, 3)), activation="tanh").shape
@@ -603,12 +603,12 @@ def apply(params: Params, x: jax.Array, *, activation: Any = "relu") -> jax.Arra
 
 
 def stack(params: Params) -> Params:
-    """Params in which runs of identical hidden layers are stacked, so that `apply` scans them.
+    """Stacks runs of identical hidden layers, so that `apply` scans them.
 
-    A scanned run is compiled once, however long it is, and its backward pass keeps only what the rules save.
+    A scanned run is compiled once, for any length, and its backward pass keeps only what the rules save.
 
     Args:
-      params: from `init`; layers are identical if their leaves have the same names, shapes and dtypes. The last layer
+      params: from `init`. Layers are identical if their leaves have the same names, shapes and dtypes. The last layer
         stays separate.
 
     Returns:
@@ -616,7 +616,7 @@ def stack(params: Params) -> Params:
       `[layers, width, width]`.
 
     Raises:
-      ValueError: no layers, or an ensemble of networks: `jax.vmap(stack)` stacks the layers of each.
+      ValueError: there are no layers, or the params are an ensemble: `jax.vmap(stack)` stacks each network.
 
     Example:
       >>> params = init(jax.random.key(0), [3, 4, 4, 4, 4, 2])
@@ -642,7 +642,7 @@ def unstack(params: Params) -> Params:
       A list of `{"w": [fan_in, fan_out], ...}`.
 
     Raises:
-      ValueError: no layers, or an ensemble of networks: `jax.vmap(unstack)` unstacks the layers of each.
+      ValueError: there are no layers, or the params are an ensemble: `jax.vmap(unstack)` unstacks each network.
 
     Example:
       >>> params = init(jax.random.key(0), [3, 4, 4, 4, 4, 2])
@@ -657,7 +657,7 @@ def unstack(params: Params) -> Params:
 
 
 def unstacked_state(state: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The running statistics of batch normalization with one entry per layer, stacked before or not."""
+    """The running statistics of batch normalization with one entry per layer, for stacked layers too."""
     entries = []
     for entry in state:
         several = np.ndim(entry["mean"]) > 1
@@ -679,19 +679,20 @@ def _init(key, shapes, w_init, b_init, param_dtype):
     return params
 
 
-# XLA's lower level of optimization compiles the random numbers in half the time, and draws them as fast.
+# At this lower optimization level, XLA compiles the random draws in half the time, and they run as fast.
 _compiled_init = jax.jit(_init, static_argnums=(1, 2, 3, 4), compiler_options={"xla_backend_optimization_level": 1})
 
 
 def _hidden_layer(
     net, p, state, x, index, *, where, activation, key: Any, batch_norm_options, probe=None, scanned=False
 ):
-    """The output of a hidden layer, and its running statistics; with a probe, in their place its tap."""
+    """The output of a hidden layer and its running statistics or, with a probe, its tap."""
     namespace, drops = NAMESPACES[net.ops], key is not None and net.dropout_rate > 0
     if probe is not None:
         y, state = _tapped(net, activation, p, x, probe)
     elif net.norm is None:
-        # In one program the output is the next layer's input, and kept; not so in a scan, nor if more follows.
+        # Packing saves memory unless the output is kept anyway, as the next layer's input. It is not kept in a scan, or
+        # if a residual connection or dropout follows.
         y = _affine_activation(net, activation, p, x, pack=scanned or net.residual or drops)
     else:
         z = _affine(net, p, x)
@@ -702,14 +703,14 @@ def _hidden_layer(
         y = _function(net, activation)(z)
     if callable(activation):
         _check_activated(f"{where}: the activation of a hidden layer", y, (*x.shape[:-1], p["w"].shape[-1]))
-    y = y.astype(x.dtype if net.compute_dtype is None else net.compute_dtype)  # a function may return any of them
+    y = y.astype(x.dtype if net.compute_dtype is None else net.compute_dtype)  # a function may return another dtype
     if drops:
         y = namespace.dropout(y, rate=net.dropout_rate, key=jax.random.fold_in(key, index))  # type: ignore
     return (x.astype(y.dtype) + y if net.residual and x.shape == y.shape else y), state
 
 
 def _scanned_layers(net: Network, p, state, x, first, *, probe, **options):
-    """As many hidden layers as `p` holds: compiled once, and nothing is kept that a rule does not save."""
+    """Runs the hidden layers that are stacked in `p`: compiled once, keeping only what the rules save."""
 
     def step(x, slices):
         p, state, index, probe = slices
@@ -721,7 +722,7 @@ def _scanned_layers(net: Network, p, state, x, first, *, probe, **options):
 
 
 def _tapped(net: Network, activation: Activation, p, x, probe):
-    """The output of a layer before dropout, to whose affine output and norm the probe is added, and its tap."""
+    """The output of a layer before dropout, with the probe added to its affine output and norm, and its tap."""
     z = _affine(net, p, x, probe)
     tap = {"inputs": x, "affine": z}
     if net.norm is not None:
@@ -764,7 +765,7 @@ def _function(net: Network, activation: Activation) -> Callable:
 
 
 def _operation(activation: Any) -> tuple[str, dict]:
-    """The name and the options of the operation that a name, or a name and a number, stands for."""
+    """The operation, as its name and options, for an activation given as a name, or as a name and a number."""
     if isinstance(activation, tuple):
         name, number = activation
         return name, {NUMBERS[name]: number}
@@ -780,7 +781,7 @@ def _checked_activations(activation: Any, count: int) -> Any:
     if not isinstance(activation, list | tuple) or _has_number(activation):
         return _checked_activation("activation", activation)
     if len(activation) != count:
-        raise ValueError(f"mlp: {count} activations expected, one per hidden layer, got {len(activation)}")
+        raise ValueError(f"mlp: activation must list {count} entries, one per hidden layer, got {len(activation)}")
     return tuple(_checked_activation("activation", a) for a in activation)
 
 
@@ -790,9 +791,10 @@ def _checked_activation(argument: str, activation: Any) -> Any:
     if _has_number(activation):
         name, number = activation[0], _arguments.number("mlp", activation=activation[1])
         if not isinstance(name, str) or name not in NUMBERS:
-            raise ValueError(f"mlp: {argument}: a number goes with {' or '.join(NUMBERS)}, got {activation!r:.80}")
+            raise ValueError(f"mlp: {argument}: only {' and '.join(NUMBERS)} take a number, got {activation!r:.80}")
         if not math.isfinite(number) or (name == "elu" and number < 0):
-            raise ValueError(f"mlp: {argument}: a finite number, for elu at least 0, must go with {name}, got {number}")
+            bound = " and at least 0" if name == "elu" else ""
+            raise ValueError(f"mlp: {argument}: the number for {name} must be finite{bound}, got {number}")
         return name, number
     if callable(activation):
         if not isinstance(activation, Hashable):
@@ -807,18 +809,18 @@ def _checked_activation(argument: str, activation: Any) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def _mixes_rows(activation: Callable, width: int) -> bool:
-    """Whether the output of a row depends on other rows, tried on random numbers."""
+    """Whether an output row depends on other input rows, tested on random numbers."""
     rows = np.random.default_rng(0).standard_normal((4, width)).astype(np.float32)
     try:
         with jax.ensure_compile_time_eval():
             together, alone = activation(jnp.asarray(rows))[1:2], activation(jnp.asarray(rows[1:2]))
             return not np.allclose(together, alone, rtol=1e-4, atol=1e-5, equal_nan=True)
-    except Exception:  # said where it is applied, or not decided where it closes over a traced array
+    except Exception:  # it fails again when applied, or cannot be tested because it closes over a tracer
         return False
 
 
 def _check_activated(what: str, y, shape: tuple[int, ...]) -> None:
-    """Raises if a function of the caller's does not return real numbers of the shape that it was given."""
+    """Raises if a caller's activation does not return floating-point numbers of the given shape."""
     if not isinstance(y, jax.Array) or not jnp.issubdtype(y.dtype, jnp.floating):
         raise TypeError(f"{what} must return floating-point numbers, got {_arguments.describe(y)}")
     if y.shape != shape:
@@ -826,7 +828,7 @@ def _check_activated(what: str, y, shape: tuple[int, ...]) -> None:
 
 
 def _shown(value: Any) -> str:
-    """A value for a person: functions by their names."""
+    """A value as text for messages, with functions shown by name."""
     if isinstance(value, tuple) and any(map(callable, value)):
         return f"({', '.join(map(_shown, value))})"
     return getattr(value, "__name__", type(value).__name__) if callable(value) else repr(value)
@@ -840,7 +842,7 @@ def _check_list(where: str, params) -> None:
 
 
 def _check_layers(where: str, params) -> None:
-    """Raises if these are not the params of any network, stacked or not."""
+    """Raises if `params` is not a list of layers, stacked or not."""
     _check_list(where, params)
     for i, p in enumerate(params):
         here = f"{where}, layer {i}"
@@ -853,7 +855,7 @@ def _check_layers(where: str, params) -> None:
 
 
 def _check_leaves(here: str, given, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raises if `given` is not a dict of arrays of these shapes."""
+    """Raises if `given` is not a dict of arrays with these shapes."""
     if not isinstance(given, dict):
         raise TypeError(f"{here}: expected a dict of {', '.join(sorted(shapes))}, got {given!r:.80}")
     if given.keys() != shapes.keys():

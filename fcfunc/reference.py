@@ -1,8 +1,8 @@
-"""A plain JAX implementation of every operation and loss: same name, same signature, no hand-written rule.
+"""Plain JAX implementations of every operation and loss, with the same names and signatures but no hand-written rules.
 
-It is the oracle that the rules are compared with, and it has what a `custom_vjp` function lacks: forward mode
-(`jax.jvp`, `jax.jacfwd`, `jax.linearize`, `jax.experimental.jet`). `fcfunc.mlp(..., ops=fcfunc.reference)` builds a
-network on it. It is written for comparison, not for memory or speed. Like the rules it broadcasts nothing.
+They are the oracle that the rules are tested against. Unlike `custom_vjp` functions, they also support forward mode
+(`jax.jvp`, `jax.jacfwd`, `jax.linearize`, `jax.experimental.jet`); `fcfunc.mlp(..., ops=fcfunc.reference)` builds a
+network on them. They are written for comparison, not for memory or speed. Like the rules, they do not broadcast.
 """
 
 import math
@@ -36,7 +36,7 @@ def layer(x, w, b, *, activation, compute_dtype=None, out_dtype=None, **options)
 
 
 def relu(x):
-    """Reference implementation of `fcfunc.ops.relu`; `jax.grad` of this form is 0 at 0 and lets a NaN through."""
+    """Reference implementation of `fcfunc.ops.relu`, in a form whose gradient is 0 at 0 and which propagates NaN."""
     x = _floating("relu", x)
     return jnp.where(x <= 0, 0, x)
 
@@ -74,7 +74,7 @@ def gelu(x, *, approximate=True):
         return 0.5 * jax.lax.erfc(-x / math.sqrt(2))
 
     def with_tanh(x):
-        # Beyond ±40 the sigmoid is 0 or 1 to the last digit, and its argument would overflow.
+        # Beyond ±40 the sigmoid is 0 or 1 to the last digit, and its argument could overflow.
         c = jnp.where(x > 40, 40, jnp.where(x < -40, -40, x))
         return jax.nn.sigmoid(2 * math.sqrt(2 / math.pi) * (c + 0.044715 * c**3))
 
@@ -165,7 +165,7 @@ def softmax_cross_entropy(
 
 
 def linear_softmax_cross_entropy(x, w, b, labels, *, chunk_size=None, compute_dtype=None, **options):
-    """Reference implementation of `fcfunc.losses.linear_softmax_cross_entropy`: dense, whatever `chunk_size` says."""
+    """Reference implementation of `fcfunc.losses.linear_softmax_cross_entropy`; dense, ignores `chunk_size`."""
     del chunk_size
     counted = jnp.ones(labels.shape, bool) if options.get("where") is None else options["where"]
     if options.get("ignore_index") is not None:
@@ -210,7 +210,7 @@ def negative_log_likelihood(probs, labels, axis=-1, *, ignore_index=None):
     probs, _ = _classes_last(_floating("negative_log_likelihood", probs), axis, None)
     _arguments.labels("negative_log_likelihood", labels, scores=probs)
     probs, is_label, ignored, poison = _labeled(probs, as_array(labels), ignore_index)
-    # The sum before the logarithm: the logarithm of a probability of 0 that is not the label's stays out.
+    # Sum before taking the logarithm, so that another class with probability 0 does not contribute log 0.
     picked = jnp.sum(jnp.where(is_label, probs, 0), axis=-1)
     poison = jnp.where(picked < 0, jnp.nan, poison)
     return jnp.where(ignored, 0, -jnp.log(jnp.where(ignored, 1, picked * poison)))
@@ -237,7 +237,7 @@ def l2_penalty(params):
 
 
 def _floating(where, x):
-    """`x` as an array; TypeError if it is not of a floating-point dtype."""
+    """`x` as an array; raises TypeError if it does not have a floating-point dtype."""
     _arguments.floating(where, x=x)
     return jnp.asarray(x)
 
@@ -248,7 +248,7 @@ def _in_float32(where, fun, x):
 
 
 def _classes_last(a, axis, where):
-    """`a` and a mask of its shape with `axis` last; several axes become one."""
+    """`a`, and a mask of the same shape, with `axis` last; several axes are merged into one."""
     axes = range(a.ndim) if axis is None else axis if isinstance(axis, tuple) else (axis,)
     axes = [i % a.ndim for i in axes]
     order = [*(i for i in range(a.ndim) if i not in axes), *axes]
@@ -261,26 +261,26 @@ def _classes_last(a, axis, where):
 
 
 def _softplus(x):
-    """`log(1 + e^x)` by the exponential that does not overflow, in operations that `jax.experimental.jet` knows."""
+    """`log(1 + e^x)` by the exponential that does not overflow, in operations that `jax.experimental.jet` supports."""
     above, below = jnp.where(x > 0, x, 0), jnp.where(x > 0, 0, x)
     return jnp.where(x > 0, above + jnp.log1p(jnp.exp(-above)), jnp.log1p(jnp.exp(below)))
 
 
 def _times_probability(x, cdf):
-    """`x cdf(x)`, and its limits at ±inf."""
+    """`x cdf(x)`, with its limits at ±inf."""
     finite = jnp.where(jnp.abs(x) == jnp.inf, 0, x)
     return jnp.where(x == jnp.inf, x, jnp.where(x == -jnp.inf, 0, finite * cdf(finite)))
 
 
 def _moments(x, axes):
-    """The mean, in two parts because its rounding error would count as variance, and the variance."""
+    """The mean, its rounding error (which would otherwise count as variance), and the variance."""
     mean = jnp.mean(upcast(x), axis=axes, keepdims=True)
     mean_error = jnp.mean(upcast(x) - mean, axis=axes, keepdims=True)
     return mean, mean_error, jnp.mean((upcast(x) - mean - mean_error) ** 2, axis=axes, keepdims=True)
 
 
 def _normalized(x, mean, mean_error, var, scale, offset, eps):
-    """`scale (x − mean − mean_error) / √(var + eps) + offset`; NaN for a variance that overflowed."""
+    """`scale (x − mean − mean_error) / √(var + eps) + offset`, or NaN if the variance overflowed."""
     var = jnp.where(var == jnp.inf, jnp.nan, var)
     arrays = (mean, mean_error, var, scale, offset)
     mean, mean_error, var, scale, offset = (jnp.broadcast_to(a.astype(upcast(x).dtype), x.shape) for a in arrays)
@@ -292,7 +292,7 @@ def _log_softmax(x, axis, where=None):
         where = jnp.broadcast_to(where, x.shape)
         x = jnp.where(where, x, -jnp.inf)
     row_max = jax.lax.stop_gradient(jnp.max(x, axis=axis, keepdims=True, initial=-jnp.inf))
-    if where is not None:  # a slice that is masked whole is not a slice of -inf, which would be NaN
+    if where is not None:  # an entirely masked slice must not become one of -inf, which gives NaN
         row_max = jnp.where(jnp.any(where, axis=axis, keepdims=True), row_max, 0)
     shifted = x - row_max
     exps = jnp.exp(shifted) if where is None else jnp.where(where, jnp.exp(jnp.where(where, shifted, 0)), 0)
@@ -321,10 +321,10 @@ def _mul_zero_inf(weight, loss):
 
 
 def _labeled(scores, labels, ignore_index, where=None):
-    """Scores with ignored rows set to 0, the label's mask, the ignored rows, and 1 or NaN (impossible labels).
+    """Scores with 0 in ignored rows, one-hot labels, ignored rows, and a factor per row: NaN for impossible labels.
 
-    Impossible labels make their scores NaN as well: setting the scores, and not only the loss, is what keeps a NaN out
-    of the gradient of an ignored row, and in that of an impossible one.
+    Scores of rows with impossible labels become NaN as well. Setting the scores, and not only the loss, keeps NaN out
+    of the gradients of ignored rows and puts it into those of impossible labels.
     """
     scores, classes = upcast(scores), scores.shape[-1]
     if labels.dtype == jnp.uint32:  # int32 would wrap

@@ -1,13 +1,13 @@
-"""Per-example losses and a penalty, with hand-written backward rules.
+"""Per-example losses and an L2 penalty, with hand-written backward rules.
 
-A loss is one number per example; the mean is taken where the loss is used: `jnp.mean(loss(...))`. Losses are
-computed and returned in at least float32, whatever the dtype of the network's output; gradients come back in that
-output's dtype. Names and order of arguments are optax's where optax has the loss. Nothing is broadcast: `[N]`
-against `[N, 1]` raises.
+A loss function returns one number per example, and the caller takes the mean: `jnp.mean(loss(...))`. Losses are
+computed and returned in at least float32 for any dtype of the network's output; gradients have that output's dtype.
+Where optax has the same loss, names and argument order match. Nothing is broadcast: `[N]` against `[N, 1]` raises.
 
-**Impossible labels.** A label outside `[0, classes)` makes the loss AND the gradient of its row NaN: never another
-class, never a finite number. Only the label given as `ignore_index` stands for "no loss": its row has loss 0 and
-gradient 0, whatever its scores are. The mean over the other rows is then `sum(loss) / sum(labels != ignore_index)`.
+**Impossible labels.** A label outside `[0, classes)` makes both the loss and the gradient of its row NaN. It never
+selects another class or gives a finite number. To mask rows by their label, pass that label as `ignore_index`: such a
+row has zero loss and zero gradient for any scores. The mean over the other rows is then
+`sum(loss) / sum(labels != ignore_index)`.
 """
 
 # ruff: noqa: I001, RUF022  (one rule per line)

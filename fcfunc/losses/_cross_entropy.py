@@ -1,4 +1,4 @@
-"""Cross-entropies. Each rule is the core of its formula; weights, masks and smoothing are plain JAX around it."""
+"""Cross-entropy losses. Each rule covers the core formula; weights, masks and smoothing are plain JAX around it."""
 
 # ruff: noqa: I001  (a filled list of names)
 import jax
@@ -25,33 +25,34 @@ def softmax_cross_entropy_with_integer_labels(
     label_smoothing: float = 0.0,
     ignore_index: int | None = None,
 ) -> jax.Array:
-    r"""Softmax followed by cross-entropy: :math:`\ell = \log \sum_k e^{z_k} - z_y`, from `z - max(z)`.
+    r"""Softmax cross-entropy with integer labels: :math:`\ell = \log \sum_k e^{z_k} - z_y`, from `z - max(z)`.
 
-    In full, :math:`\ell = r \sum_k u_k t_k (-\log p_k)` with :math:`t_k = (1 - ε) [k = y] + ε / C`. A shift of all
-    logits, by 1e8 even, changes nothing but their own rounding.
+    With all options, :math:`\ell = r \sum_k u_k t_k (-\log p_k)` where :math:`t_k = (1 - ε) [k = y] + ε / C`. Adding
+    a constant to all logits, even 1e8, affects the result only through the rounding of the logits.
 
-    Differences from `optax.softmax_cross_entropy_with_integer_labels`: a label outside `[0, classes)`, -1 included, or
-    of a masked class gives NaN; the loss is at least float32.
+    Differences from `optax.softmax_cross_entropy_with_integer_labels`: a label outside `[0, classes)`, including -1, or
+    of a masked class gives NaN; the loss is returned in at least float32.
 
     Args:
       logits: `[..., classes]`, or with the classes along `axis`.
       labels: integers in `[0, classes)`, in the shape of `logits` without `axis`.
-      axis: the axis of the classes. For a tuple of axes a label is the flat index into them, in the order given.
-      where: booleans. In the shape of `labels`, a mask of rows: masked rows have zero loss and zero gradient, even if
-        they contain NaN. In the shape of `logits`, a mask of single logits: the softmax runs over the others.
-      weights: `r`, one per row, in the shape of `labels`. Differentiated as well.
-      class_weights: `u`, one per class, `[classes]`. Differentiated as well.
-      label_smoothing: `ε`, in [0, 1]: how much of each label is spread evenly over the classes that are not masked.
-      ignore_index: the label of rows to mask; None (the default) if every label is a class.
+      axis: the axis of the classes. For a tuple of axes, a label is the flat index into them, in the order given.
+      where: boolean mask, False for what to exclude. In the shape of `labels`, it masks rows: masked rows have zero
+        loss and zero gradient, even if they contain NaN. In the shape of `logits`, it masks single logits: the softmax
+        is taken over the others.
+      weights: `r`, one per row, in the shape of `labels`. Differentiable.
+      class_weights: `u`, one per class, `[classes]`. Differentiable.
+      label_smoothing: `ε`, in [0, 1]: fraction of each label spread evenly over the classes that are not masked.
+      ignore_index: the label of rows to mask; None (the default) means that every label is a class.
 
     Returns:
       One loss per row, in nats. Saved for the backward pass: the arguments, with masked logits instead of `logits`, and
-      two numbers per row, the maximum and the logarithm of the shifted sum. Their sum, the log-sum-exp, would be
-      rounded to the size of the logits; kept apart, they preserve the probabilities. With `label_smoothing` also an
-      array of the shape of `logits`, which a compiler need not keep.
+      two numbers per row, the maximum and the logarithm of the shifted sum. They are saved separately because their
+      sum, the log-sum-exp, would be rounded at the scale of the logits, and the probabilities would lose digits. With
+      `label_smoothing`, also an array of the shape of `logits`, which the compiler does not have to keep.
 
     Raises:
-      TypeError: float labels, or logits or weights that are not floating-point; `where` that is not boolean.
+      TypeError: `labels` are not integers; `logits` or weights are not floating-point; `where` is not boolean.
       ValueError: `labels` or `weights` does not have the shape of `logits` without `axis`; `where` has neither that
         shape nor that of `logits`; `class_weights` is not `[classes]`; `label_smoothing` is outside [0, 1].
 
@@ -76,7 +77,7 @@ def softmax_cross_entropy_with_integer_labels(
     if allowed is not None:
         labels = jnp.where(at_label(allowed.astype(logits.dtype), labels) > 0, labels, -1)
     logits, labels = zero_uncounted(logits, counted), zero_uncounted(labels, counted)
-    if smoothing:  # before the gradients of two rules are added, and not each rounded first
+    if smoothing:  # so that the gradients of two rules are added before they are rounded
         logits = upcast(logits)
     loss = _softmax_cross_entropy_with_integer_labels(logits, labels)
     rest = None
@@ -118,32 +119,35 @@ def softmax_cross_entropy(
     class_weights: jax.Array | None = None,
     label_smoothing: float = 0.0,
 ) -> jax.Array:
-    r"""Softmax followed by cross-entropy with a distribution: :math:`\ell = -\sum_k t_k \log p_k`, `p = softmax(z)`.
+    r"""Softmax cross-entropy with label distributions: :math:`\ell = -\sum_k t_k \log p_k`, `p = softmax(z)`.
 
-    In full, :math:`\ell = r \sum_k u_k t'_k (-\log p_k)` with :math:`t' = (1 - ε) t + ε / C`.
+    With all options, :math:`\ell = r \sum_k u_k t'_k (-\log p_k)` where :math:`t' = (1 - ε) t + ε / C`.
 
     Differences from `optax.softmax_cross_entropy`: a label of 0 contributes 0, even if its logit is -inf, as in
-    `optax.safe_softmax_cross_entropy`; `logits` and `labels` must have one shape; the loss is at least float32.
+    `optax.safe_softmax_cross_entropy`; `logits` and `labels` must have the same shape; the loss is returned in at
+    least float32.
 
     Args:
       logits: `[..., classes]`, or with the classes along `axis`.
-      labels: `t`, weights of the classes, usually a distribution, in the shape of `logits`. Differentiated as well,
-        unless they are integers or booleans, such as one-hot labels.
-      axis: the axis of the classes, or several; None for all.
-      where: booleans. In the shape of the loss, a mask of rows: masked rows have zero loss and zero gradient, even if
-        they contain NaN. In the shape of `logits`, a mask of single logits: softmax and sum run over the others.
-      weights: `r`, one per row, in the shape of the loss. Differentiated as well.
-      class_weights: `u`, one per class, `[classes]`. Differentiated as well.
-      label_smoothing: `ε`, in [0, 1]: how much of each label is spread evenly over the classes that are not masked.
+      labels: `t`, one weight per class, usually a distribution, in the shape of `logits`. Differentiable, unless they
+        are integers or booleans, such as one-hot labels.
+      axis: the axis of the classes, or a tuple of axes; None for all.
+      where: boolean mask, False for what to exclude. In the shape of the loss, it masks rows: masked rows have zero
+        loss and zero gradient, even if they contain NaN. In the shape of `logits`, it masks single logits: the softmax
+        and the sum are taken over the others.
+      weights: `r`, one per row, in the shape of the loss. Differentiable.
+      class_weights: `u`, one per class, `[classes]`. Differentiable.
+      label_smoothing: `ε`, in [0, 1]: fraction of each label spread evenly over the classes that are not masked.
 
     Returns:
       One loss per row, in nats. Saved for the backward pass: the arguments, with smoothed labels instead of `labels`,
       and two numbers per row.
 
     Raises:
-      TypeError: `logits` or weights are not floating-point, or `labels` not numbers; `where` that is not boolean.
+      TypeError: `logits` or weights are not floating-point; `labels` are not numbers; `where` is not boolean.
       ValueError: `logits` and `labels` differ in shape; `weights` does not have that shape without `axis`; `where` has
-        neither shape; `class_weights` is not `[classes]`; `label_smoothing` is outside [0, 1].
+        neither that shape nor that of `logits`; `class_weights` is not `[classes]`; `label_smoothing` is outside
+        [0, 1].
 
     Source: derived in docs/background/derivations.md#softmax-with-cross-entropy.
 
@@ -207,30 +211,31 @@ def sigmoid_binary_cross_entropy(
     positive_weights: jax.Array | None = None,
     label_smoothing: float = 0.0,
 ) -> jax.Array:
-    r"""Sigmoid followed by cross-entropy: :math:`\ell = -t \log σ(z) - (1 - t) \log σ(-z)`, element by element.
+    r"""Elementwise sigmoid cross-entropy: :math:`\ell = -t \log σ(z) - (1 - t) \log σ(-z)`.
 
-    In full, :math:`\ell = r (-q t' \log σ(z) - (1 - t') \log σ(-z))` with :math:`t' = (1 - ε) t + ε / 2`. Each
-    logarithm is a softplus, so that nothing overflows; a term whose weight is 0 contributes 0.
+    With all options, :math:`\ell = r (-q t' \log σ(z) - (1 - t') \log σ(-z))` where :math:`t' = (1 - ε) t + ε / 2`.
+    Each logarithm is computed as a softplus, so nothing overflows. A term with weight 0 contributes 0.
 
-    Differences from `optax.sigmoid_binary_cross_entropy`: `logits` and `labels` must have one shape; the loss is at
-    least float32; it is finite at infinite logits where its limit is.
+    Differences from `optax.sigmoid_binary_cross_entropy`: `logits` and `labels` must have the same shape; the loss is
+    returned in at least float32; at infinite logits it is finite wherever its limit is.
 
     Args:
-      logits: any shape.
-      labels: `t`, the probability of the class, usually in [0, 1], in the shape of `logits`. Differentiated as well,
-        unless they are integers or booleans.
-      where: booleans in the shape of `logits`. Masked elements have zero loss and zero gradient, even if they are NaN.
-      weights: `r`, in the shape of `logits`. Differentiated as well.
-      positive_weights: `q`, of the positive side of each class, `[classes]`, the last axis of `logits`: more than 1
-        where positives are rare. Differentiated as well.
-      label_smoothing: `ε`, in [0, 1]: how much of each label is spread evenly over both sides.
+      logits: array of any shape.
+      labels: `t`, the probability of the class, usually in [0, 1], in the shape of `logits`. Differentiable, unless
+        they are integers or booleans.
+      where: booleans in the shape of `logits`. Elements where it is False have zero loss and zero gradient, even if
+        they are NaN.
+      weights: `r`, in the shape of `logits`. Differentiable.
+      positive_weights: `q`, the weight of positive labels of each class, `[classes]`, for the last axis of `logits`.
+        Use values above 1 for classes with few positives. Differentiable.
+      label_smoothing: `ε`, in [0, 1]: fraction of each label spread evenly over the two outcomes.
 
     Returns:
-      The shape of `logits`, in nats: sum over the last axis where an example has several. Saved for the backward
-      pass: the arguments.
+      An array of the shape of `logits`, in nats. If an example has several losses, sum over the last axis.
+      Saved for the backward pass: the arguments.
 
     Raises:
-      TypeError: `logits` or weights are not floating-point, or `labels` not numbers; `where` that is not boolean.
+      TypeError: `logits` or weights are not floating-point; `labels` are not numbers; `where` is not boolean.
       ValueError: the shapes differ; `positive_weights` is not `[classes]`; `label_smoothing` is outside [0, 1].
 
     Source: derived in docs/background/derivations.md#sigmoid-with-cross-entropy.
@@ -269,7 +274,7 @@ def sigmoid_binary_cross_entropy_bwd(residuals, g):
     """Cotangents `(dlogits, dlabels, dpositive_weights)` of `sigmoid_binary_cross_entropy`."""
     logits, labels, positive_weights = residuals
     z, t = upcast(logits), upcast(labels)
-    # dz = g ((1 − t) σ(z) − q t σ(−z)), which for q = 1 is g (σ(z) − t), but loses no digits where σ(z) is near t
+    # dz = g ((1 − t) σ(z) − q t σ(−z)). For q = 1 it equals g (σ(z) − t), but keeps its digits where σ(z) is near t.
     dlogits = g * ((1 - t) * jax.lax.logistic(z) - _scale_classes(t * jax.lax.logistic(-z), positive_weights))
     if positive_weights is None:
         # dt = g (softplus(−z) − softplus(z)) = −g z
@@ -285,19 +290,19 @@ _sigmoid_binary_cross_entropy = rule(sigmoid_binary_cross_entropy_fwd, sigmoid_b
 
 
 def _without_masked_classes(logits, where):
-    """`(logits, allowed, rows)`: a mask of single logits as `allowed` and the rows that have any, of rows as `rows`."""
+    """`(logits, allowed, rows)`: logits made negligible where masked, the mask of logits or None, the mask of rows."""
     if where is None or jnp.ndim(where) < logits.ndim:
         return logits, None, per_row(where, logits)
     allowed = _layout.reshard_like(as_array(where), logits)
     rows = jnp.any(allowed, axis=-1)
-    # So far below the row's largest that the exponential is 0. With -inf a second derivative would meet 0 · inf.
+    # Far enough below the row's largest that the exponential is 0. With -inf, second derivatives would meet 0 · inf.
     largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, initial=-jnp.inf, where=allowed))
     far_below = jnp.where(rows, largest - (jnp.abs(largest) + 1e4), 0)
     return jnp.where(allowed, logits, _layout.reshard_like(across(far_below, logits), logits)), allowed, rows
 
 
 def _smoothed(labels, smoothing, allowed):
-    """`(1 − ε) t + ε / C`, in rows with masked classes with the number of the others as `C`."""
+    """`(1 − ε) t + ε / C`, where `C` is the number of classes that are not masked."""
     if allowed is None:
         return (1 - smoothing) * labels + smoothing / max(labels.shape[-1], 1)
     classes = jnp.maximum(jnp.sum(allowed, axis=-1, dtype=labels.dtype), 1)
@@ -305,7 +310,7 @@ def _smoothed(labels, smoothing, allowed):
 
 
 def _scale_classes(values, class_weights):
-    """Values per score times the weights of their classes."""
+    """Multiplies one value per score by the weight of its class."""
     return (
         values if class_weights is None else values * jnp.broadcast_to(class_weights.astype(values.dtype), values.shape)
     )

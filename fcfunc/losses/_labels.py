@@ -1,4 +1,4 @@
-"""Scores and their labels: which score is the label's, which rows count, and logarithms that do not overflow."""
+"""Helpers for scores and labels: one-hot labels, masked rows, and logarithms that do not overflow."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from fcfunc._rule import rule, upcast
 
 
 def classes_last(name: str, axis, /, **arrays) -> Any:
-    """The arrays with the classes as the last axis: the first, which has them, and the others of the same rank."""
+    """Moves the class axis to the end, in the first array and in the others of the same rank."""
     (scores, first), *_ = arrays.items()
     _arguments.array(name, **{other: a for other, a in arrays.items() if a is not None or other == scores})
     ndim = jnp.ndim(first)
@@ -40,14 +40,14 @@ def per_class(a, scores) -> Any:
 
 
 def as_index(labels):
-    """Labels in a signed dtype of at least 32 bits: `arange(200)` in int8 would wrap and hit the wrong class."""
+    """Labels in a signed dtype of at least 32 bits: `arange(200)` in int8 would wrap and match a wrong class."""
     if labels.dtype == jnp.uint32:
         labels = jnp.minimum(labels, jnp.iinfo(jnp.int32).max)
     return labels.astype(jnp.int64 if labels.dtype.itemsize > 4 else jnp.int32)
 
 
 def is_label(scores, labels, start=0):
-    """Whether a score is its row's label, `start` being the class of the first score: the one-hot labels.
+    """One-hot labels: whether each score is that of its row's label. `start` is the class of the first score.
 
     The comparison with an iota also works on scores that are sharded by class, where a gather would not.
     """
@@ -60,8 +60,8 @@ def is_label(scores, labels, start=0):
 def at_label(values, labels, start=0):
     """The value at each row's label, from values per score or per class; 0 if the label is not among them.
 
-    The value is gathered, except on an Explicit mesh, where JAX has no such gather; there the others are masked and
-    summed, which XLA's CPU backend would do in two passes over memory.
+    The value is gathered, except on an Explicit mesh, where JAX has no such gather. There, the other values are masked
+    and each row is summed, which takes XLA's CPU backend two passes over memory.
     """
     index, size = as_index(labels), values.shape[-1]
     index = index - jnp.asarray(start, index.dtype)
@@ -77,14 +77,14 @@ def at_label(values, labels, start=0):
 
 
 def nan_if_impossible(value, labels, classes):
-    """`value`, one number per row or per score, with NaN in rows whose label is not a class."""
+    """`value`, with one number per row or per score, set to NaN in rows whose label is not a class."""
     labels = as_index(labels)
     possible = (labels >= 0) & (labels < classes)
     return jnp.where(possible if value.ndim == labels.ndim else across(possible, value), value, jnp.nan)
 
 
 def counted_rows(labels, where, ignore_index):
-    """The rows that count, as booleans; None if all do."""
+    """The mask of rows that count, or None if all of them do."""
     if ignore_index is None:
         return where
     counted = as_index(labels) != ignore_index
@@ -92,10 +92,10 @@ def counted_rows(labels, where, ignore_index):
 
 
 def zero_uncounted(a, counted) -> Any:
-    """`a`, numbers per row or per score, with 0 in the rows that do not count.
+    """`a`, with one number per row or per score, set to 0 in rows that do not count.
 
-    Applied before a rule as well as after it: the cotangent 0 that masked rows receive is not enough where it meets a
-    NaN, in a second derivative and in `dw = xᵀ dz`.
+    This is applied before a rule as well as after it. The zero cotangent that masked rows receive is not enough where
+    it is multiplied by a NaN, as in second derivatives and in `dw = xᵀ dz`.
     """
     if a is None or counted is None:
         return a
@@ -103,14 +103,14 @@ def zero_uncounted(a, counted) -> Any:
 
 
 def combined(loss, rest, smoothing, labels, class_weights, weights, counted):
-    """`r ((1 − ε) u_y ℓ + rest)` in the rows that count; `rest` is the smoothed label's part, or None."""
+    """`r ((1 − ε) u_y ℓ + rest)` in the rows that count; `rest` is the part from label smoothing, or None."""
     if class_weights is not None:
         loss = weigh(label_weight(class_weights, labels), loss)
     return weighted_rows(loss if rest is None else mul_zero_inf(1 - smoothing, loss) + rest, weights, counted)
 
 
 def weighted_rows(losses, weights, counted):
-    """`r ℓ` in the rows that count, and 0 in the others."""
+    """`r ℓ` in the rows that count, 0 in the others."""
     weights = zero_uncounted(weights, counted)
     return zero_uncounted(losses if weights is None else weigh(weights, losses), counted)
 
@@ -146,12 +146,12 @@ label_weight = rule(_label_weight_fwd, _label_weight_bwd)
 
 
 def across(row, like):
-    """One number per row, repeated for each of the row's scores."""
+    """Repeats one number per row for each of the row's scores."""
     return jnp.broadcast_to(jnp.expand_dims(row, -1), like.shape)
 
 
 def mul_zero_inf(weight, neg_log_p):
-    """`weight * neg_log_p`, with 0 · inf = 0: an impossible class without weight costs nothing. A NaN stays a NaN."""
+    """`weight * neg_log_p`, with 0 · inf = 0: an impossible class with weight 0 costs nothing. NaN stays NaN."""
     return weight * jnp.where((weight == 0) & (neg_log_p == jnp.inf), 0, neg_log_p)
 
 

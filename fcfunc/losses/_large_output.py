@@ -1,7 +1,7 @@
-"""The last layer of a network with many classes and its cross-entropy, as one rule.
+"""The output layer of a network with many classes and its cross-entropy, as one rule.
 
-The logits, `[batch, classes]`, are what a large output layer cannot afford. Here they exist one chunk of classes at a
-time, in the forward pass and again in the backward pass, which costs a fourth matmul in addition to three.
+With many classes, the logits, `[batch, classes]`, take too much memory. This rule computes them one chunk of classes at
+a time, in the forward pass and again in the backward pass. That takes four matmuls instead of three.
 """
 
 # ruff: noqa: I001  (a filled list of names)
@@ -21,10 +21,10 @@ from fcfunc.losses._labels import (
 from fcfunc.ops._affine import affine, check_affine, dot, operand_dtype, place_affine
 
 DENSE_MAX_LOGITS = 2**24
-"""Up to this many logits the dense loss is faster; measured by benchmarks/large_output.py."""
+"""Up to this many logits, the dense loss is faster (measured by benchmarks/large_output.py)."""
 
 CHUNK_LOGITS = 2**21
-"""About how many logits are in memory at a time if no chunk size is given."""
+"""Approximate number of logits in memory at a time if no chunk size is given."""
 
 
 def linear_softmax_cross_entropy(
@@ -41,28 +41,30 @@ def linear_softmax_cross_entropy(
     ignore_index: int | None = None,
     compute_dtype=None,
 ) -> jax.Array:
-    r"""An affine layer and its softmax cross-entropy: :math:`\ell = \log \sum_k e^{z_k} - z_y`, `z = x w + b`.
+    r"""Affine layer and softmax cross-entropy as one rule: :math:`\ell = \log \sum_k e^{z_k} - z_y`, `z = x w + b`.
 
-    Equal up to rounding to `softmax_cross_entropy_with_integer_labels(affine(x, w, b), labels)` for every chunk size;
-    the logits are accumulated and used in at least float32.
+    For every chunk size, the result equals `softmax_cross_entropy_with_integer_labels(affine(x, w, b), labels)` up to
+    rounding. The logits are accumulated and used in at least float32.
 
     Args:
-      x: the last hidden layer, `[..., fan_in]`.
+      x: outputs of the last hidden layer, `[..., fan_in]`.
       w: weights, `[fan_in, classes]`.
       b: biases, `[classes]`, or None.
       labels: integers in `[0, classes)`, `[...]`.
-      chunk_size: how many classes to hold at a time, at least 1; the last chunk is shorter if it does not divide the
-        number of classes. None: chosen by the number of rows; the dense loss is used instead if there are few logits,
-        or if the classes are sharded on an Explicit mesh, where each device holds the logits of its own classes.
-      where, weights, class_weights, label_smoothing, ignore_index: as for `softmax_cross_entropy_with_integer_labels`.
-      compute_dtype: dtype of the operands of the matmuls, as for `affine`.
+      chunk_size: number of classes to hold at a time, at least 1; the last chunk may be shorter. None: chosen from the
+        number of rows; the dense loss is used instead if there are few logits, or if the classes are sharded on an
+        Explicit mesh, where each device holds the logits of its own classes.
+      where, weights, class_weights, label_smoothing, ignore_index: see `softmax_cross_entropy_with_integer_labels`;
+        `where` can mask only rows here.
+      compute_dtype: dtype of the operands of the matmuls, see `affine`.
 
     Returns:
       `[...]`, in nats. Saved for the backward pass: the arguments and two numbers per row.
 
     Raises:
-      TypeError: as for `affine` and `softmax_cross_entropy_with_integer_labels`.
-      ValueError: the same, and a `chunk_size` below 1.
+      TypeError: see `affine` and `softmax_cross_entropy_with_integer_labels`.
+      ValueError: see these; also, `chunk_size` is below 1, or is given although the classes are sharded on an Explicit
+        mesh.
 
     Source: derived in docs/background/derivations.md#linear-layer-with-softmax-and-cross-entropy.
 
@@ -115,14 +117,14 @@ def linear_softmax_cross_entropy_fwd(x, w, b, labels, counted=None, spread=None,
     def step(carry, start, size):
         row_max, total, at_y, s_below, s_total = carry
         z, _ = _chunk(x, w, b, start, size, compute_dtype)
-        # The maximum so far and the one before; if one is -inf the other takes its place, as -inf − -inf is NaN.
+        # The new and the previous maximum. If one is -inf it is replaced, because -inf − (-inf) is NaN.
         new_max = jnp.maximum(row_max, jax.lax.stop_gradient(jnp.max(z, axis=-1)))
         new = jnp.where(new_max == -jnp.inf, 0, new_max)
         old = jnp.where(row_max == -jnp.inf, new, row_max)
         shifted = z - jnp.expand_dims(new, -1)
         total = total * jnp.exp(old - new) + jnp.sum(jnp.exp(shifted), axis=-1)
         at_y = at_y + at_label(z, labels, start)
-        if spread is not None:  # Σ s (max − z), which moves with the maximum
+        if spread is not None:  # Σ s (max − z), which changes with the maximum
             s = jnp.broadcast_to(_slice(spread, start, size).astype(z.dtype), z.shape)
             s_below = s_below + s_total * (new - old) + jnp.sum(mul_zero_inf(s, -shifted), axis=-1)
             s_total = s_total + jnp.sum(s, axis=-1)
@@ -139,7 +141,7 @@ def linear_softmax_cross_entropy_fwd(x, w, b, labels, counted=None, spread=None,
 
 
 def linear_softmax_cross_entropy_bwd(residuals, g, *, chunk_size, compute_dtype=None):
-    """Cotangents `(dx, dw, db, None, None, dspread)` of `linear_softmax_cross_entropy`; `g` is that of both outputs."""
+    """Cotangents `(dx, dw, db, None, None, dspread)` of `linear_softmax_cross_entropy`; `g` is a pair."""
     x, w, b, labels, counted, spread, row_max, log_sum = residuals
     g_y, g_s = g
     operands, row_axes = operand_dtype(x, compute_dtype), tuple(range(x.ndim - 1))
@@ -162,7 +164,7 @@ def linear_softmax_cross_entropy_bwd(residuals, g, *, chunk_size, compute_dtype=
             of_row = zero_uncounted(mul_zero_inf(across(g_s, z), neg_log_p), counted)
             ds = _put(ds, jnp.sum(of_row, axis=row_axes), start)
         dz = zero_uncounted(nan_if_impossible(dz, labels, w.shape[1]), counted)
-        # dx = dz wᵀ, summed over the chunks; dw = xᵀ dz and db = 1ᵀ dz, of this chunk's classes
+        # dx = dz wᵀ, summed over the chunks; dw = xᵀ dz and db = 1ᵀ dz, for the classes of this chunk
         dz_in, sharding = dz.astype(operands), _layout.explicit_sharding
         dx = dx + dot(dz_in, w_in, contract_columns, sums, out_sharding=sharding(x, w))
         dw = _put(dw, dot(x_in, dz_in, contract_rows, sums, out_sharding=sharding(w_in, x)), start)
@@ -182,7 +184,7 @@ _linear_softmax_cross_entropy = rule(linear_softmax_cross_entropy_fwd, linear_so
 
 
 def _over_chunks(step, carry, classes, size):
-    """`step(carry, start, size)` for each chunk: full ones in a loop, then a shorter one. Nothing is padded."""
+    """Runs `step(carry, start, size)` for each chunk: full ones in a loop, then a shorter one. Nothing is padded."""
     full, rest = divmod(classes, size)
     if full == 1:
         carry = step(carry, 0, size)
@@ -193,7 +195,7 @@ def _over_chunks(step, carry, classes, size):
 
 
 def _chunk(x, w, b, start, size, compute_dtype):
-    """The logits of some classes and the weights that made them, in the operands' dtype."""
+    """The logits of one chunk of classes, and the weights of these classes in the operands' dtype."""
     operands = operand_dtype(x, compute_dtype)
     w_in = _slice(w, start, size).astype(operands)
     contract, sharding = (((x.ndim - 1,), (0,)), ((), ())), _layout.dot_sharding(x, w, x.ndim - 1)

@@ -13,19 +13,19 @@ from fcfunc.losses._labels import (
 
 
 def mean(loss: jax.Array, *, over: jax.Array) -> jax.Array:
-    r"""The mean of per-example losses over what counts: :math:`\sum \ell / \sum o`, and 0 where nothing counts.
+    r"""Mean of per-example losses over the examples that count: :math:`\sum \ell / \sum o`, or 0 if none count.
 
-    The losses are those of a function that was given the same mask or weights; they are not weighted again.
+    Pass the same mask or weights to the loss function: this function does not apply them to the losses.
 
     Args:
-      loss: any shape.
+      loss: array of any shape.
       over: `o`, booleans or weights in the shape of `loss`.
 
     Returns:
       A scalar, in at least float32.
 
     Raises:
-      TypeError: `loss` is not of a floating-point dtype.
+      TypeError: `loss` does not have a floating-point dtype.
       ValueError: the shapes differ.
 
     Example:
@@ -40,18 +40,18 @@ def mean(loss: jax.Array, *, over: jax.Array) -> jax.Array:
 
 
 def squared_error(predictions: jax.Array, targets: jax.Array | None = None) -> jax.Array:
-    r"""Squared error: :math:`\ell = (y - t)^2`, element by element, without a factor of one half.
+    r"""Elementwise squared error: :math:`\ell = (y - t)^2`, without a factor of one half.
 
     Args:
-      predictions: any shape.
-      targets: the shape of `predictions`. Differentiated as well, unless they are integers or booleans. None: zeros.
+      predictions: array of any shape.
+      targets: array of the shape of `predictions`. Differentiable, unless they are integers or booleans. None: zeros.
 
     Returns:
-      The shape of `predictions`, in the square of its unit. Saved for the backward pass: the arguments.
+      An array of the shape of `predictions`, in squared units. Saved for the backward pass: the arguments.
 
     Raises:
-      TypeError: `predictions` are not floating-point, or `targets` not numbers.
-      ValueError: the shapes differ: `[N]` against `[N, 1]` is not broadcast to `[N, N]`.
+      TypeError: `predictions` are not floating-point, or `targets` are not numbers.
+      ValueError: the shapes differ. `[N]` against `[N, 1]` is not broadcast to `[N, N]`.
 
     Source: derived in docs/background/derivations.md#squared-error.
 
@@ -89,22 +89,22 @@ _squared_error = rule(squared_error_fwd, squared_error_bwd)
 def negative_log_likelihood(
     probs: jax.Array, labels: jax.Array, axis: int | tuple[int, ...] = -1, *, ignore_index: int | None = None
 ) -> jax.Array:
-    r"""Negative log-likelihood of a network that ends in softmax: :math:`\ell = -\log p_y`.
+    r"""Negative log-likelihood for a network that ends in softmax: :math:`\ell = -\log p_y`.
 
-    If the network can end in logits instead, `softmax_cross_entropy_with_integer_labels` is exact for
-    probabilities that round to 0, which here give a loss of inf.
+    If the network can output logits instead, prefer `softmax_cross_entropy_with_integer_labels`: it is exact even for
+    probabilities that round to 0, which give a loss of inf here.
 
     Args:
       probs: probabilities, `[..., classes]`, or with the classes along `axis`.
       labels: integers in `[0, classes)`, in the shape of `probs` without `axis`.
-      axis: the axis of the classes. For a tuple of axes a label is the flat index into them, in the order given.
-      ignore_index: the label of rows to mask; None (the default) if every label is a class.
+      axis: the axis of the classes. For a tuple of axes, a label is the flat index into them, in the order given.
+      ignore_index: the label of rows to mask; None (the default) means that every label is a class.
 
     Returns:
       One loss per row, in nats. Saved for the backward pass: the arguments.
 
     Raises:
-      TypeError: float labels, or probabilities that are not floating-point.
+      TypeError: `labels` are not integers, or `probs` are not floating-point.
       ValueError: `labels` does not have the shape of `probs` without `axis`.
 
     Source: derived in docs/background/derivations.md#negative-log-likelihood.
@@ -134,7 +134,7 @@ def negative_log_likelihood_fwd(probs, labels):
 def negative_log_likelihood_bwd(residuals, g):
     """Cotangents `(dprobs, None)` of `negative_log_likelihood`: labels have no gradient."""
     probs, labels = residuals
-    # dp_k = −g / p_y for k = y, 0 otherwise; below 0 the logarithm is NaN, and so is its derivative
+    # dp_k = −g / p_y for k = y, 0 otherwise. Where p_y < 0 the logarithm is NaN, and so is its derivative.
     own, p = is_label(probs, labels), upcast(probs)
     dprobs = jnp.where(own, -across(g, p) / jnp.where(own, jnp.where(p < 0, jnp.nan, jnp.abs(p)), 1), 0)
     return nan_if_impossible(dprobs, labels, probs.shape[-1]).astype(probs.dtype), None
@@ -148,19 +148,19 @@ def multiclass_svm(
 ) -> jax.Array:
     r"""Multiclass hinge loss: :math:`\ell = \sum_{k ≠ y} \max(0, s_k - s_y + \text{margin})`.
 
-    The sum is over the wrong classes, as in the course notes CS231n. At the kink the derivative is 0.
+    The sum is over the wrong classes, as in the CS231n course notes. At the kink, the derivative is 0.
 
     Args:
       scores: `[..., classes]`, or with the classes along `axis`.
       labels: integers in `[0, classes)`, in the shape of `scores` without `axis`.
-      axis: the axis of the classes. For a tuple of axes a label is the flat index into them, in the order given.
-      margin: by how much the right score should exceed every other one, in the unit of the scores.
+      axis: the axis of the classes. For a tuple of axes, a label is the flat index into them, in the order given.
+      margin: how far the correct score should exceed every other score, in units of the scores.
 
     Returns:
       One loss per row. Saved for the backward pass: one boolean per score, one per row, and the labels.
 
     Raises:
-      TypeError: float labels, or scores that are not floating-point.
+      TypeError: `labels` are not integers, or `scores` are not floating-point.
       ValueError: `labels` does not have the shape of `scores` without `axis`.
 
     Source: derived in docs/background/derivations.md#multiclass-svm.
@@ -184,8 +184,8 @@ def multiclass_svm_fwd(scores, labels, *, margin=1.0):
     # ℓ = Σ max(0, s_k − s_y + margin) over k ≠ y
     excess = jnp.where(own, 0, s - s_y + margin)
     dead = excess <= 0
-    loss = nan_if_impossible(jnp.sum(jnp.where(dead, 0, excess), axis=-1), labels, s.shape[-1])  # a NaN is not dead
-    # The dtype of the scores is kept in an empty array: a residual is an array, a dtype is not.
+    loss = nan_if_impossible(jnp.sum(jnp.where(dead, 0, excess), axis=-1), labels, s.shape[-1])  # NaN is not dead
+    # An empty array carries the dtype of the scores, because a residual must be an array.
     return loss, (dead, jnp.isnan(loss), labels, jnp.empty(0, scores.dtype))
 
 
@@ -203,19 +203,20 @@ _multiclass_svm = rule(multiclass_svm_fwd, multiclass_svm_bwd)
 
 
 def l2_penalty(params) -> jax.Array:
-    r"""L2 penalty: :math:`\tfrac12 \sum_l \lVert W_l \rVert^2`, over the weights alone.
+    r"""L2 penalty on the weights: :math:`\tfrac12 \sum_l \lVert W_l \rVert^2`.
 
-    Weights are the leaves named `"w"`; biases, scales and offsets are left out. Its gradient is the weight itself.
+    Weights are the leaves named `"w"`; biases, scales and offsets are excluded. The gradient with respect to a weight
+    is the weight itself.
 
     Args:
-      params: params of `fcfunc.init`, or any tree with leaves under a key `"w"`.
+      params: parameters from `fcfunc.init`, or any pytree with leaves under a key `"w"`.
 
     Returns:
       A scalar, in at least float32. Saved for the backward pass: the weights.
 
     Raises:
-      TypeError: a weight is not of a floating-point dtype.
-      ValueError: the tree has no leaf named `"w"`.
+      TypeError: a weight does not have a floating-point dtype.
+      ValueError: the pytree has no leaf named `"w"`.
 
     Source: derived in docs/background/derivations.md#l2-penalty.
 

@@ -1,12 +1,13 @@
 """Differentiable operations with hand-written backward rules.
 
-Every rule reads the same way: the public function; `<name>_fwd(*args) -> (out, residuals)`;
+Every rule has the same parts: the public function; `<name>_fwd(*args) -> (out, residuals)`;
 `<name>_bwd(residuals, g) -> cotangents`, with the derived formula above the line that computes it; and the line that
-joins them. docs/background/derivations.md has the derivations, `fcfunc.reference` a plain JAX implementation of each.
+joins them. The derivations are in docs/background/derivations.md, and `fcfunc.reference` has a plain JAX
+implementation of each operation.
 
-All take float16, bfloat16, float32 or float64, compute in at least float32 and return the dtype they were given.
-All are differentiable in reverse mode to any order and in forward-over-reverse; for `jax.jvp` alone use the reference
-implementation.
+All operations accept float16, bfloat16, float32 and float64, compute in at least float32 and return the dtype they
+were given. They are differentiable in reverse mode to any order and in forward-over-reverse mode. For `jax.jvp` alone,
+use the reference implementation.
 """
 
 # ruff: noqa: I001, RUF022  (one rule per line)

@@ -1,4 +1,4 @@
-"""Activations: elementwise functions. A NaN stays a NaN; -inf gives the limit."""
+"""Elementwise activations. NaN gives NaN, and -inf gives the limit."""
 
 import math
 
@@ -10,19 +10,19 @@ from fcfunc._rule import rule, upcast
 
 
 def relu(x: jax.Array) -> jax.Array:
-    r"""The rectifier: :math:`y = \max(x, 0)`.
+    r"""Rectified linear unit: :math:`y = \max(x, 0)`.
 
-    The derivative is 1 for `x > 0` and 0 for `x < 0`. At the kink it is 0, by convention. A NaN stays a NaN
-    and passes the cotangent on, so that it is noticed.
+    The derivative is 1 for `x > 0` and 0 for `x < 0`; at the kink it is 0, by convention. A NaN gives NaN and lets
+    the cotangent through, so that it does not go unnoticed.
 
     Args:
-      x: any shape.
+      x: array of any shape.
 
     Returns:
-      The shape and dtype of `x`. Saved for the backward pass: one boolean per element.
+      An array with the shape and dtype of `x`. Saved for the backward pass: one boolean per element.
 
     Raises:
-      TypeError: `x` is not of a floating-point dtype.
+      TypeError: `x` does not have a floating-point dtype.
 
     Source: derived in docs/background/derivations.md#relu.
 
@@ -38,7 +38,7 @@ def relu_fwd(x):
     """`(out, residuals)` of `relu`."""
     # y = max(x, 0)
     out = jnp.where(x <= 0, 0, x)
-    # The mask is computed from the output, so that the input need not be kept. It is False for a NaN.
+    # Computing the mask from the output means that the input need not be kept. The mask is False for a NaN.
     return out, out <= 0
 
 
@@ -52,16 +52,16 @@ _relu = rule(relu_fwd, relu_bwd)
 
 
 def sigmoid(x: jax.Array) -> jax.Array:
-    r"""The logistic function: :math:`y = 1 / (1 + e^{-x})`, without overflow for any `x`.
+    r"""Logistic sigmoid: :math:`y = 1 / (1 + e^{-x})`, without overflow for any `x`.
 
     Args:
-      x: any shape.
+      x: array of any shape.
 
     Returns:
-      The shape and dtype of `x`. Saved for the backward pass: the output, in at least float32.
+      An array with the shape and dtype of `x`. Saved for the backward pass: the output, in at least float32.
 
     Raises:
-      TypeError: `x` is not of a floating-point dtype.
+      TypeError: `x` does not have a floating-point dtype.
 
     Source: derived in docs/background/derivations.md#sigmoid.
 
@@ -91,16 +91,16 @@ _sigmoid = rule(sigmoid_fwd, sigmoid_bwd)
 
 
 def tanh(x: jax.Array) -> jax.Array:
-    r"""The hyperbolic tangent: :math:`y = \tanh x`.
+    r"""Hyperbolic tangent: :math:`y = \tanh x`.
 
     Args:
-      x: any shape.
+      x: array of any shape.
 
     Returns:
-      The shape and dtype of `x`. Saved for the backward pass: the output, in at least float32.
+      An array with the shape and dtype of `x`. Saved for the backward pass: the output, in at least float32.
 
     Raises:
-      TypeError: `x` is not of a floating-point dtype.
+      TypeError: `x` does not have a floating-point dtype.
 
     Source: derived in docs/background/derivations.md#tanh.
 
@@ -122,7 +122,7 @@ def tanh_fwd(x):
 def tanh_bwd(y, g):
     """Cotangent `(dx,)` of `tanh`."""
     y = upcast(y)
-    # dx = g ∘ (1 − y²), as a product: 1 − y is exact where y is near 1, 1 − y² is not
+    # dx = g ∘ (1 − y²), as a product, because 1 − y is exact for y near 1 and 1 − y² is not
     return ((upcast(g) * (1 - y) * (1 + y)).astype(g.dtype),)
 
 
@@ -130,16 +130,16 @@ _tanh = rule(tanh_fwd, tanh_bwd)
 
 
 def softplus(x: jax.Array) -> jax.Array:
-    r"""Softplus, the smooth rectifier: :math:`y = \log(1 + e^x)`, without overflow for any `x`.
+    r"""Softplus, a smooth version of ReLU: :math:`y = \log(1 + e^x)`, without overflow for any `x`.
 
     Args:
-      x: any shape.
+      x: array of any shape.
 
     Returns:
-      The shape and dtype of `x`. Saved for the backward pass: the output, in at least float32.
+      An array with the shape and dtype of `x`. Saved for the backward pass: the output, in at least float32.
 
     Raises:
-      TypeError: `x` is not of a floating-point dtype.
+      TypeError: `x` does not have a floating-point dtype.
 
     Source: derived in docs/background/derivations.md#softplus.
 
@@ -160,7 +160,7 @@ def softplus_fwd(x):
 
 def softplus_bwd(y, g):
     """Cotangent `(dx,)` of `softplus`."""
-    # dx = g σ(x), and σ(x) = 1 − e^{−y}: exact where y is small, which 1 − exp(−y) is not
+    # dx = g σ(x), and σ(x) = 1 − e^{−y}, by expm1 because 1 − exp(−y) is inexact for small y
     return ((upcast(g) * -jnp.expm1(-upcast(y))).astype(g.dtype),)
 
 
@@ -168,19 +168,19 @@ _softplus = rule(softplus_fwd, softplus_bwd)
 
 
 def leaky_relu(x: jax.Array, *, negative_slope: float = 0.01) -> jax.Array:
-    r"""The leaky rectifier: :math:`y = x` for `x > 0`, :math:`s x` otherwise.
+    r"""Leaky rectified linear unit: :math:`y = x` for `x > 0`, :math:`s x` otherwise.
 
-    The derivative at the kink is `negative_slope`, by convention: with a slope of 0 this is `relu`.
+    At the kink the derivative is `negative_slope`, by convention. A slope of 0 gives `relu`.
 
     Args:
-      x: any shape.
-      negative_slope: `s`.
+      x: array of any shape.
+      negative_slope: `s`, the slope for `x < 0`.
 
     Returns:
-      The shape and dtype of `x`. Saved for the backward pass: one boolean per element.
+      An array with the shape and dtype of `x`. Saved for the backward pass: one boolean per element.
 
     Raises:
-      TypeError: `x` is not of a floating-point dtype.
+      TypeError: `x` does not have a floating-point dtype.
 
     Source: derived in docs/background/derivations.md#leaky-relu.
 
@@ -210,19 +210,19 @@ _leaky_relu = rule(leaky_relu_fwd, leaky_relu_bwd)
 
 
 def elu(x: jax.Array, *, alpha: float = 1.0) -> jax.Array:
-    r"""The exponential linear unit: :math:`y = x` for `x > 0`, :math:`α (e^x - 1)` otherwise.
+    r"""Exponential linear unit: :math:`y = x` for `x > 0`, :math:`α (e^x - 1)` otherwise.
 
-    With an `alpha` other than 1 there is a kink at 0; the derivative there is `alpha`, by convention.
+    Unless `alpha` is 1, there is a kink at 0, where the derivative is `alpha` by convention.
 
     Args:
-      x: any shape.
-      alpha: the negative of the limit at -inf, at least 0.
+      x: array of any shape.
+      alpha: `α`, at least 0. The limit at -inf is `-α`.
 
     Returns:
-      The shape and dtype of `x`. Saved for the backward pass: the input.
+      An array with the shape and dtype of `x`. Saved for the backward pass: the input.
 
     Raises:
-      TypeError: `x` is not of a floating-point dtype.
+      TypeError: `x` does not have a floating-point dtype.
       ValueError: `alpha` is below 0.
 
     Source: Clevert et al. 2015, Fast and Accurate Deep Network Learning by ELUs; derived in
@@ -248,8 +248,8 @@ def elu_bwd(x, g, *, alpha=1.0):
     """Cotangent `(dx,)` of `elu`."""
     z = upcast(x)
     positive = z > 0
-    # dx = g where x > 0, g α e^x elsewhere; y + α is the same number without its digits, where x is far below 0.
-    # e^0 in the branch that is not taken: an infinite one makes the derivative of this gradient NaN.
+    # dx = g where x > 0, g α e^x elsewhere. The equivalent y + α would lose its digits where x is far below 0.
+    # The branch that is not taken computes e^0, because an infinity there makes the derivative of this gradient NaN.
     slope = alpha * jnp.exp(jnp.where(positive, 0, z))
     return (jnp.where(positive, g, (upcast(g) * slope).astype(g.dtype)),)
 
@@ -258,16 +258,16 @@ _elu = rule(elu_fwd, elu_bwd)
 
 
 def silu(x: jax.Array) -> jax.Array:
-    r"""The sigmoid linear unit, also called swish: :math:`y = x σ(x)`.
+    r"""Sigmoid linear unit, also called swish: :math:`y = x σ(x)`.
 
     Args:
-      x: any shape.
+      x: array of any shape.
 
     Returns:
-      The shape and dtype of `x`. Saved for the backward pass: the input.
+      An array with the shape and dtype of `x`. Saved for the backward pass: the input.
 
     Raises:
-      TypeError: `x` is not of a floating-point dtype.
+      TypeError: `x` does not have a floating-point dtype.
 
     Source: Elfwing et al. 2017, Sigmoid-Weighted Linear Units; derived in docs/background/derivations.md#silu.
 
@@ -297,20 +297,20 @@ _silu = rule(silu_fwd, silu_bwd)
 
 
 def gelu(x: jax.Array, *, approximate: bool = True) -> jax.Array:
-    r"""The Gaussian error linear unit: :math:`y = x Φ(x)`, `Φ` the standard normal distribution function.
+    r"""Gaussian error linear unit: :math:`y = x Φ(x)`, where `Φ` is the standard normal CDF.
 
-    With `approximate=True`, as in `jax.nn.gelu`, :math:`Φ(x) ≈ σ(2u)` with :math:`u = \sqrt{2/π} (x + 0.044715 x^3)`,
-    which is the same as :math:`\tfrac12 (1 + \tanh u)` but keeps the digits of its left tail.
+    With `approximate=True`, as in `jax.nn.gelu`, :math:`Φ(x) ≈ σ(2u)` with :math:`u = \sqrt{2/π} (x + 0.044715 x^3)`.
+    This equals :math:`\tfrac12 (1 + \tanh u)` but keeps the digits of its left tail.
 
     Args:
-      x: any shape.
-      approximate: the form with tanh; False for the exact one, which is PyTorch's default.
+      x: array of any shape.
+      approximate: True for the tanh approximation; False for the exact form, which is PyTorch's default.
 
     Returns:
-      The shape and dtype of `x`. Saved for the backward pass: the input.
+      An array with the shape and dtype of `x`. Saved for the backward pass: the input.
 
     Raises:
-      TypeError: `x` is not of a floating-point dtype.
+      TypeError: `x` does not have a floating-point dtype.
 
     Source: Hendrycks and Gimpel 2016, Gaussian Error Linear Units; derived in docs/background/derivations.md#gelu.
 
@@ -332,7 +332,7 @@ def gelu_fwd(x, *, approximate=True):
 
 def gelu_bwd(x, g, *, approximate=True):
     """Cotangent `(dx,)` of `gelu`."""
-    # Beyond ±40, Φ and the sigmoid of 2u are 0 or 1 in float64 too, and a cube of z would overflow.
+    # Beyond ±40, Φ(z) and σ(2u) are 0 or 1 even in float64, and the cube of z could overflow.
     z = jnp.clip(upcast(x), -40, 40)
     if approximate:
         # dx = g (σ(2u) + x σ(2u) σ(−2u) 2u′), u′ = √(2/π) (1 + 3 · 0.044715 x²)
@@ -354,22 +354,22 @@ def _gelu_u(z):
 
 
 def _normal_cdf(z):
-    """`Φ(z)` from erfc: 1 + erf(z) would lose the left tail."""
+    """`Φ(z)`, computed with erfc because 1 + erf(z) would lose the left tail."""
     return 0.5 * jax.lax.erfc(-z / math.sqrt(2))
 
 
 def _at_least_lowest(z):
-    """`z` with -inf as the lowest number: its product with a probability of 0 is then 0, the limit, and not NaN."""
+    """`z` with -inf replaced by the lowest finite number, which times a probability of 0 is the limit 0, not NaN."""
     return jnp.maximum(z, jnp.finfo(z.dtype).min)
 
 
 def _clip_finite(z):
-    """`z` with ±inf as the largest numbers, for a slope that multiplies them by 0."""
+    """`z` with ±inf replaced by the largest finite numbers, which a slope can multiply by 0."""
     return jnp.clip(z, jnp.finfo(z.dtype).min, jnp.finfo(z.dtype).max)
 
 
 def checked_options(where: str, options: dict) -> dict:
-    """Options of an activation, as static values."""
+    """Checks the options of an activation and returns them as static values."""
     checked = dict(options)
     if "approximate" in options:
         _arguments.boolean(where, approximate=options["approximate"])

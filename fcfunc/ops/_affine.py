@@ -14,30 +14,30 @@ from fcfunc._rule import rule, sum_dtype
 def affine(
     x: jax.Array, w: jax.Array, b: jax.Array | None, *, flatten: bool = False, compute_dtype=None, out_dtype=None
 ) -> jax.Array:
-    r"""An affine layer: :math:`y_{nj} = \sum_i x_{ni} w_{ij} + b_j`.
+    r"""Affine layer: :math:`y_{nj} = \sum_i x_{ni} w_{ij} + b_j`.
 
-    The bias reaches every row as if through an invisible input of ones, `y = x w + 1 b`; so its gradient is
-    `1ᵀ g`, the sum over the batch. The matmuls accumulate in at least float32.
+    The bias acts like the weights of an implicit input of ones, `y = x w + 1 b`, so its gradient is `1ᵀ g`, the sum
+    over the batch. The matmuls accumulate in at least float32.
 
     Args:
-      x: inputs, `[..., fan_in]`; with `flatten=True` `[batch, d1, ..., dk]` with `d1 * ... * dk == fan_in`.
+      x: inputs, `[..., fan_in]`; with `flatten=True`, `[batch, d1, ..., dk]` where `d1 * ... * dk == fan_in`.
       w: weights, `[fan_in, fan_out]`.
-      b: biases, `[fan_out]`; None for a layer without a bias.
-      flatten: treat every axis of `x` after the first as features, as for images.
-      compute_dtype: dtype of the operands of all three matmuls, including the two of the backward pass: "bfloat16"
-        with float32 weights is mixed precision. `x` may then differ in dtype from `w` and `b`. None: the common dtype
-        of the arguments. Accumulation is in float32 in either case, and the gradient of `w` is cast from there to the
-        dtype of `w` without being rounded to the operands' dtype.
+      b: biases, `[fan_out]`, or None.
+      flatten: treat all axes of `x` after the first as features, as for images.
+      compute_dtype: dtype of the operands of all three matmuls, including the two in the backward pass. For mixed
+        precision, use "bfloat16" with float32 weights; `x` may then differ in dtype from `w` and `b`. None: the common
+        dtype of the arguments. Either way, matmuls accumulate in at least float32, and the gradient of `w` is cast
+        from there directly to the dtype of `w`, without being rounded to the operands' dtype.
       out_dtype: dtype of the output; None: the operands' dtype.
 
     Returns:
-      `[..., fan_out]` (with `flatten=True` `[batch, fan_out]`). The gradient of `x` has the shape of `x` in both cases.
+      `[..., fan_out]`, or `[batch, fan_out]` with `flatten=True`. The gradient of `x` has the shape of `x` either way.
       Saved for the backward pass: `x` and `w`.
 
     Raises:
-      ValueError: the shapes do not fit together.
-      TypeError: the arguments are not of one floating-point dtype and there is no `compute_dtype`, or it is not
-        bfloat16, float32 or float64.
+      ValueError: the shapes do not match.
+      TypeError: the arguments do not share one floating-point dtype and `compute_dtype` is None, or `compute_dtype` is
+        not bfloat16, float32 or float64.
 
     Source: derived in docs/background/derivations.md#affine.
 
@@ -59,7 +59,7 @@ def affine_fwd(x, w, b, *, flatten=False, compute_dtype=None, out_dtype=None):
     out = dot(x2d.astype(operands), w.astype(operands), contract, sum_dtype(operands), out_sharding=sharding)
     if b is not None:
         out = out + jnp.broadcast_to(b.astype(out.dtype), out.shape)
-    has_bias = None if b is None else ()  # a residual is a pytree of arrays; this one has none
+    has_bias = None if b is None else ()  # a residual must be a pytree of arrays: () has none
     return out.astype(operands if out_dtype is None else out_dtype), (x, w, has_bias)
 
 
@@ -68,7 +68,7 @@ def affine_bwd(residuals, g, *, compute_dtype=None):
     x, w, has_bias = residuals
     operands = operand_dtype(x, compute_dtype)
     sums, row_axes = sum_dtype(operands), tuple(range(g.ndim - 1))
-    x2d = x.reshape(*g.shape[:-1], w.shape[0])  # the same array, unless the forward pass flattened it
+    x2d = x.reshape(*g.shape[:-1], w.shape[0])  # unchanged, unless the forward pass flattened it
     x_in, w_in, g_in = x2d.astype(operands), w.astype(operands), g.astype(operands)
     # dx = g wᵀ
     contract_columns = (((g.ndim - 1,), (1,)), ((), ()))
@@ -76,7 +76,7 @@ def affine_bwd(residuals, g, *, compute_dtype=None):
     # dw = xᵀ g
     contract_rows = ((row_axes, row_axes), ((), ()))
     dw = dot(x_in, g_in, contract_rows, sums, out_sharding=_layout.explicit_sharding(w, x2d))
-    # db = 1ᵀ g, the sum over the batch: b is broadcast, that is, multiplied by an invisible input of ones
+    # db = 1ᵀ g, the sum over the batch: b is broadcast, that is, multiplied by an implicit input of ones
     db = None if has_bias is None else jnp.sum(g, axis=row_axes, dtype=sums).astype(w.dtype)
     return dx.reshape(x.shape).astype(x.dtype), dw.astype(w.dtype), db
 
@@ -85,7 +85,7 @@ _affine = rule(affine_fwd, affine_bwd)
 
 
 def check_affine(where, x, w, b, compute_dtype, out_dtype, *, flatten=False, columns="fan_out") -> None:
-    """Raises if these are not the arguments of an affine layer."""
+    """Raises if the arguments do not fit an affine layer."""
     _arguments.operands(where, compute_dtype, x=x, w=w, **({} if b is None else {"b": b}))
     _arguments.dtype(where, out_dtype=out_dtype)
     shape, kernel = np.shape(x), np.shape(w)
@@ -113,11 +113,11 @@ def operand_dtype(x, compute_dtype):
 
 
 def dot(x: jax.Array, y: jax.Array, dims, dtype, *, out_sharding=None) -> jax.Array:
-    """`lax.dot_general` of operands of one dtype, accumulated and returned in another.
+    """`lax.dot_general` with operands of one dtype, accumulated and returned in another.
 
-    XLA's CPU backend has no matmul of bfloat16 operands into float32 in one case: a matrix, contracted over its first
-    axis, with a batch of matrices, which an ensemble under `vmap` makes. With a batch axis of size 1, XLA simplifies
-    it to a form that every backend has.
+    XLA's CPU backend lacks one matmul of bfloat16 operands into float32: a matrix, contracted over its first axis,
+    times a batch of matrices, as in an ensemble under `vmap`. If a batch axis of size 1 is added, XLA simplifies it to
+    a form that every backend has.
     """
     ((x_axes, y_axes), _) = dims
     if x.dtype == dtype or not x_axes or x_axes[0] != 0:

@@ -8,21 +8,22 @@ from fcfunc._rule import rule, upcast
 
 
 def dropout(x: jax.Array, *, rate: float, key: jax.Array) -> jax.Array:
-    r"""Dropout: :math:`y = x ∘ k / (1 - r)`, `k` is 1 with probability `1 - r` and 0 otherwise; the mean of `y` is `x`.
+    r"""Dropout: :math:`y = x ∘ k / (1 - r)`, where `k` is 1 with probability `1 - r` and 0 otherwise.
 
-    Dropped elements are 0, even if they were NaN or infinite. The same key drops the same elements: give each call its
-    own key by `jax.random.fold_in`, and inside `shard_map` each device.
+    The expected value of `y` is `x`. Dropped elements are 0, even if they were NaN or infinite. The same key drops the
+    same elements: use `jax.random.fold_in` to give each call its own key and, inside `shard_map`, each device as well.
 
     Args:
-      x: any shape.
+      x: array of any shape.
       rate: `r`, the probability of dropping an element, in [0, 1].
       key: a random key.
 
     Returns:
-      The shape and dtype of `x`. Saved for the backward pass: the key alone, from which the mask is drawn again.
+      An array with the shape and dtype of `x`. Saved for the backward pass: only the key, from which the mask is
+      regenerated.
 
     Raises:
-      TypeError: `x` is not of a floating-point dtype; no key.
+      TypeError: `x` does not have a floating-point dtype; `key` is not a random key.
       ValueError: `rate` is outside [0, 1].
 
     Source: Srivastava et al. 2014, Dropout; derived in docs/background/derivations.md#dropout.

@@ -14,10 +14,11 @@ from fcfunc.ops._affine import affine_bwd, affine_fwd, check_affine, operand_dty
 def layer(
     x: jax.Array, w: jax.Array, b: jax.Array | None, *, activation: str, compute_dtype=None, out_dtype=None, **options
 ) -> jax.Array:
-    r"""An affine layer and its activation in one rule: :math:`y = f(x w + b)`, which saves the least memory.
+    r"""Affine layer and activation as a single rule: :math:`y = f(x w + b)`.
 
-    Two consecutive rules each save what they need; a single rule for both can do without the pre-activation `x w + b`,
-    which is computed in at least float32 and rounded once, after the activation.
+    This form takes the least memory: two consecutive rules each save what they need, but a single rule for both does
+    not need to save the pre-activation `x w + b`. The pre-activation is computed in at least float32, and only the
+    output of the activation is rounded.
 
     Args:
       x: inputs, `[..., fan_in]`.
@@ -25,18 +26,19 @@ def layer(
       b: biases, `[fan_out]`, or None.
       activation: one of "elu", "gelu", "leaky_relu", "log_softmax", "relu", "sigmoid", "silu", "softmax", "softplus",
         "tanh".
-      compute_dtype: as for `affine`.
-      out_dtype: as for `affine`.
+      compute_dtype: see `affine`.
+      out_dtype: see `affine`.
       **options: options of the activation, such as `negative_slope` or `approximate`.
 
     Returns:
-      As `affine`. Saved for the backward pass: `x` and `w`, and in addition, for "relu" and "leaky_relu" one BIT per
-      output; for "elu", "gelu" and "silu" only `b`: the pre-activation is recomputed, at the cost of one more matmul;
-      for the others the output, or, where it is in half precision and its rounding would cost digits, only `b` too.
+      `[..., fan_out]`. Saved for the backward pass: `x` and `w`, and in addition, for "relu" and "leaky_relu", one bit
+      per output; for "elu", "gelu" and "silu", only `b`, because the pre-activation is recomputed at the cost of one
+      more matmul; for the other activations, the output, or only `b` if the output is in half precision and its
+      rounding would cost digits.
 
     Raises:
-      ValueError: the shapes do not fit together; an unknown activation or option.
-      TypeError: as for `affine`.
+      ValueError: the shapes do not match; an activation or option is unknown.
+      TypeError: see `affine`.
 
     Source: derived in docs/background/derivations.md#layer.
 
@@ -56,7 +58,7 @@ def layer(
 
 
 def packed_layer(x, w, b, **options):
-    """`layer` after its checks. `pack=False` saves booleans: faster if the output itself is kept in the program."""
+    """`layer` without the checks. `pack=False` saves booleans: faster if the program keeps the output anyway."""
     return _layer(*place_affine(x, w, b), **options)
 
 
@@ -94,16 +96,16 @@ def layer_bwd(residuals, g, *, activation, compute_dtype=None, **options):
 
 
 def _packed_bwd(residuals, g, *, pack, out_dtype=None, **options):
-    del pack, out_dtype  # the residuals and the cotangent show them
+    del pack, out_dtype  # the residuals and the cotangent reflect them
     return layer_bwd(residuals, g, **options)
 
 
-_packed_fwd.__name__ = "layer_fwd"  # the rule is named after it in a jaxpr and in a profile
+_packed_fwd.__name__ = "layer_fwd"  # the name of the rule in a jaxpr and in a profile
 _layer = rule(_packed_fwd, _packed_bwd)
 
 
 def _pack(mask, pack):
-    """Booleans as bits, eight to a byte, along the last axis; unchanged if that axis is sharded."""
+    """Packs booleans into bits along the last axis, eight to a byte; leaves them unchanged if that axis is sharded."""
     sharding = _layout.explicit_sharding(mask)
     sharded = sharding is not None and any(axis is not None for axis in sharding.spec[mask.ndim - 1 :])
     return jnp.packbits(mask, axis=-1) if pack and mask.size and not sharded else mask
@@ -113,8 +115,8 @@ def _unpack(bits, count):
     return bits if bits.dtype == bool else jnp.unpackbits(bits, axis=-1, count=count).astype(bool)
 
 
-# The two halves of each activation, and what the rule of a layer saves for the second half besides x and w: one bit per
-# output, the output, or nothing, in which case the input is recomputed, as it is for an output in half precision.
+# The forward and backward function of each activation, and what `layer` saves for the latter besides x and w: "mask",
+# one bit per output; "output"; or "input", which is not saved but recomputed, as it is for half-precision outputs.
 _LAYERS = {
     "elu": (_activations.elu_fwd, _activations.elu_bwd, "input"),
     "gelu": (_activations.gelu_fwd, _activations.gelu_bwd, "input"),

@@ -1,8 +1,8 @@
 """Normalization over features or over the batch.
 
 `scale` and `offset` share one dtype, which may differ from that of `x`: float32 parameters with bfloat16 activations
-are usual. Statistics are computed in at least float32. If a variance overflows, the output is NaN, not the 0 that a
-division by inf would give.
+are common. Statistics are computed in at least float32. If a variance overflows, the output is NaN; dividing by inf
+would give 0 instead.
 """
 
 import math
@@ -18,19 +18,19 @@ from fcfunc._rule import rule, upcast
 def layer_norm(x: jax.Array, scale: jax.Array, offset: jax.Array, *, eps: float = 1e-5) -> jax.Array:
     r"""Layer normalization: :math:`y = s ∘ \hat x + o`, :math:`\hat x = (x - μ) / \sqrt{σ^2 + ε}` over the last axis.
 
-    `μ` and `σ²` are the mean and the variance (divided by the number of features) of each row.
+    `μ` and `σ²` are the mean and the biased variance of each row.
 
     Args:
       x: `[..., features]`.
       scale: `s`, `[features]`.
       offset: `o`, `[features]`, in the dtype of `scale`.
-      eps: added to the variance, in the square of the unit of `x`, above 0.
+      eps: number above 0 added to the variance, in squared units of `x`.
 
     Returns:
-      The shape and dtype of `x`. Saved for the backward pass: `x`, `scale` and three numbers per row.
+      An array with the shape and dtype of `x`. Saved for the backward pass: `x`, `scale` and three numbers per row.
 
     Raises:
-      TypeError: an argument is not of a floating-point dtype; `scale` and `offset` differ in dtype.
+      TypeError: an argument does not have a floating-point dtype; `scale` and `offset` differ in dtype.
       ValueError: `scale` or `offset` is not `[features]`; `eps` is not above 0.
 
     Source: Ba et al. 2016, Layer Normalization; derived in docs/background/derivations.md#layer-norm.
@@ -77,13 +77,13 @@ def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float = 1e-5) -> jax.Array:
     Args:
       x: `[..., features]`.
       scale: `s`, `[features]`.
-      eps: added to the mean square, in the square of the unit of `x`, above 0.
+      eps: number above 0 added to the mean square, in squared units of `x`.
 
     Returns:
-      The shape and dtype of `x`. Saved for the backward pass: `x`, `scale` and one number per row.
+      An array with the shape and dtype of `x`. Saved for the backward pass: `x`, `scale` and one number per row.
 
     Raises:
-      TypeError: an argument is not of a floating-point dtype.
+      TypeError: an argument does not have a floating-point dtype.
       ValueError: `scale` is not `[features]`; `eps` is not above 0.
 
     Source: Zhang and Sennrich 2019, Root Mean Square Layer Normalization; derived in
@@ -134,29 +134,30 @@ def batch_norm(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     r"""Batch normalization: :math:`y = s ∘ \hat x + o`, :math:`\hat x = (x - μ) / \sqrt{σ^2 + ε}`, per feature.
 
-    In training `μ` and `σ²` are the mean and the variance (divided by the number of rows) of the batch, over all axes
-    but the last, and the running statistics move toward them: `state ← decay state + (1 - decay) batch`. Otherwise `μ`
-    and `σ²` are the running statistics, which are returned unchanged. On a mesh the batch is the global batch; inside
-    `shard_map` it is the shard's.
+    In training, `μ` and `σ²` are the mean and the biased variance of the batch over all axes but the last, and the
+    running statistics move toward them: `state ← decay * state + (1 - decay) * batch`. In evaluation, `μ` and `σ²` are
+    the running statistics, which are returned unchanged. On a mesh, the batch is the global batch; inside `shard_map`,
+    it is the local shard.
 
     Args:
       x: `[..., features]`.
       scale: `s`, `[features]`.
       offset: `o`, `[features]`, in the dtype of `scale`.
-      state: `{"mean": [features], "var": [features]}`, in at least float32, as from `init_batch_norm_state`.
-      training: whether the batch is normalized by its own statistics.
-      decay: the share of the running statistics that is kept in a step, in [0, 1]; 1 minus PyTorch's momentum.
-      eps: added to the variance, in the square of the unit of `x`, above 0.
-      unbiased_variance: whether the running variance tracks the unbiased estimate, divided by the number of rows minus
-        one, as in PyTorch, or the biased one, as in Flax and Keras.
+      state: `{"mean": [features], "var": [features]}`, in at least float32, such as an entry of the list
+        that `Network.init_batch_norm_state` returns.
+      training: True to normalize the batch by its own statistics, False to use the running ones.
+      decay: fraction of the running statistics that each step keeps, in [0, 1]; 1 minus PyTorch's momentum.
+      eps: number above 0 added to the variance, in squared units of `x`.
+      unbiased_variance: True if the running variance tracks the unbiased estimate, which divides by the number of
+        rows minus one, as in PyTorch; False for the biased one, as in Flax and Keras.
 
     Returns:
-      `(y, state)`: `y` in the shape and dtype of `x`, and the new state. Saved for the backward pass: `x`, `scale` and
-      three numbers per feature. The state has gradients too, through the batch's statistics.
+      `(y, state)`: `y` with the shape and dtype of `x`, and the new state. Saved for the backward pass: `x`, `scale`
+      and three numbers per feature. The new state is differentiable too, through the batch statistics.
 
     Raises:
-      TypeError: an argument is not of a floating-point dtype; `scale` and `offset` differ in dtype.
-      ValueError: `scale`, `offset` or the state is not `[features]`; a training batch of fewer than two rows, which has
+      TypeError: an argument does not have a floating-point dtype; `scale` and `offset` differ in dtype.
+      ValueError: `scale`, `offset` or the state is not `[features]`; a training batch has fewer than two rows, and so
         no variance; `eps` is not above 0; `decay` is outside [0, 1].
 
     Source: Ioffe and Szegedy 2015, Batch Normalization; derived in docs/background/derivations.md#batch-norm.
@@ -193,8 +194,8 @@ def batch_norm(
 
 
 def batch_norm_fwd(x, scale, offset, *, eps=1e-5):
-    """`((out, mean, var), residuals)` of `batch_norm` in training: the batch's own statistics, biased variance."""
-    # y = s ∘ (x − μ) / √(σ² + ε) + o, by feature
+    """`((out, mean, var), residuals)` of `batch_norm` in training, with the batch mean and biased variance."""
+    # y = s ∘ (x − μ) / √(σ² + ε) + o, per feature
     row_axes = tuple(range(x.ndim - 1))
     z = upcast(x)
     mean, mean_error = (m.reshape(z.shape[-1:]) for m in _mean(z, row_axes))
@@ -206,7 +207,7 @@ def batch_norm_fwd(x, scale, offset, *, eps=1e-5):
 
 
 def batch_norm_bwd(residuals, g):
-    """Cotangents `(dx, dscale, doffset)` of `batch_norm` in training; `g` is that of `(out, mean, var)`."""
+    """Cotangents `(dx, dscale, doffset)` of `batch_norm` in training; `g` is the cotangent of `(out, mean, var)`."""
     x, scale, mean, mean_error, inv_std = residuals
     g_out, g_mean, g_var = g
     row_axes, count = tuple(range(x.ndim - 1)), math.prod(x.shape[:-1])
@@ -215,7 +216,7 @@ def batch_norm_bwd(residuals, g):
     x_hat = _times(centered, inv_std)
     # ds = Σ g ∘ x̂, do = Σ g, over the rows
     dscale, doffset = jnp.sum(g_ * x_hat, axis=row_axes), jnp.sum(g_, axis=row_axes)
-    # dx = (s / √(σ² + ε)) ∘ (g − do/N − x̂ ds/N), and (g_μ + 2 g_σ² (x − μ)) / N by way of the statistics
+    # dx = (s / √(σ² + ε)) ∘ (g − do/N − x̂ ds/N), plus (g_μ + 2 g_σ² (x − μ)) / N through the statistics
     by_out = g_ - _broadcast(doffset / count, g_) - _times(x_hat, dscale / count)
     by_statistics = _broadcast(g_mean / count, g_) + _times(centered, 2 * g_var / count)
     dx = _times(by_out, upcast(scale) * inv_std) + by_statistics
@@ -226,18 +227,18 @@ _batch_norm = rule(batch_norm_fwd, batch_norm_bwd)
 
 
 def _mean(z, axes):
-    """The mean in two parts, the second its rounding error, which would otherwise count as variance."""
+    """The mean and its rounding error, which would otherwise count as variance."""
     mean = jnp.mean(z, axis=axes, keepdims=True)
     return mean, jnp.mean(z - mean, axis=axes, keepdims=True)
 
 
 def _inverse_root(variance, eps):
-    """`1/√(variance + eps)`, and NaN for a variance that overflowed."""
+    """`1/√(variance + eps)`, or NaN if the variance overflowed."""
     return jnp.where(variance == jnp.inf, jnp.nan, jax.lax.rsqrt(variance + eps))
 
 
 def _times(x, features):
-    """`x` times a vector of features."""
+    """`x` times a vector with one element per feature."""
     return x * _broadcast(features, x)
 
 
@@ -246,7 +247,7 @@ def _broadcast(features, like):
 
 
 def _norm_arguments(where: str, x, eps, **features):
-    """`(x, eps, *features)` as arrays and a number, checked; the features are sharded like those of `x`."""
+    """Checks and returns `(x, eps, *features)`; the vectors in `features` are sharded like the last axis of `x`."""
     _arguments.floating(where, x=x)
     _arguments.one_dtype(where, **features)
     eps = _arguments.number(where, eps=eps)

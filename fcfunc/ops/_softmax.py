@@ -11,21 +11,21 @@ from fcfunc._rule import rule, upcast
 def softmax(x: jax.Array, axis: int | tuple[int, ...] | None = -1, where: jax.Array | None = None) -> jax.Array:
     r"""Softmax: :math:`p_i = e^{x_i} / \sum_k e^{x_k}`, computed from `x - max(x)`.
 
-    The Jacobian is full, :math:`∂p_i/∂x_j = p_i (δ_{ij} - p_j)`: its diagonal `p (1 - p)` alone is not the gradient.
-    An element of -inf has probability 0; a slice that is all -inf, or contains +inf or NaN, is NaN.
+    The Jacobian is dense, :math:`∂p_i/∂x_j = p_i (δ_{ij} - p_j)`; its diagonal `p (1 - p)` alone is not the gradient.
+    An element of -inf has probability 0. A slice gives NaN if it contains +inf or NaN, or only -inf.
 
     Args:
-      x: logits, any shape of at least one axis.
-      axis: the axis, or the axes together, along which the output sums to 1; None for all.
-      where: booleans that can be broadcast to the shape of `x`. Masked elements are excluded: their output and their
-        gradient are 0, even if they are NaN.
+      x: logits, with at least one axis.
+      axis: the axis over which the output sums to 1, or a tuple of axes over which it does jointly; None for all axes.
+      where: booleans that can be broadcast to the shape of `x`. Elements where it is False are excluded: their output
+        and their gradient are 0, even if they are NaN.
 
     Returns:
-      The shape and dtype of `x`. Saved for the backward pass: the output, in at least float32.
+      An array with the shape and dtype of `x`. Saved for the backward pass: the output, in at least float32.
 
     Raises:
-      TypeError: `x` is not of a floating-point dtype; `where` that is not boolean.
-      ValueError: `x` has no axis of that number; `where` cannot be broadcast to `x`.
+      TypeError: `x` does not have a floating-point dtype; `where` is not boolean.
+      ValueError: `x` has no such axis; `where` cannot be broadcast to `x`.
 
     Source: derived in docs/background/derivations.md#softmax.
 
@@ -60,20 +60,21 @@ _softmax = rule(softmax_fwd, softmax_bwd)
 
 
 def log_softmax(x: jax.Array, axis: int | tuple[int, ...] | None = -1, where: jax.Array | None = None) -> jax.Array:
-    r"""The logarithm of softmax: :math:`\log p_i = x_i - \log \sum_k e^{x_k}`, computed from `x - max(x)`.
+    r"""Logarithm of the softmax: :math:`\log p_i = x_i - \log \sum_k e^{x_k}`, computed from `x - max(x)`.
 
     Args:
-      x: logits, any shape of at least one axis.
-      axis: the axis, or the axes together, along which the probabilities sum to 1; None for all.
-      where: booleans that can be broadcast to the shape of `x`. Masked elements are excluded: their output is -inf and
-        their gradient 0, even if they are NaN.
+      x: logits, with at least one axis.
+      axis: the axis over which the probabilities sum to 1, or a tuple of axes over which they do jointly; None for
+        all axes.
+      where: booleans that can be broadcast to the shape of `x`. Elements where it is False are excluded: their output
+        is -inf and their gradient 0, even if they are NaN.
 
     Returns:
-      The shape and dtype of `x`. Saved for the backward pass: the output, in at least float32.
+      An array with the shape and dtype of `x`. Saved for the backward pass: the output, in at least float32.
 
     Raises:
-      TypeError: `x` is not of a floating-point dtype; `where` that is not boolean.
-      ValueError: `x` has no axis of that number; `where` cannot be broadcast to `x`.
+      TypeError: `x` does not have a floating-point dtype; `where` is not boolean.
+      ValueError: `x` has no such axis; `where` cannot be broadcast to `x`.
 
     Source: derived in docs/background/derivations.md#log-softmax.
 
@@ -108,7 +109,7 @@ _log_softmax = rule(log_softmax_fwd, log_softmax_bwd)
 
 
 def _exclude_masked(name, x, axes, where):
-    """`x` with -inf, which has probability 0, where it is masked; slices that are entirely masked are set to 0."""
+    """`x` with masked elements set to -inf, which has probability 0, or to 0 in slices that are entirely masked."""
     _arguments.array(name, where=where)
     if jnp.result_type(where) != jnp.bool_:
         raise TypeError(f"{name}: where must be booleans, got {_arguments.describe(where)}")
