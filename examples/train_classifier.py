@@ -80,7 +80,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if args.norm == "batch_norm" and len(training.y) % batch_size == 1:
         raise ValueError(f"--batch-size {batch_size}: leaves a last batch of 1, which batch_norm cannot normalize")
     steps = train.num_steps(len(training.y), epochs=args.epochs, batch_size=batch_size)
-    optimizer = make_optimizer(args.optimizer, args.learning_rate, args.weight_decay, steps)
+    name = args.optimizer or ("sgd" if task.classes else "adam")
+    optimizer = make_optimizer(name, args.learning_rate, args.weight_decay, steps)
     loss_fn, eval_fn = (make_loss_fn(net, task.classes, l2) for l2 in (args.l2, 0.0))
     params = net.init(init_key)
     statistics = net.init_batch_norm_state(params) if net.norm == "batch_norm" else ()
@@ -106,7 +107,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     figures = {name: float(value) for name, value in metrics.items()}
     epochs = f"{history['epochs']} epochs, of which epoch {history['kept_epoch']} was kept"
     if task.classes:
-        print(f"test accuracy {figures['accuracy']:.4f} after {epochs}")
+        largest = np.max(np.bincount(test.y)) / len(test.y)
+        print(f"test accuracy {figures['accuracy']:.4f} (largest class {largest:.4f}) after {epochs}")
     else:
         unit = float(task.scaling["target"].scale)
         figures |= {"rmse": figures["loss"] ** 0.5 * unit, "std": float(np.std(test.y)) * unit}
@@ -397,7 +399,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         choices=("bfloat16", "float32"),
         help="dtype of the operands of all matmuls (default: that of the params)",
     )
-    add("--optimizer", choices=tuple(OPTIMIZERS), default="sgd", help="default: sgd")
+    add("--optimizer", choices=tuple(OPTIMIZERS), help="default: sgd for classification, adam for regression")
     add("--learning-rate", type=positive(float), metavar="RATE", help="initial value; it decays to 0 along a cosine "
         f"(default: {', '.join(f'{name} {rate}' for name, (_, rate, _) in OPTIMIZERS.items())})")  # fmt: skip
     add("--l2", type=positive(float, zero=True), default=0.0, metavar="WEIGHT", help="factor of half the sum of "

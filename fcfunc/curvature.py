@@ -1,10 +1,10 @@
-"""Curvature of the losses of a network: the Hessian, the generalized Gauss-Newton matrix and its Kronecker factors.
+"""Curvature of the loss of a network: the Hessian, the generalized Gauss-Newton matrix and its Kronecker factors.
 
-All are those of the sum of the losses of the examples, as in `Network.example_gradients`; divide by the batch size for
-the mean. The generalized Gauss-Newton matrix is split at the outputs: `Σᵢ Jᵢᵀ Hᵢ Jᵢ`, with the Jacobian `J` of the
-outputs by the parameters and the Hessian `H` of the loss by the outputs. Where the loss is convex in the outputs, as
-cross-entropy and squared error are, it is positive semidefinite, and it is the Fisher information of losses that are
-negative log-likelihoods of an exponential family in its natural parameters.
+All functions use the sum of the losses over the examples, as in `Network.example_gradients`; divide by the batch size
+for the mean. The generalized Gauss-Newton (GGN) matrix is `Σᵢ Jᵢᵀ Hᵢ Jᵢ`, where `J` is the Jacobian of the outputs with
+respect to the parameters, and `H` is the Hessian of the loss with respect to the outputs. If the loss is convex in the
+outputs, such as cross-entropy or squared error, the GGN matrix is positive semidefinite. If the loss is also the
+negative log-likelihood of an exponential family in its natural parameters, it is the Fisher information.
 """
 
 from __future__ import annotations  # short signatures in help()
@@ -27,12 +27,12 @@ __all__ = [
 
 
 class Kronecker(NamedTuple):
-    """The block of the weights of a layer, `[fan_in, fan_out]` flattened row by row, as `inputs ⊗ cotangents`.
+    """The block for the weights of a layer as a Kronecker product `inputs ⊗ cotangents`, with `w` in row-major order.
 
     Attributes:
-      inputs: the mean of `h hᵀ` over the examples, `[fan_in, fan_in]`; for stacked layers with `layers` in front.
-      cotangents: the sum of `Gᵀ H G` over the examples, `[fan_out, fan_out]`, where `G` has a row for each output of
-        the network: its derivative by the affine output of the layer.
+      inputs: the mean of `h hᵀ` over the examples, `[fan_in, fan_in]`; stacked layers have a leading axis `layers`.
+      cotangents: the sum of `Gᵀ H G` over the examples, `[fan_out, fan_out]`; stacked layers have a leading axis
+        `layers`. Row `c` of `G` is the derivative of output `c` with respect to the affine output of the layer.
     """
 
     inputs: jax.Array
@@ -40,10 +40,10 @@ class Kronecker(NamedTuple):
 
 
 class Full(NamedTuple):
-    """The whole block of a bias, a scale or an offset, without an approximation.
+    """The exact block for a bias, scale or offset.
 
     Attributes:
-      matrix: `[width, width]`; for stacked layers with `layers` in front.
+      matrix: the block, `[width, width]`; stacked layers have a leading axis `layers`.
     """
 
     matrix: jax.Array
@@ -52,21 +52,22 @@ class Full(NamedTuple):
 def hessian_vector_product(
     net: Network, params: Params, x: jax.Array, loss_fn: Callable, direction: Any, *, key: Any = _MISSING
 ) -> Any:
-    r"""The Hessian of the summed losses times a direction, :math:`∇^2 (\sum_i ℓ_i) v`, without the Hessian.
+    r"""Computes a Hessian-vector product :math:`∇^2 (\sum_i ℓ_i) v` without forming the Hessian.
 
-    It differentiates the backward rules: three to four times the work of a gradient.
+    It differentiates the backward rules, which costs three to four times as much as a gradient.
 
     Args:
-      net, params, x, loss_fn, key: as for `Network.example_gradients`.
-      direction: `v`, in the structure, shapes and dtypes of `params`.
+      net, params, x, loss_fn, key: the network, its parameters, inputs, the loss and a dropout key, as in
+        `Network.example_gradients`.
+      direction: the vector `v`, a pytree with the structure, shapes and dtypes of `params`.
 
     Returns:
-      The structure of `params`.
+      The product, a pytree with the structure of `params`.
 
     Raises:
-      ValueError: `direction` does not have the structure and shapes of `params`; otherwise as for
+      ValueError: `direction` does not have the structure, shapes and dtypes of `params`, or for the same reasons as
         `Network.example_gradients`.
-      TypeError: as for `Network.example_gradients`.
+      TypeError: for the same reasons as `Network.example_gradients`.
 
     Source: Pearlmutter 1994, Fast Exact Multiplication by the Hessian; derived in
     docs/background/derivations.md#curvature.
@@ -84,26 +85,28 @@ def hessian_vector_product(
     def gradient(params):
         return jax.grad(lambda params: jnp.sum(loss_fn(net.apply(params, x, key=key))))(params)
 
-    # The Hessian is symmetric: the transposed product is the product.
+    # The Hessian is symmetric, so the vector-Jacobian product of the gradient is the Hessian-vector product.
     return jax.tree.map(lambda a: a + poison.astype(a.dtype), jax.vjp(gradient, params)[1](direction)[0])
 
 
 def ggn_vector_product(
     net: Network, params: Params, x: jax.Array, loss_fn: Callable, direction: Any, *, key: Any = _MISSING
 ) -> Any:
-    r"""The generalized Gauss-Newton matrix times a direction, :math:`\sum_i J_i^T H_i J_i v`.
+    r"""Computes the product of the generalized Gauss-Newton matrix with a vector, :math:`\sum_i J_i^T H_i J_i v`.
 
-    It needs no forward mode: `J v` is the transpose of the backward pass, about twice the work of a gradient in all.
+    It does not need forward mode, because `J v` is computed as the transpose of the backward pass. It costs about twice
+    as much as a gradient.
 
     Args:
-      net, params, x, loss_fn, key: as for `Network.example_gradients`.
-      direction: `v`, in the structure, shapes and dtypes of `params`.
+      net, params, x, loss_fn, key: the network, its parameters, inputs, the loss and a dropout key, as in
+        `Network.example_gradients`.
+      direction: the vector `v`, a pytree with the structure, shapes and dtypes of `params`.
 
     Returns:
-      The structure of `params`.
+      The product, a pytree with the structure of `params`.
 
     Raises:
-      ValueError, TypeError: as for `hessian_vector_product`.
+      ValueError, TypeError: for the same reasons as `hessian_vector_product`.
 
     Source: Schraudolph 2002, Fast Curvature Matrix-Vector Products; derived in
     docs/background/derivations.md#curvature.
@@ -125,18 +128,20 @@ def ggn_vector_product(
 
 
 def ggn_diagonal(net: Network, params: Params, x: jax.Array, loss_fn: Callable, *, key: Any = _MISSING) -> Any:
-    r"""The diagonal of the generalized Gauss-Newton matrix, exactly: :math:`\sum_i \text{diag}(J_i^T H_i J_i)`.
+    r"""Computes the exact diagonal of the generalized Gauss-Newton matrix, :math:`\sum_i \text{diag}(J_i^T H_i J_i)`.
 
-    One backward pass for each output of the network, all at once; no array of the size of batch times parameters.
+    It runs one backward pass per output of the network, vectorized, and allocates no array with the size of batch times
+    parameters.
 
     Args:
-      net, params, x, loss_fn, key: as for `Network.example_gradients`.
+      net, params, x, loss_fn, key: the network, its parameters, inputs, the loss and a dropout key, as in
+        `Network.example_gradients`.
 
     Returns:
-      The structure and shapes of `params`, in at least float32.
+      The diagonal, a pytree with the structure and shapes of `params`, in at least float32.
 
     Raises:
-      ValueError, TypeError: as for `Network.example_gradients`.
+      ValueError, TypeError: for the same reasons as `Network.example_gradients`.
 
     Source: Martens et al. 2012, Estimating the Hessian by Back-propagating Curvature; derived in
     docs/background/derivations.md#curvature.
@@ -158,19 +163,21 @@ def ggn_diagonal(net: Network, params: Params, x: jax.Array, loss_fn: Callable, 
 
 
 def kronecker_factors(net: Network, params: Params, x: jax.Array, loss_fn: Callable, *, key: Any = _MISSING) -> Any:
-    r"""The blocks of the generalized Gauss-Newton matrix, leaf by leaf, those of weights in Kronecker factors.
+    r"""Computes the diagonal blocks of the generalized Gauss-Newton matrix, with Kronecker factors for weights (K-FAC).
 
-    The block of the weights of a layer is :math:`\sum_i h_i h_i^T ⊗ G_i^T H_i G_i`, approximated by the mean of the
-    first factors and the sum of the second: exactly for one example, or where the inputs do not vary.
+    The block for the weights of a layer is :math:`\sum_i h_i h_i^T ⊗ G_i^T H_i G_i`. It is approximated by the mean of
+    the first factors and the sum of the second, which is exact for one example and for constant inputs.
 
     Args:
-      net, params, x, loss_fn, key: as for `Network.example_gradients`.
+      net, params, x, loss_fn, key: the network, its parameters, inputs, the loss and a dropout key, as in
+        `Network.example_gradients`.
 
     Returns:
-      The structure of `params`, with `Kronecker` for `w` and `Full` for the other leaves, in at least float32.
+      A pytree with the structure of `params`, with `Kronecker` for `w` and `Full` for the other leaves, in at least
+      float32.
 
     Raises:
-      ValueError, TypeError: as for `Network.example_gradients`.
+      ValueError, TypeError: for the same reasons as `Network.example_gradients`.
 
     Source: Martens and Grosse 2015, Optimizing Neural Networks with Kronecker-factored Approximate Curvature; Botev et
     al. 2017, Practical Gauss-Newton Optimisation for Deep Learning; derived in
@@ -193,7 +200,7 @@ def kronecker_factors(net: Network, params: Params, x: jax.Array, loss_fn: Calla
 
 
 def columns(where: str, net: Network, params: Params, x: jax.Array, loss_fn: Callable, key) -> tuple[Any, Any]:
-    """The derivatives of each output of the network in factors, with the outputs in front, and these times `H`."""
+    """The factored derivatives of each output, with a leading axis of outputs, and their products with `H`."""
     outputs, pull, loss_hessian, _ = _linearized(where, net, params, x, loss_fn, key)
     jacobian, hessians = output_columns(outputs, pull), jax.vmap(loss_hessian)(_basis(outputs))
 
@@ -210,27 +217,27 @@ def columns(where: str, net: Network, params: Params, x: jax.Array, loss_fn: Cal
 
 
 def output_columns(outputs: jax.Array, pull: Callable) -> Any:
-    """The derivatives of each output in factors: `[outputs, ..., batch, fan_out]` for cotangents and rows."""
+    """The factored derivatives of each output: cotangents and rows are `[outputs, ..., batch, fan_out]`."""
     shapes = jax.eval_shape(pull, outputs)
-    by_kind = {Outer: Outer(None, 0), Rows: Rows(0)}  # type: ignore[arg-type]  (the inputs are those of every output)
+    by_kind = {Outer: Outer(None, 0), Rows: Rows(0)}  # type: ignore[arg-type]  (all outputs share the inputs)
     axes = jax.tree.map(lambda a: by_kind[type(a)], shapes, is_leaf=is_factored)
     return jax.tree.map(upcast, jax.vmap(pull, out_axes=axes)(_basis(outputs)))
 
 
 def _basis(outputs: jax.Array) -> jax.Array:
-    """The cotangents that select each output in turn, of all examples at once."""
+    """One-hot cotangents that select each output in turn, for all examples at once."""
     count = outputs.shape[-1]
     columns = jnp.broadcast_to(jnp.eye(count, dtype=outputs.dtype)[:, None, :], (count, *outputs.shape))
     return jax.vmap(lambda column: _layout.reshard_like(column, outputs))(columns)
 
 
 def second_moment(g: jax.Array, hg: jax.Array) -> jax.Array:
-    """`Σᵢ Gᵢᵀ Hᵢ Gᵢ` of `[outputs, ..., batch, width]`, `[..., width, width]`."""
+    """`Σᵢ Gᵢᵀ Hᵢ Gᵢ`, `[..., width, width]`, from arrays `[outputs, ..., batch, width]`."""
     return summed_over_examples("c...bi,c...bj->...ij", g, hg)
 
 
 def summed_over_examples(subscripts: str, *operands: jax.Array) -> jax.Array:
-    """An einsum that leaves no axis of the examples: on an Explicit mesh every device has its result."""
+    """An einsum that sums over the examples; on an Explicit mesh its result is replicated."""
     sharding = _layout.explicit_sharding(*operands)
     replicated = sharding and NamedSharding(sharding.mesh, PartitionSpec())
     return jnp.einsum(subscripts, *operands, out_sharding=replicated)
@@ -239,9 +246,9 @@ def summed_over_examples(subscripts: str, *operands: jax.Array) -> jax.Array:
 def _linearized(
     where: str, net: Network, params, x, loss_fn: Callable, key
 ) -> tuple[jax.Array, Callable, Callable, jax.Array]:
-    """The outputs, their backward pass in factors, `tangents ↦ Hᵢ tangentsᵢ` for each example's loss, and 0.
+    """The outputs, their factored backward pass, the map `tangents ↦ Hᵢ tangentsᵢ` for each example, and 0.
 
-    In a compiled function that 0 and the products are NaN if the losses mix examples.
+    In a compiled function, that 0 and the products are NaN if the losses mix examples.
     """
     if not isinstance(net, Network):
         raise TypeError(f"{where}: net must be a Network, as from fcfunc.mlp, got {type(net).__name__}")
@@ -267,4 +274,4 @@ def _check_direction(where: str, direction, params) -> None:
     kinds = [[_arguments.describe(a) for a in jax.tree.leaves(tree)] for tree in (direction, params)]
     if kinds[0] != kinds[1]:
         wrong = next(pair for pair in zip(*kinds, strict=True) if pair[0] != pair[1])
-        raise ValueError(f"{where}: a leaf of direction is {wrong[0]} where params has {wrong[1]}")
+        raise ValueError(f"{where}: a leaf of direction is {wrong[0]}, but in params it is {wrong[1]}")

@@ -1,7 +1,7 @@
-"""Trained networks for programs without fcfunc: StableHLO for JAX and its runtimes, ONNX for everything else.
+"""Exports a trained network to a file that runs without fcfunc: StableHLO for JAX runtimes, ONNX for others.
 
-Both write one file that computes predictions for batches of any size: inputs are standardized if a `Standardizer` is
-given, running statistics and parameters are constants, and dropout is left out.
+The file computes predictions for batches of any size. Parameters and running statistics are constants in it, dropout is
+omitted, and inputs are standardized if a `Standardizer` is given.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from fcfunc.network import Network, unstack, unstacked_state
 __all__ = ["onnx", "stablehlo"]
 
 OPSET = 20
-"""The ONNX operator set; the first one with GELU."""
+"""The ONNX operator set, the first one that has GELU."""
 
 OPERATORS = {
     "elu": "Elu", "gelu": "Gelu", "gelu_exact": "Gelu", "leaky_relu": "LeakyRelu", "log_softmax": "LogSoftmax",
@@ -30,7 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "elu": {"alpha": 1.0}, "gelu": {"approximate": "tanh"}, "leaky_relu": {"alpha": 0.01},
     "log_softmax": {"axis": -1}, "softmax": {"axis": -1},
 }  # fmt: skip
-"""ONNX's operators, and their attributes, for the activations; SiLU is a product with a sigmoid."""
+"""The ONNX operators of the activations and their attributes; SiLU is a product with a sigmoid."""
 
 
 def stablehlo(
@@ -43,21 +43,22 @@ def stablehlo(
     final_activation: str | None = None,
     platforms: tuple[str, ...] = ("cpu", "cuda", "tpu"),
 ) -> None:
-    """Writes a network as StableHLO, in the format of `jax.export`.
+    """Writes a network as StableHLO in the format of `jax.export`.
 
-    A process without fcfunc reads it: `jax.export.deserialize(path.read_bytes()).call(x)`, with `x` `[batch, features]`
-    in float32. JAX promises to read it for six months at least, and older programs in newer releases after that.
+    To run it without fcfunc, call `jax.export.deserialize(path.read_bytes()).call(x)` with float32 `x`,
+    `[batch, features]`. JAX guarantees that newer releases read it for at least six months.
 
     Args:
-      path: the file.
+      path: the file to write.
       net, params: the network and its parameters, stacked or not.
       state: the running statistics of batch normalization.
-      standardizer: a `data.Standardizer`, or another pair of `mean` and `scale`, applied to the inputs.
-      final_activation: such as "softmax", for probabilities in place of logits; None: that of the network.
-      platforms: where the program shall run.
+      standardizer: a `data.Standardizer`, or another pair of `mean` and `scale`, which is applied to the inputs.
+      final_activation: an activation of the outputs, such as "softmax" for probabilities instead of logits; None uses
+        that of the network.
+      platforms: the platforms to compile for.
 
     Raises:
-      ValueError: params, state or standardizer that do not fit the network.
+      ValueError: params, state or standardizer do not match the network.
       OSError: the file cannot be written.
 
     Example:
@@ -73,7 +74,7 @@ def stablehlo(
     params, state = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (params, state))
 
     def predict(x):
-        # Divided in two: XLA would make one constant of (x - mean) - rest.
+        # Two divisions, because XLA would merge the constants of (x - mean) - rest.
         z = x if mean is None or rest is None or scale is None else (x - mean) / scale - rest / scale
         if net.norm == "batch_norm":
             return net.apply_batch_norm(params, state, z, training=False, key=None)[0]
@@ -95,14 +96,16 @@ def onnx(
 ) -> None:
     """Writes a network as ONNX, for ONNX Runtime and other programs.
 
-    The model has one input, `x`, and one output, `y`, in float32, with a batch of any size; it computes in float32. It
-    is checked by the onnx library before it is written.
+    The model maps an input `x` to an output `y`, both float32 with a batch of any size, and computes in float32. The
+    onnx library checks the model before it is written.
 
     Args:
-      path, net, params, state, standardizer, final_activation: as for `stablehlo`.
+      path, net, params, state, standardizer, final_activation: the file, the network, its parameters and running
+        statistics, the standardizer and the activation of the outputs, as in `stablehlo`.
 
     Raises:
-      ValueError: as for `stablehlo`; an activation that is a function, which ONNX does not know.
+      ValueError: params, state or standardizer do not match the network, or an activation is a function, which ONNX
+        cannot represent.
       ImportError: onnx is not installed.
       OSError: the file cannot be written.
 
@@ -145,32 +148,32 @@ def onnx(
         graph.constants,
     )
     model = helper.make_model(made, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="fcfunc")
-    model.ir_version = 10  # the one of this operator set, which older runtimes read
+    model.ir_version = 10  # the version of this operator set, which older runtimes can read
     library.checker.check_model(model, full_check=True)
     _files.write_whole(Path(path), model.SerializeToString())
 
 
 class _Graph:
-    """The nodes and constants of an ONNX graph, each with one output."""
+    """The nodes and constants of an ONNX graph; each node has one output."""
 
     def __init__(self, library):
         self.library, self.nodes, self.constants = library, [], []
 
     def constant(self, a) -> str:
-        """The name of a float32 constant."""
+        """Adds a float32 constant and returns its name."""
         name = f"c{len(self.constants)}"
         self.constants.append(self.library.numpy_helper.from_array(np.ascontiguousarray(a, np.float32), name))
         return name
 
     def add(self, operator: str, *inputs: str, output: str | None = None, **attributes) -> str:
-        """The name of a node's output."""
+        """Adds a node and returns the name of its output."""
         name = output or f"h{len(self.nodes)}"
         self.nodes.append(self.library.helper.make_node(operator, list(inputs), [name], **attributes))
         return name
 
 
 def _checked(where, path, net, params, state, standardizer, final_activation):
-    """The network with its last activation, and the mean in two parts and the scale of its inputs in float32."""
+    """The network with its final activation, and the float32 mean (in two parts) and scale of its inputs."""
     _arguments.path(where, path=path)
     if not isinstance(net, Network):
         raise TypeError(f"{where}: net must be a Network, as from fcfunc.mlp, got {type(net).__name__}")
@@ -184,9 +187,9 @@ def _checked(where, path, net, params, state, standardizer, final_activation):
     mean, scale = np.asarray(standardizer.mean, np.float64), np.asarray(standardizer.scale, np.float64)
     if mean.shape != (net.dims[0],) or scale.shape != mean.shape:
         shapes = f"mean {list(mean.shape)} and scale {list(scale.shape)}"
-        raise ValueError(f"{where}: a standardizer of {net.dims[0]} features expected, got {shapes}")
+        raise ValueError(f"{where}: standardizer must have {net.dims[0]} features, got {shapes}")
     rounded = mean.astype(np.float32)
-    # A column such as a year has a mean that float32 rounds by more than its spread allows: the rest is subtracted too.
+    # Float32 rounds the mean of a column such as a year by too much compared to its spread, so subtract the rest too.
     return net, tuple(a.astype(np.float32)[None] for a in (rounded, mean - rounded, scale))
 
 
@@ -213,6 +216,6 @@ def _activation(where: str, graph: _Graph, activation: Any, h: str) -> str:
         return graph.add("Mul", h, graph.add("Sigmoid", h))
     name, number = activation if isinstance(activation, tuple) else (activation, None)
     if name not in OPERATORS:
-        raise ValueError(f"{where}: the activation {activation!r:.60} is a function, which ONNX does not know")
+        raise ValueError(f"{where}: the activation {activation!r:.60} is a function, which ONNX cannot represent")
     options = OPTIONS.get(name, {}) if number is None else {"alpha": number}
     return graph.add(OPERATORS[name], h, **options)

@@ -1,9 +1,9 @@
-"""Laplace approximations: a Gaussian over the parameters of a trained network, and what follows for its outputs.
+"""Laplace approximations: a Gaussian posterior over the parameters of a trained network, and predictions with it.
 
 The losses must be negative log-likelihoods, such as softmax cross-entropy, or `(y − f)² / (2 σ²)` for a regression with
 noise of variance `σ²`. With a prior `N(0, 1/δ)` over each parameter and the generalized Gauss-Newton matrix `G` of the
-summed losses, the posterior is `N(θ, (G + δ I)⁻¹)`. The prior precision `δ` is the one of the largest marginal
-likelihood unless it is given.
+summed losses, the posterior is `N(θ, (G + δ I)⁻¹)`. By default, the prior precision `δ` maximizes the marginal
+likelihood.
 """
 
 from __future__ import annotations  # short signatures in help()
@@ -25,7 +25,7 @@ __all__ = ["Posterior", "kronecker", "last_layer", "log_marginal_likelihood", "p
 
 
 class Eigen(NamedTuple):
-    """A symmetric matrix by its eigenvalues, none below 0, and its eigenvectors in columns."""
+    """The eigendecomposition of a positive semidefinite matrix, with the eigenvectors in columns."""
 
     values: jax.Array
     vectors: jax.Array
@@ -39,13 +39,13 @@ class Factors(NamedTuple):
 
 
 class Posterior(NamedTuple):
-    """A Gaussian over the parameters of a network.
+    """A Gaussian posterior over the parameters of a network.
 
     Attributes:
-      params: its mean, the parameters that were given.
-      blocks: the curvature of the losses by its eigenvalues and eigenvectors: one entry for each layer of `params`,
-        with a block for each leaf, or one for the whole layer from `last_layer`; None for a layer that is held fixed.
-      prior_precision: `δ`.
+      params: the mean, which is the trained parameters.
+      blocks: the eigendecompositions of the curvature, one entry per layer. The entry has a block for each leaf, or a
+        single block for the whole layer from `last_layer`; it is None for a layer that is held fixed.
+      prior_precision: the prior precision `δ`.
       loss: the sum of the losses at `params`.
     """
 
@@ -58,25 +58,26 @@ class Posterior(NamedTuple):
 def last_layer(
     net: Network, params: Params, x: jax.Array, loss_fn: Callable, *, prior_precision: float | None = None
 ) -> Posterior:
-    r"""A Gaussian over the weights and the bias of the last layer, with their whole covariance.
+    r"""Computes a Laplace approximation over the last layer, with the full covariance of its weights and bias.
 
-    The other layers are held fixed. Of a layer of `n` parameters it computes the eigenvectors of an `[n, n]` matrix.
+    The other layers are held fixed. For a layer with `n` parameters, it computes the eigenvectors of an `[n, n]`
+    matrix.
 
     Args:
-      net: without dropout here; its last layer is linear, or has a `final_activation` that is linearized.
+      net: the network, evaluated without dropout. A `final_activation`, if there is one, is linearized.
       params: trained parameters.
       x: the training examples, `[batch, dims[0]]`.
-      loss_fn: `loss_fn(outputs) -> losses`, `[batch]`, negative log-likelihoods.
-      prior_precision: `δ`, above 0; None: the one of the largest marginal likelihood.
+      loss_fn: `loss_fn(outputs) -> losses`, which returns the negative log-likelihood of each example, `[batch]`.
+      prior_precision: the prior precision `δ`, above 0; None maximizes the marginal likelihood.
 
     Returns:
       A `Posterior`.
 
     Raises:
-      ValueError: `prior_precision` is not above 0; it is None, and the loss has no curvature by the outputs, or the
-        parameters are all 0 (a `prior_precision` of NaN inside a compiled function); otherwise as for
-        `Network.example_gradients`.
-      TypeError: as for `Network.example_gradients`.
+      ValueError: `prior_precision` is not above 0; or it is None, and the loss has no curvature with respect to the
+        outputs or the parameters are all 0 (inside a compiled function, `prior_precision` is NaN instead); or for the
+        same reasons as `Network.example_gradients`.
+      TypeError: for the same reasons as `Network.example_gradients`.
 
     Source: MacKay 1992, A Practical Bayesian Framework for Backpropagation Networks; Kristiadi et al. 2020, Being
     Bayesian, Even Just a Bit, Fixes Overconfidence in ReLU Networks; derived in docs/background/derivations.md#laplace.
@@ -94,7 +95,7 @@ def last_layer(
     jacobian, by_hessian = curvature.columns(where, net, params, x, loss_fn, None)
     inputs, g = _augmented(jacobian[-1])
     hg = by_hessian[-1]["w"].cotangents
-    # Σ_b φ_bi φ_bj (Gᵀ H G)_bop, one output p of the layer at a time: the whole product would have batch × n × fan_out
+    # Σ_b φ_bi φ_bj (Gᵀ H G)_bop, for one output p of the layer at a time to avoid an array of batch × n × fan_out
     moments = jnp.einsum("cbo,cbp->pbo", g, hg)
     blocks = jax.lax.map(lambda m: curvature.summed_over_examples("bi,bo,bj->ioj", inputs, m, inputs), moments)
     size = inputs.shape[-1] * g.shape[-1]
@@ -105,16 +106,17 @@ def last_layer(
 def kronecker(
     net: Network, params: Params, x: jax.Array, loss_fn: Callable, *, prior_precision: float | None = None
 ) -> Posterior:
-    r"""A Gaussian over all parameters, with independent leaves and the Kronecker factors of `curvature`.
+    r"""Computes a Laplace approximation over all parameters, with independent leaves and Kronecker-factored weights.
 
     Args:
-      net, params, x, loss_fn, prior_precision: as for `last_layer`.
+      net, params, x, loss_fn, prior_precision: the network, its trained parameters, the training examples, the negative
+        log-likelihood and the prior precision, as in `last_layer`.
 
     Returns:
       A `Posterior`.
 
     Raises:
-      ValueError, TypeError: as for `last_layer`.
+      ValueError, TypeError: for the same reasons as `last_layer`.
 
     Source: Ritter et al. 2018, A Scalable Laplace Approximation for Neural Networks; Immer et al. 2021, Scalable
     Marginal Likelihood Estimation for Model Selection in Deep Learning; derived in
@@ -140,15 +142,15 @@ def kronecker(
 
 
 def log_marginal_likelihood(posterior: Posterior, prior_precision: float | jax.Array | None = None) -> jax.Array:
-    r"""The logarithm of the evidence, :math:`-\sum_i ℓ_i - \tfrac12 δ |θ|^2 + \tfrac12 \sum_k \log δ / (λ_k + δ)`.
+    r"""Computes the log evidence :math:`-\sum_i ℓ_i - \tfrac12 δ |θ|^2 + \tfrac12 \sum_k \log δ / (λ_k + δ)`.
 
     Args:
-      posterior: from `last_layer` or `kronecker`; `θ` are the parameters that it is over, `λ` the eigenvalues of the
-        curvature.
-      prior_precision: another `δ`, above 0; None: that of the posterior.
+      posterior: a posterior from `last_layer` or `kronecker`. `θ` are the parameters that it covers, and `λ` the
+        eigenvalues of the curvature.
+      prior_precision: the prior precision `δ`, above 0; None uses that of the posterior.
 
     Returns:
-      A scalar, differentiable by `prior_precision`.
+      The log evidence, a scalar that is differentiable with respect to `prior_precision`.
 
     Raises:
       ValueError: `prior_precision` is not above 0.
@@ -174,20 +176,20 @@ def log_marginal_likelihood(posterior: Posterior, prior_precision: float | jax.A
 
 
 def predict(net: Network, posterior: Posterior, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    r"""The outputs and their covariance :math:`J (G + δ I)^{-1} J^T`, with the network linearized at its parameters.
+    r"""Predicts with the linearized network: the outputs and their covariance :math:`J (G + δ I)^{-1} J^T`.
 
-    It is the uncertainty of the outputs; a measurement has the variance of its noise in addition.
+    The covariance is that of the outputs; for the variance of a measurement, add the variance of its noise.
 
     Args:
-      net: as it was given for the posterior.
-      posterior: from `last_layer` or `kronecker`.
+      net: the network for which the posterior was computed.
+      posterior: a posterior from `last_layer` or `kronecker`.
       x: inputs, `[batch, dims[0]]`.
 
     Returns:
       `(outputs, covariance)`, `[batch, dims[-1]]` and `[batch, dims[-1], dims[-1]]`.
 
     Raises:
-      ValueError, TypeError: as for `Network.example_gradients`.
+      ValueError, TypeError: for the same reasons as `Network.example_gradients`.
 
     Source: Immer et al. 2021, Improving Predictions of Bayesian Neural Nets via Local Linearization; derived in
     docs/background/derivations.md#laplace.
@@ -219,25 +221,26 @@ def predict(net: Network, posterior: Posterior, x: jax.Array) -> tuple[jax.Array
 
 
 def probabilities(outputs: jax.Array, covariance: jax.Array) -> jax.Array:
-    r"""The expected probabilities for Gaussian logits `m`.
+    r"""Approximates the expected softmax probabilities for Gaussian logits with mean `m`.
 
     .. math:: p_c ∝ 1 / \sum_k \exp((m_k - m_c) / \sqrt{1 + π v_{ck} / 8})
 
-    `v` are the variances of the differences of two logits, so that nothing depends on what is added to all of them.
+    `v_{ck}` is the variance of the difference of logits `c` and `k`, so the result does not change if one number is
+    added to all logits.
 
     Args:
-      outputs: logits `m`, `[..., classes]`.
-      covariance: of the logits, `[..., classes, classes]`.
+      outputs: the mean logits `m`, `[..., classes]`.
+      covariance: the covariance of the logits, `[..., classes, classes]`.
 
     Returns:
-      `[..., classes]`.
+      The probabilities, `[..., classes]`.
 
     Raises:
-      ValueError: the shapes do not fit.
-      TypeError: not floating-point numbers.
+      ValueError: the shapes do not match.
+      TypeError: the arguments are not floating-point arrays.
 
-    Source: MacKay 1992, The Evidence Framework Applied to Classification Networks, for two classes; for more, each pair
-    of classes by itself. It is an approximation: derived in docs/background/derivations.md#laplace.
+    Source: MacKay 1992, The Evidence Framework Applied to Classification Networks, for two classes; applied here to
+    each pair of classes and derived in docs/background/derivations.md#laplace.
 
     Example:
       >>> probabilities(jnp.array([2.0, 0.0]), jnp.diag(jnp.array([8.0, 8.0])))
@@ -259,20 +262,20 @@ def probabilities(outputs: jax.Array, covariance: jax.Array) -> jax.Array:
 
 
 def sample(key: jax.Array, posterior: Posterior) -> Params:
-    """Parameters drawn from the posterior; `jax.vmap` over keys draws an ensemble.
+    """Draws parameters from the posterior; use `jax.vmap` over keys to draw an ensemble.
 
-    The network at drawn parameters predicts worse than its linearization does, which the curvature is that of: for
-    predictions use `predict`.
+    For predictions, use `predict`. The posterior belongs to the linearized network, and the network itself predicts
+    worse with sampled parameters.
 
     Args:
       key: a random key.
-      posterior: from `last_layer` or `kronecker`.
+      posterior: a posterior from `last_layer` or `kronecker`.
 
     Returns:
-      The structure, shapes and dtypes of the parameters; those that are held fixed as they are.
+      Parameters with the structure, shapes and dtypes of `posterior.params`; layers that are held fixed are unchanged.
 
     Raises:
-      TypeError: no key.
+      TypeError: `key` is not a random key.
 
     Example:
       >>> net = fcfunc.mlp([1, 1], use_bias=False)
@@ -300,7 +303,7 @@ def sample(key: jax.Array, posterior: Posterior) -> Params:
 
 
 def _drawn(key, block, delta):
-    """`(G + δ I)^(−1/2) z`: the symmetric root, which does not depend on how the eigenvectors were chosen."""
+    """`(G + δ I)^(−1/2) z` with the symmetric square root, which does not depend on the choice of eigenvectors."""
     if isinstance(block, Eigen):
         z = jax.random.normal(key, block.values.shape, block.values.dtype)
         z = jnp.einsum("...ik,...i->...k", block.vectors, z) / jnp.sqrt(block.values + delta)
@@ -312,14 +315,14 @@ def _drawn(key, block, delta):
 
 
 def _covariance(jacobian, block: Eigen, delta):
-    """`J (G + δ I)⁻¹ Jᵀ` for a whole block; `jacobian` is `[outputs, ..., batch, *, *]` with the last two flattened."""
+    """`J (G + δ I)⁻¹ Jᵀ` for a full block, over the last two axes of `jacobian`, `[outputs, ..., batch, *, *]`."""
     j = jacobian.reshape(*jacobian.shape[:-2], -1)
     rotated = jnp.einsum("c...bi,...ik->c...bk", j, block.vectors)
     return _over_layers(jnp.einsum("c...bk,d...bk,...k->...bcd", rotated, rotated, 1 / (block.values + delta)))
 
 
 def _kronecker_covariance(h, g, block: Factors, delta):
-    """The same for the weights of a layer: Σ over the eigenvectors of both factors."""
+    """The same for the weights of a layer, as a sum over the eigenvectors of both factors."""
     h = jnp.matmul(h, block.inputs.vectors) ** 2
     g = jnp.einsum("c...bo,...ol->c...bl", g, block.cotangents.vectors)
     by_column = jnp.matmul(h, 1 / (_products(block) + delta))
@@ -331,7 +334,7 @@ def _over_layers(covariance):
 
 
 def _augmented(layer) -> tuple[jax.Array, jax.Array]:
-    """The inputs of a layer, with a 1 for the bias, and the derivatives by its affine output."""
+    """The inputs of a layer, with a 1 appended for the bias, and the derivatives with respect to its affine output."""
     inputs, g = layer["w"]
     if "b" in layer:
         inputs = jnp.pad(inputs, [*[(0, 0)] * (inputs.ndim - 1), (0, 1)], constant_values=1)
@@ -355,7 +358,7 @@ def _eigenvalues(blocks: list) -> list[jax.Array]:
 
 
 def _squared_norm(posterior: Posterior) -> Any:
-    """`|θ|²` of the parameters that the posterior is over."""
+    """`|θ|²` of the parameters that the posterior covers."""
     covered = [p for block, p in zip(posterior.blocks, posterior.params, strict=True) if block is not None]
     return sum(jnp.sum(upcast(a) ** 2) for a in jax.tree.leaves(covered))
 
@@ -381,18 +384,19 @@ def _check_precision(where: str, delta) -> None:
 
 
 def _best_precision(where: str, posterior: Posterior) -> jax.Array:
-    """The `δ` of the largest evidence, at which `Σ λ/(λ + δ) = δ |θ|²`: it is between 0 and the count over `|θ|²`.
+    """The `δ` that maximizes the evidence, where `Σ λ/(λ + δ) = δ |θ|²`; it is at most the number of `λ` over `|θ|²`.
 
-    The left side divided by `δ` falls from infinity to 0, so there is one such `δ`, found by bisection of `log δ`.
+    The left side divided by `δ` falls monotonically from infinity to 0, so the solution is unique; it is found by
+    bisection of `log δ`.
     """
     values, squared = _eigenvalues(posterior.blocks), _squared_norm(posterior)
     curved = jnp.max(jnp.stack([jnp.max(v, initial=0) for v in values])) > 0
     if not _layout.is_tracer(curved):
         if not curved:
-            advice = "it must be of logits, not of their logarithms or of a piecewise linear loss"
-            raise ValueError(f"{where}: the loss has no curvature by the outputs of the network: {advice}")
+            advice = "use a loss of logits, not of log-probabilities or a piecewise linear loss"
+            raise ValueError(f"{where}: the loss has no curvature with respect to the network's outputs; {advice}")
         if not squared > 0:
-            raise ValueError(f"{where}: the parameters are all 0, and so no prior precision is best; give one")
+            raise ValueError(f"{where}: the parameters are all 0, so no prior precision is optimal; pass one")
     tiny = jnp.finfo(squared.dtype).tiny
     high = jnp.log(sum(v.size for v in values) / jnp.maximum(squared, tiny))
 

@@ -1,8 +1,8 @@
-"""What can be computed from the gradients of single examples without forming any of them.
+"""Functions of per-example gradients that never form those gradients.
 
-`Network.example_gradients` returns, for each example of a batch, its gradient in factors: an `Outer` for the weights of
-a layer and `Rows` for the other leaves, in the structure of the parameters. Nothing of the size of batch times
-parameters is formed here, except by `materialized`.
+`Network.example_gradients` returns the gradient of each example in factored form, with the structure of the parameters:
+an `Outer` for the weights of a layer and `Rows` for every other leaf. Only `materialized` allocates an array with the
+size of batch times parameters.
 """
 
 from collections.abc import Callable
@@ -22,11 +22,11 @@ __all__ = [
 
 
 class Outer(NamedTuple):
-    """Gradients by the weights of a layer: those of example `i` are `inputs[i] ⊗ cotangents[i]`.
+    """Gradients with respect to the weights of a layer; that of example `i` is `inputs[i] ⊗ cotangents[i]`.
 
     Attributes:
-      inputs: of the layer, `[batch, fan_in]`; for stacked layers `[layers, batch, width]`.
-      cotangents: of its affine output, `[batch, fan_out]`, with `layers` in front likewise.
+      inputs: the inputs of the layer, `[batch, fan_in]`; for stacked layers `[layers, batch, width]`.
+      cotangents: the cotangents of its affine output, `[batch, fan_out]`; for stacked layers `[layers, batch, width]`.
     """
 
     inputs: jax.Array
@@ -34,27 +34,27 @@ class Outer(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Gradients by a bias, a scale or an offset, which are as small as the outputs of their layer.
+    """Gradients with respect to a bias, scale or offset, one row per example.
 
     Attributes:
-      values: `[batch, fan_out]`; for stacked layers `[layers, batch, width]`.
+      values: the gradients, `[batch, fan_out]`; for stacked layers `[layers, batch, width]`.
     """
 
     values: jax.Array
 
 
 def leaf_squared_norms(gradients) -> Any:
-    r"""The squared norm of each example's gradient, leaf by leaf: :math:`|h_i|^2 |g_i|^2` for weights.
+    r"""Computes the squared norm of each example's gradient for each leaf: :math:`|h_i|^2 |g_i|^2` for weights.
 
     Args:
-      gradients: from `Network.example_gradients`.
+      gradients: per-example gradients from `Network.example_gradients`.
 
     Returns:
-      The structure of the parameters, with `[batch]` for each leaf, `[layers, batch]` for stacked layers, in at least
-      float32.
+      A pytree with the structure of the parameters, `[batch]` for each leaf or `[layers, batch]` for stacked layers, in
+      at least float32.
 
     Raises:
-      TypeError: `gradients` holds something that is not an `Outer` or `Rows`.
+      TypeError: a leaf of `gradients` is not an `Outer` or `Rows`.
 
     Source: derived in docs/background/derivations.md#gradients-of-single-examples.
 
@@ -68,7 +68,7 @@ def leaf_squared_norms(gradients) -> Any:
 
 def _leaf_squared_norms(where: str, gradients) -> Any:
     def scaled(a):
-        """The largest element of each row, and the squared norm of the row divided by it: no square underflows."""
+        """The largest element of each row, and the squared norm of the row divided by it, to avoid underflow."""
         a = upcast(a)
         largest = jnp.max(jnp.abs(a), axis=-1, initial=0)
         safe = jnp.where(largest == 0, 1, largest)
@@ -87,16 +87,16 @@ def _leaf_squared_norms(where: str, gradients) -> Any:
 
 
 def squared_norms(gradients) -> jax.Array:
-    """The squared norm of each example's whole gradient.
+    """Computes the squared norm of each example's gradient over all leaves.
 
     Args:
-      gradients: from `Network.example_gradients`.
+      gradients: per-example gradients from `Network.example_gradients`.
 
     Returns:
-      `[batch]`, in at least float32.
+      The squared norms, `[batch]`, in at least float32.
 
     Raises:
-      TypeError: `gradients` holds something that is not an `Outer` or `Rows`.
+      TypeError: a leaf of `gradients` is not an `Outer` or `Rows`.
 
     Example:
       >>> squared_norms([{"w": Outer(jnp.array([[1.0, 2.0]]), jnp.array([[3.0]]))}])
@@ -106,23 +106,23 @@ def squared_norms(gradients) -> jax.Array:
 
 
 def whole_squared_norms(where: str, gradients) -> jax.Array:
-    """`squared_norms`, with errors in the name of another function."""
+    """`squared_norms`, with error messages that name the function `where`."""
     norms = jax.tree.leaves(_leaf_squared_norms(where, gradients))
     return sum(jnp.sum(a, axis=0) if a.ndim > 1 else a for a in norms)  # type: ignore[return-value]
 
 
 def weighted_sum(gradients, weights: jax.Array) -> Any:
-    r"""The sum of the gradients, each times a weight of its own: :math:`\sum_i c_i h_i ⊗ g_i = H^T (c ∘ G)`.
+    r"""Computes a weighted sum of the gradients: :math:`\sum_i c_i h_i ⊗ g_i = H^T (c ∘ G)` for weights.
 
     Args:
-      gradients: from `Network.example_gradients`.
-      weights: `c`, `[batch]`.
+      gradients: per-example gradients from `Network.example_gradients`.
+      weights: the weight `c` of each example, `[batch]`.
 
     Returns:
-      The structure and the shapes of the parameters, in at least float32.
+      A pytree with the structure and shapes of the parameters, in at least float32.
 
     Raises:
-      TypeError: `gradients` holds something that is not an `Outer` or `Rows`.
+      TypeError: a leaf of `gradients` is not an `Outer` or `Rows`.
       ValueError: `weights` is not `[batch]`.
 
     Example:
@@ -138,9 +138,10 @@ def weighted_sum(gradients, weights: jax.Array) -> Any:
         raise ValueError(f"{where}: weights must be [{count}], one per example, got {list(np.shape(weights))}")
 
     def of_outer(h, g):
-        # dW = Hᵀ (c ∘ G), with G in the dtype in which the backward pass of `ops.affine` has it
+        # dW = Hᵀ (c ∘ G), with G in the dtype that the backward pass of `ops.affine` uses
         g = of_each(g).astype(g.dtype)
-        transposed = _layout.dot_sharding(jnp.swapaxes(g, -1, -2), h, g.ndim - 1)  # where both are sharded, like w
+        # If both are sharded, the result is sharded like w.
+        transposed = _layout.dot_sharding(jnp.swapaxes(g, -1, -2), h, g.ndim - 1)
         return matmul(jnp.swapaxes(h, -1, -2), g, transposed and _layout.transposed(transposed))
 
     def of_rows(r):
@@ -153,18 +154,18 @@ def weighted_sum(gradients, weights: jax.Array) -> Any:
 
 
 def clipped_sum(gradients, max_norm: float) -> Any:
-    r"""The sum of the gradients, each scaled down to a norm of at most `max_norm`: :math:`c_i = \min(1, C / |∇_i|)`.
+    r"""Sums the gradients after clipping each to a norm of at most `max_norm`: :math:`c_i = \min(1, C / |∇_i|)`.
 
     Args:
-      gradients: from `Network.example_gradients`.
-      max_norm: `C`, above 0: what one example can move the sum by, however large its gradient is.
+      gradients: per-example gradients from `Network.example_gradients`.
+      max_norm: the bound `C`, above 0, on the contribution of one example to the sum.
 
     Returns:
-      The structure and the shapes of the parameters, in at least float32. An example whose gradient is not finite makes
-      the sum NaN.
+      A pytree with the structure and shapes of the parameters, in at least float32. An example with a non-finite
+      gradient makes the sum NaN.
 
     Raises:
-      TypeError: `gradients` holds something that is not an `Outer` or `Rows`.
+      TypeError: a leaf of `gradients` is not an `Outer` or `Rows`.
       ValueError: `max_norm` is not above 0.
 
     Source: Goodfellow 2015, Efficient Per-Example Gradient Computations; Abadi et al. 2016, Deep Learning with
@@ -180,9 +181,9 @@ def clipped_sum(gradients, max_norm: float) -> Any:
 
 
 def clip_factors(where: str, gradients, squared: jax.Array, max_norm: float) -> jax.Array:
-    """`min(1, C / |∇|)`, and NaN where the norm is not finite, or for a traced `C` that is not above 0.
+    """`min(1, C / |∇|)`, or NaN if the norm is non-finite or a traced `C` is not above 0.
 
-    In half precision a little less, since `c ∘ G` is rounded: no example may move the sum by more than `C`.
+    In half precision it is slightly smaller, because `c ∘ G` is rounded and no example may contribute more than `C`.
     """
     if not _layout.is_tracer(max_norm) and not _arguments.number(where, max_norm=max_norm) > 0:
         raise ValueError(f"{where}: max_norm must be above 0, got {max_norm}")
@@ -193,20 +194,20 @@ def clip_factors(where: str, gradients, squared: jax.Array, max_norm: float) -> 
 
 
 def dot_products(gradients, others) -> jax.Array:
-    r"""The dot product of each example's gradient with each of the others': :math:`(h_i · h_j) (g_i · g_j)`.
+    r"""Computes the dot products between two sets of gradients: :math:`(h_i · h_j) (g_i · g_j)` for weights.
 
-    With itself this is the empirical neural tangent kernel of the losses; between training and test examples, their
-    similarity, or the first-order influence of a step on one on the loss of the other.
+    With `others` equal to `gradients`, this is the empirical neural tangent kernel of the losses. Between training and
+    test examples, it is the first-order influence of a gradient step on one example on the loss of the other.
 
     Args:
-      gradients, others: from `Network.example_gradients`, at the same parameters.
+      gradients, others: per-example gradients from `Network.example_gradients`, at the same parameters.
 
     Returns:
-      `[batch, others]`, in at least float32.
+      The dot products, `[batch, others]`, in at least float32.
 
     Raises:
-      TypeError: `gradients` holds something that is not an `Outer` or `Rows`.
-      ValueError: the two are not of one network.
+      TypeError: a leaf of `gradients` is not an `Outer` or `Rows`.
+      ValueError: the two come from different networks.
 
     Example:
       >>> outer = Outer(jnp.array([[3.0], [1.0]]), jnp.array([[1.0], [2.0]]))
@@ -219,7 +220,8 @@ def dot_products(gradients, others) -> jax.Array:
         _batch_size(where, **{name: given})
     widths = [jax.tree.map(lambda a: (*a.shape[:-2], a.shape[-1]), tree) for tree in (gradients, others)]
     if widths[0] != widths[1]:
-        raise ValueError(f"{where}: the gradients are not of one network, or one of them is of stacked layers")
+        advice = "both stacked or both unstacked"
+        raise ValueError(f"{where}: gradients and others must come from the same network, {advice}")
     flat, rest = (jax.tree.leaves(tree, is_leaf=is_factored) for tree in (gradients, others))
     total: Any = 0
     for a, b in zip(flat, rest, strict=True):
@@ -231,20 +233,20 @@ def dot_products(gradients, others) -> jax.Array:
 
 
 def along(gradients, direction) -> jax.Array:
-    r"""The dot product of each example's gradient with one direction: :math:`h_i^T V g_i` for weights.
+    r"""Computes the dot product of each example's gradient with a direction: :math:`h_i^T V g_i` for weights.
 
-    It is the change of each loss for a small step in that direction.
+    This is the rate of change of each loss along the direction.
 
     Args:
-      gradients: from `Network.example_gradients`.
-      direction: in the structure and shapes of the parameters.
+      gradients: per-example gradients from `Network.example_gradients`.
+      direction: a pytree with the structure and shapes of the parameters.
 
     Returns:
-      `[batch]`, in at least float32.
+      The dot products, `[batch]`, in at least float32.
 
     Raises:
-      TypeError: `gradients` holds something that is not an `Outer` or `Rows`.
-      ValueError: `direction` is not in the structure of the parameters.
+      TypeError: a leaf of `gradients` is not an `Outer` or `Rows`.
+      ValueError: `direction` does not have the structure and shapes of the parameters.
 
     Example:
       >>> outer = Outer(jnp.array([[1.0, 2.0]]), jnp.array([[3.0]]))
@@ -271,16 +273,16 @@ def along(gradients, direction) -> jax.Array:
 
 
 def materialized(gradients) -> Any:
-    """The gradients themselves, with a leading axis of the examples: for small networks, and to compare.
+    """Forms the per-example gradients with a leading axis for the examples; use it for small networks and in tests.
 
     Args:
-      gradients: from `Network.example_gradients`.
+      gradients: per-example gradients from `Network.example_gradients`.
 
     Returns:
-      The structure of the parameters, `[batch, ...]` for each leaf, as `jax.vmap(jax.grad(...))` returns it.
+      A pytree with the structure of the parameters and leaves `[batch, ...]`, as `jax.vmap(jax.grad(...))` returns.
 
     Raises:
-      TypeError: `gradients` holds something that is not an `Outer` or `Rows`.
+      TypeError: a leaf of `gradients` is not an `Outer` or `Rows`.
 
     Example:
       >>> materialized([{"w": Outer(jnp.array([[1.0, 2.0]]), jnp.array([[3.0]]))}])
@@ -295,14 +297,14 @@ def materialized(gradients) -> Any:
 
 
 class NoiseScale(NamedTuple):
-    """The size of the gradient and of its noise, as one batch shows them.
+    """The size of the gradient and of its noise, estimated from one batch.
 
     Attributes:
-      noise_scale: `tr Σ / |G|²`, the batch size at which the noise of a mean gradient is as large as the gradient. It
-        is negative or very large where the batch is too small to see the gradient at all.
-      squared_gradient: `|G|²` of the expected gradient, estimated without bias.
-      variance: `tr Σ`, the sum of the variances of one example's gradient, estimated without bias.
-      signal_to_noise: `|G|² / tr Σ` of each leaf, in the structure of the parameters.
+      noise_scale: `tr Σ / |G|²`, the batch size at which the noise of the mean gradient is as large as the gradient. It
+        is negative or very large if the batch is too small to resolve the gradient.
+      squared_gradient: an unbiased estimate of `|G|²`, the squared norm of the expected gradient.
+      variance: an unbiased estimate of `tr Σ`, the total variance of a single example's gradient.
+      signal_to_noise: `|G|² / tr Σ` of each leaf, in a pytree with the structure of the parameters.
     """
 
     noise_scale: jax.Array
@@ -312,19 +314,19 @@ class NoiseScale(NamedTuple):
 
 
 def noise_scale(gradients) -> NoiseScale:
-    r"""The simple gradient noise scale: :math:`\text{tr} Σ / |G|^2`.
+    r"""Estimates the simple gradient noise scale :math:`\text{tr} Σ / |G|^2`.
 
-    With `n` examples of gradients `∇_i` and mean `M`: :math:`\text{tr} Σ = (\sum |∇_i|^2 - n |M|^2) / (n - 1)` and
-    :math:`|G|^2 = |M|^2 - \text{tr} Σ / n`, both unbiased.
+    For `n` examples with gradients `∇_i` and mean `M`, the unbiased estimates are
+    :math:`\text{tr} Σ = (\sum |∇_i|^2 - n |M|^2) / (n - 1)` and :math:`|G|^2 = |M|^2 - \text{tr} Σ / n`.
 
     Args:
-      gradients: from `Network.example_gradients`, of at least two examples.
+      gradients: per-example gradients of at least two examples, from `Network.example_gradients`.
 
     Returns:
       A `NoiseScale`.
 
     Raises:
-      TypeError: `gradients` holds something that is not an `Outer` or `Rows`.
+      TypeError: a leaf of `gradients` is not an `Outer` or `Rows`.
       ValueError: fewer than two examples.
 
     Source: McCandlish et al. 2018, An Empirical Model of Large-Batch Training, appendix A.
@@ -338,21 +340,21 @@ def noise_scale(gradients) -> NoiseScale:
 
 
 def mean_with_noise_scale(losses: jax.Array, gradients, batch: Any, key: Any) -> tuple[jax.Array, Any, dict]:
-    """The mean gradient, and its noise as metrics: the `aggregate` of a `train.make_train_step` that reports them.
+    """Returns the mean gradient, with its noise as metrics; pass it as `aggregate` to `train.make_train_step`.
 
-    The training is that of the mean of the losses.
+    Training is the same as with the mean of the losses.
 
     Args:
-      losses, gradients: from `Network.example_gradients`, of at least two examples.
+      losses, gradients: the result of `Network.example_gradients` for at least two examples.
       batch, key: not used.
 
     Returns:
-      `(loss, gradient, metrics)`; the metrics are the fields of `NoiseScale`, the signal-to-noise ratio of each leaf
-      under a name such as `signal_to_noise[0]['w']`. A single batch gives a noisy `noise_scale`: divide the mean of
-      `variance` over some steps by that of `squared_gradient`.
+      `(loss, gradient, metrics)`. The metrics are the fields of `NoiseScale`; the signal-to-noise ratio of a leaf has a
+      name such as `signal_to_noise[0]['w']`. The `noise_scale` of a single batch is noisy: for a better estimate,
+      divide the mean of `variance` over several steps by the mean of `squared_gradient`.
 
     Raises:
-      ValueError, TypeError: as for `noise_scale`.
+      ValueError, TypeError: for the same reasons as `noise_scale`.
 
     Example:
       >>> import optax
@@ -379,11 +381,11 @@ def mean_with_noise_scale(losses: jax.Array, gradients, batch: Any, key: Any) ->
 def _mean_and_noise(where: str, gradients) -> tuple[Any, NoiseScale]:
     n = _batch_size(where, gradients=gradients)
     if n < 2:
-        raise ValueError(f"{where}: a variance needs at least two examples, got {n}")
+        raise ValueError(f"{where}: gradients must have at least two examples for a variance, got {n}")
     mean = jax.tree.map(lambda a: a / n, weighted_sum(gradients, jnp.ones(n)))
     squared_mean = jax.tree.map(lambda a: jnp.sum(a**2), mean)
     squared = jax.tree.map(jnp.sum, _leaf_squared_norms(where, gradients))
-    # tr Σ = (Σ |∇|² − n |M|²) / (n − 1), which only rounding makes negative,  |G|² = |M|² − tr Σ / n
+    # tr Σ = (Σ |∇|² − n |M|²) / (n − 1), negative only through rounding;  |G|² = |M|² − tr Σ / n
     variance = jax.tree.map(lambda s, m: jnp.maximum(s - n * m, 0) / (n - 1), squared, squared_mean)
     signal = jax.tree.map(lambda m, v: m - v / n, squared_mean, variance)
     whole_signal, whole_variance = (sum(jax.tree.leaves(tree)) for tree in (signal, variance))
@@ -392,28 +394,28 @@ def _mean_and_noise(where: str, gradients) -> tuple[Any, NoiseScale]:
 
 
 def losses_and_cotangents(where: str, loss_fn: Callable, outputs: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """One loss per row of the outputs, and the derivative of each by its row; NaN or an error if they mix rows."""
+    """The loss of each row of the outputs and its derivative by that row; NaN or an error if the loss mixes rows."""
     losses, pull = jax.vjp(loss_fn, outputs)
     batch = outputs.shape[0]
     if not isinstance(losses, jax.Array) or losses.shape != (batch,):
         given = _arguments.describe(losses) if isinstance(losses, jax.Array) else type(losses).__name__
         raise ValueError(f"{where}: loss_fn must return one loss per example, [{batch}], got {given}")
     (g,) = pull(_layout.reshard_like(jnp.ones_like(losses), losses))
-    # If each loss depends on its own row alone, cotangents c give c_i g_i: exactly, for powers of two.
+    # If each loss depends only on its own row, cotangents c give c_i g_i, exactly for powers of two.
     rng = np.random.default_rng(0)
     signs = np.where(np.arange(batch) % 2, -1.0, 1.0) * 2.0 ** rng.integers(0, 3, batch)
     c = _layout.reshard_like(jnp.asarray(signs, losses.dtype), losses)
     (scaled,) = pull(c)
     expected = upcast(g) * c[:, None].astype(sum_dtype(g.dtype))
     off = jnp.abs(upcast(scaled) - expected) > 1e-3 * jnp.max(jnp.abs(expected), axis=-1, keepdims=True)
-    # And its value does not change with the other rows, which `stop_gradient` hides from the cotangents.
+    # The values must not depend on other rows either, which `stop_gradient` would hide from the cotangents.
     odd = _layout.reshard_like(jnp.asarray(np.arange(batch) % 2 == 1), losses)
     for others in (odd, ~odd):
         moved = jnp.where(others[:, None], 1 - 3 * outputs, outputs)
         change = jnp.abs(upcast(loss_fn(moved)) - upcast(losses))
         size = jnp.abs(upcast(losses)) + upcast(jnp.max(jnp.abs(outputs), axis=-1, initial=0)).astype(change.dtype)
         off |= (~others & jnp.isfinite(losses) & ~(change <= 1e-5 * size))[:, None]
-    if _layout.is_tracer(off):  # row by row: on a mesh no device waits for another's rows
+    if _layout.is_tracer(off):  # row by row, so that no device of a mesh waits for the rows of another
         nan = jnp.where(jnp.any(off, axis=-1), jnp.nan, 0)
         return losses + nan.astype(losses.dtype), g + nan[:, None].astype(g.dtype)
     if bool(jnp.any(off)):
@@ -423,7 +425,7 @@ def losses_and_cotangents(where: str, loss_fn: Callable, outputs: jax.Array) -> 
 
 
 def _batch_size(where: str, **trees) -> int:
-    """The number of examples of factored gradients; TypeError or ValueError if they are not."""
+    """The number of examples in factored gradients; raises TypeError or ValueError for anything else."""
     ((name, gradients),) = trees.items()
     leaves = jax.tree.leaves(gradients, is_leaf=is_factored)
     if not leaves or not all(map(is_factored, leaves)):
@@ -431,7 +433,7 @@ def _batch_size(where: str, **trees) -> int:
         raise TypeError(f"{where}: {name} must come from Network.example_gradients, got {wrong} among the leaves")
     counts = {a.shape[-2] for leaf in leaves for a in leaf}
     if len(counts) > 1:
-        raise ValueError(f"{where}: the leaves of {name} differ in the number of examples: {sorted(counts)}")
+        raise ValueError(f"{where}: all leaves of {name} must have the same number of examples, got {sorted(counts)}")
     return counts.pop()
 
 
@@ -445,6 +447,6 @@ def _by_leaf(where: str, of_outer: Callable, of_rows: Callable, gradients) -> An
 
 
 def matmul(a, b, sharding=None):
-    """`a b` for stacks of matrices, summed in at least float32, on a mesh sharded like the rows of `a`, or as given."""
+    """`a @ b` for stacks of matrices with at least float32 accumulation, sharded like the rows of `a` by default."""
     sharding = sharding or _layout.dot_sharding(a, b, a.ndim - 1)
     return jnp.matmul(a, b, preferred_element_type=sum_dtype(a.dtype), out_sharding=sharding)

@@ -1,14 +1,23 @@
-"""Differentially private training: clipped gradients with noise, random batches, and what they guarantee.
+"""Differentially private training (DP-SGD): clipped, noisy gradients, Poisson-sampled batches, and privacy accounting.
 
-The guarantee: the parameters after all steps are (ε, δ)-differentially private with respect to adding or removing one
-example, if every batch is drawn by `poisson_batch` with a key of its own, every step uses `private_mean`, and `epsilon`
-is given the rate, the noise multiplier and the number of all steps that were taken. It does not cover what is published
-besides the parameters: the metrics of a step, a choice of hyperparameters or of a step by looking at the data, and
-statistics of the data such as a standardization. The rate and the expected batch size must be fixed without looking at
-the data, and the loss and the inputs of an example must depend on that example alone: clipping does not bound a loss
-that is divided by the number of included examples. The keys must be secret, drawn from the operating system and used
-for one run alone, and a saved state holds one: what two runs with one key publish shares its noise. Arithmetic is in
-floating-point numbers, and the random numbers are those of `jax.random`, which are not made for cryptography.
+The final parameters are (ε, δ)-differentially private with respect to adding or removing one example, if
+
+- every batch is drawn by `poisson_batch` with a new key,
+- every step uses `private_mean`, and
+- `epsilon` is called with the sampling rate, the noise multiplier and the total number of steps that were taken.
+
+The guarantee covers the parameters and nothing else. It does not cover the metrics of a step, hyperparameters or a step
+chosen by looking at the data, or statistics of the data such as a standardization.
+
+The guarantee needs the following:
+
+- The rate and the expected batch size are fixed without looking at the data.
+- The loss and the inputs of an example depend only on that example. Clipping does not bound a loss that is divided by
+  the number of included examples.
+- The keys are secret, come from the operating system's random source, and are used for a single run. Two runs with the
+  same key share their noise. A saved state contains its key.
+
+The arithmetic is in floating point, and `jax.random` is not a cryptographic generator.
 """
 
 from __future__ import annotations  # short signatures in help()
@@ -26,19 +35,19 @@ from fcfunc._rule import upcast
 __all__ = ["PoissonBatch", "batch_capacity", "epsilon", "noise_multiplier", "poisson_batch", "private_mean"]
 
 OVERFLOW = 1e-12
-"""The probability with which a random batch is larger than its capacity, and some of its examples are left out."""
+"""The probability that a random batch exceeds its capacity, so that some of its examples are dropped."""
 
 
 LEAST_NOISE = 0.2
-"""The noise multiplier below which the accountant needs gigabytes, and there is hardly any privacy."""
+"""The smallest noise multiplier; below it, the accountant needs gigabytes and there is hardly any privacy."""
 
 
 class PoissonBatch(NamedTuple):
-    """A batch of a random number of examples, in arrays of a fixed size.
+    """A batch with a random number of examples, in arrays of a fixed size.
 
     Attributes:
-      examples: arrays `[capacity, ...]`, in the structure of the data; those that are not included repeat an example.
-      included: `[capacity]`, booleans.
+      examples: arrays `[capacity, ...]` in the structure of the data; rows that are not included repeat an example.
+      included: which rows are included, booleans `[capacity]`.
     """
 
     examples: Any
@@ -46,13 +55,13 @@ class PoissonBatch(NamedTuple):
 
 
 def batch_capacity(count: int, rate: float) -> int:
-    """The size of the arrays of a batch that holds each of `count` examples with probability `rate`.
+    """Returns the array size of a batch that includes each of `count` examples with probability `rate`.
 
-    More examples than that are drawn with a probability below 1e-12, by the Chernoff bound.
+    By the Chernoff bound, more examples are drawn with a probability below 1e-12.
 
     Args:
       count: the number of examples, at least 1.
-      rate: above 0 and at most 1.
+      rate: the sampling rate, above 0 and at most 1.
 
     Returns:
       The capacity, at most `count`.
@@ -73,7 +82,7 @@ def batch_capacity(count: int, rate: float) -> int:
         return -count * (a * math.log(a / rate) + rest)
 
     low, high = max(math.ceil(rate * count), 1), count
-    while low < high:  # the smallest capacity that others than one example fill with a small enough probability
+    while low < high:  # the smallest capacity with a small enough tail probability
         middle = (low + high) // 2
         if log_tail(middle) <= math.log(OVERFLOW):
             high = middle
@@ -83,20 +92,20 @@ def batch_capacity(count: int, rate: float) -> int:
 
 
 def poisson_batch(key: jax.Array, data: Any, *, rate: float) -> PoissonBatch:
-    """A batch that includes each example with probability `rate`, independently: Poisson sampling.
+    """Draws a batch by Poisson sampling: it includes each example independently with probability `rate`.
 
     Args:
-      key: a random key, another one for each step.
-      data: arrays that share their leading axis, the examples.
-      rate: above 0 and at most 1; `rate` times the number of examples are included on average.
+      key: a random key; use a new one for each step.
+      data: a pytree of arrays with the examples along their common leading axis.
+      rate: the sampling rate, above 0 and at most 1; the average batch has `rate` times the number of examples.
 
     Returns:
-      A `PoissonBatch` of `batch_capacity` examples, also inside a compiled function. Data whose examples are divided
-      over the devices of a mesh give a batch that is too, with room for a few more if they do not divide the capacity.
+      A `PoissonBatch` of `batch_capacity` examples, also inside a compiled function. If the examples of `data` are
+      sharded over a mesh, so is the batch, and its size is rounded up to a multiple of the number of devices.
 
     Raises:
-      ValueError: `rate` is out of range; the arrays differ in their number of examples.
-      TypeError: no key.
+      ValueError: `rate` is out of range, or the arrays differ in their number of examples.
+      TypeError: `key` is not a random key.
 
     Source: Abadi et al. 2016, Deep Learning with Differential Privacy, section 3.1.
 
@@ -112,7 +121,7 @@ def poisson_batch(key: jax.Array, data: Any, *, rate: float) -> PoissonBatch:
     over = _layout.example_axes(shardings)
     devices = over.devices if over else 1
     capacity = devices * math.ceil(batch_capacity(count, rate) / devices)
-    # Bits, and not uniform floats, which would include each example a little too often.
+    # Integer bits, because uniform floats would include each example slightly too often.
     threshold = min(math.floor(_rate(where, rate) * 2**32), 2**32 - 1)
     drawn = jax.random.bits(key, (count,), jnp.uint32) < jnp.uint32(threshold)
     (indices,) = jnp.nonzero(drawn, size=capacity, fill_value=0)
@@ -122,26 +131,26 @@ def poisson_batch(key: jax.Array, data: Any, *, rate: float) -> PoissonBatch:
 
 
 def private_mean(*, max_norm: float, noise_multiplier: float, expected_batch_size: float) -> Callable:
-    r"""The gradient of a private step, as the `aggregate` of `train.make_train_step`: clipped, summed, with noise.
+    r"""Returns an `aggregate` for `train.make_train_step` that clips and sums the gradients and adds noise.
 
     .. math:: \Big(\sum_i ∇_i \min(1, C / |∇_i|) + C σ z\Big) / B, \quad z \sim N(0, I)
 
-    Examples that are not included count as 0. So does an example whose gradient is not finite, whose clipped gradient
-    would be undefined: the guarantee holds for it too. If `metrics["loss"]` is NaN and `clipped` is 1 in every
-    step, the loss mixes examples, all of them count as 0, and the parameters move by the noise alone.
+    Examples that are not included contribute 0. So do examples with a non-finite gradient, whose clipped gradient would
+    be undefined, so the guarantee holds for them too. If `metrics["loss"]` is NaN and `clipped` is 1 in every step, the
+    loss mixes examples: all of them contribute 0, and the updates are pure noise.
 
     Args:
-      max_norm: `C`, above 0: what an example adds to the sum at most.
-      noise_multiplier: `σ`, at least 0; with 0 there is no privacy, only clipping.
+      max_norm: the bound `C`, above 0, on the contribution of one example to the sum.
+      noise_multiplier: `σ`, at least 0; with 0, gradients are clipped but there is no privacy.
       expected_batch_size: `B`, the sampling rate times the number of examples; the actual number is not private.
 
     Returns:
       `aggregate(losses, gradients, batch, key) -> (loss, gradient, metrics)`. The metrics, which are NOT private, are
-      `included`, the number of examples, and `clipped`, the fraction of them whose gradient was larger than `C`.
+      `included`, the number of included examples, and `clipped`, the fraction of them whose gradient norm exceeds `C`.
 
     Raises:
-      ValueError: a number out of range.
-      TypeError: a step is given a batch that is not from `poisson_batch`.
+      ValueError: a number is out of range.
+      TypeError: the batch of a step does not come from `poisson_batch`.
 
     Source: Abadi et al. 2016, Deep Learning with Differential Privacy, algorithm 1.
 
@@ -171,14 +180,14 @@ def private_mean(*, max_norm: float, noise_multiplier: float, expected_batch_siz
         if not isinstance(batch, PoissonBatch):
             given = type(batch).__name__
             raise TypeError(
-                f"{where}: a step needs a batch from privacy.poisson_batch, as the guarantee does, got {given}"
+                f"{where}: the batch must come from privacy.poisson_batch, which the guarantee requires, got {given}"
             )
         squared = per_example.whole_squared_norms(where, gradients)
         if not losses.shape == squared.shape == batch.included.shape:
             shapes = f"{list(losses.shape)}, {list(squared.shape)} and {list(batch.included.shape)}"
-            raise ValueError(f"{where}: losses, gradients and batch must have as many examples, got {shapes}")
+            raise ValueError(f"{where}: losses, gradients and batch must have equal numbers of examples, got {shapes}")
         counted = batch.included & jnp.isfinite(squared)
-        # 0 in the rows themselves: a factor of 0 would leave a NaN as it is
+        # set the rows themselves to 0, because 0 times NaN is NaN
         gradients = jax.tree.map(lambda a: jnp.where(counted[:, None], a, 0), gradients)
         factors = per_example.clip_factors(where, gradients, jnp.where(counted, squared, 0), clip)
         total = per_example.weighted_sum(gradients, factors)
@@ -195,29 +204,30 @@ def private_mean(*, max_norm: float, noise_multiplier: float, expected_batch_siz
 
 
 def _gaussian(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
-    """Standard normal numbers with tails up to 10: in float32 those of `jax.random.normal` end at 5.2.
+    """Standard normal numbers with tails up to 10; in float32, those of `jax.random.normal` end at 5.2.
 
-    An output beyond the end of the tails would show that an example is there, with a probability that can exceed δ.
+    An output beyond the end of the tails would reveal an example, with a probability that can exceed δ.
     """
     return jnp.sum(jax.random.normal(key, (4, *shape), dtype), axis=0) / 2
 
 
 def epsilon(*, rate: float, noise_multiplier: float, steps: int, delta: float) -> float:
-    """The ε of the parameters after a number of steps, for adding or removing one example.
+    """Computes the ε of the parameters after the given number of steps, for adding or removing one example.
 
-    Needs dp-accounting: `pip install "fcfunc[privacy]"`.
+    It uses the privacy loss distribution of the subsampled Gaussian mechanism. Needs dp-accounting:
+    `pip install "fcfunc[privacy]"`.
 
     Args:
-      rate: of `poisson_batch`.
-      noise_multiplier: of `private_mean`, at least 0.2.
-      steps: all steps that were taken, at least 1: `int(state.step)`.
-      delta: δ, above 0 and below 1; well below one over the number of examples.
+      rate: the sampling rate of `poisson_batch`.
+      noise_multiplier: the noise multiplier of `private_mean`, at least 0.2.
+      steps: the total number of steps that were taken, at least 1: `int(state.step)`.
+      delta: δ, above 0 and below 1; choose it well below one over the number of examples.
 
     Returns:
-      ε, from the distribution of the privacy loss of the subsampled Gaussian mechanism.
+      ε, a float.
 
     Raises:
-      ValueError: a number out of range.
+      ValueError: a number is out of range.
       ImportError: dp-accounting is not installed.
 
     Source: Koskela et al. 2020, Computing Tight Differential Privacy Guarantees Using FFT; the dp-accounting library.
@@ -235,12 +245,12 @@ def epsilon(*, rate: float, noise_multiplier: float, steps: int, delta: float) -
 
 
 def _checked(where: str, rate, steps, delta) -> tuple[Any, float, int, float]:
-    """The accounting library, the rate, the steps, and the δ that is left to the noise."""
+    """The accounting library, the rate, the steps, and the δ that remains for the noise."""
     rate, delta = _rate(where, rate), _arguments.number(where, delta=delta)
     _arguments.positive(where, steps=steps)
     if not 0 < delta < 1:
         raise ValueError(f"{where}: delta must be above 0 and below 1, got {delta}")
-    # What exceeds the capacity of a batch is left out: a step's δ grows by at most OVERFLOW.
+    # Examples beyond the capacity of a batch are dropped, which adds at most OVERFLOW to the δ of each step.
     if steps * OVERFLOW >= delta / 2:
         raise ValueError(f"{where}: delta must be above {2 * steps * OVERFLOW:g} for {steps} steps, got {delta}")
     return _accounting(), rate, int(steps), delta - steps * OVERFLOW
@@ -256,17 +266,17 @@ def _spent(accounting, rate: float, sigma: float, steps: int, delta: float) -> f
 
 
 def noise_multiplier(*, epsilon: float, rate: float, steps: int, delta: float) -> float:
-    """The smallest noise multiplier, to three digits, with which the parameters have an ε of at most `epsilon`.
+    """Finds the smallest noise multiplier, to three digits, for which the parameters have at most the given ε.
 
     Args:
-      epsilon: above 0.
-      rate, steps, delta: as for the function `epsilon`.
+      epsilon: the target ε, above 0.
+      rate, steps, delta: the sampling rate, the number of steps and δ, as in the function `epsilon`.
 
     Returns:
       The `noise_multiplier` for `private_mean`.
 
     Raises:
-      ValueError: a number out of range.
+      ValueError: a number is out of range, or no noise multiplier reaches `epsilon`.
       ImportError: dp-accounting is not installed.
 
     Example:
@@ -287,7 +297,7 @@ def noise_multiplier(*, epsilon: float, rate: float, steps: int, delta: float) -
             given = f"epsilon={target}, rate={rate}, steps={steps} and delta={delta:g}"
             raise ValueError(f"{where}: found no noise multiplier for {given}") from None
 
-    # Rényi privacy is quick, and needs a little more noise than the distribution of the loss, which is slow.
+    # Rényi accounting is fast and a little pessimistic: it brackets the slow privacy loss distribution.
     orders = [*range(2, 65), *(2**k for k in range(7, 16))]
     high = max(calibrated(lambda: accounting.rdp.RdpAccountant(orders), tol=1e-3), LEAST_NOISE)
     low = max(0.7 * high, LEAST_NOISE)

@@ -1,9 +1,9 @@
 """scikit-learn estimators: `MLPClassifier` and `MLPRegressor`, built on `fcfunc.mlp`, `train.fit` and the losses.
 
-They take the parameters of scikit-learn's estimators of the same names, start from the same weights, minimize the same
-loss, and add norms, dropout, residual connections, class weights and any optax optimizer. float64 input is trained in
-float64, as in scikit-learn; float32 input is faster. Hyperparameters that are numbers are arguments of the compiled
-program, so that a search over them compiles once.
+They accept the parameters of scikit-learn's estimators of the same names, start from the same weights, and minimize the
+same loss. They add norms, dropout, residual connections, class weights and any optax optimizer. As in scikit-learn,
+float64 input is trained in float64; float32 input is faster. Numerical hyperparameters are arguments of the compiled
+program, so a search over them compiles once.
 """
 
 import contextlib
@@ -38,13 +38,13 @@ from fcfunc.network import NORMS, Network
 __all__ = ["MLPClassifier", "MLPRegressor"]
 
 ACTIVATIONS = {"identity": "linear", "logistic": "sigmoid"}
-"""scikit-learn's names of activations that are called otherwise here."""
+"""scikit-learn's names of activations that have a different name in this library."""
 
 SMALLEST_RATE = 1e-6
-"""Below it the adaptive learning rate ends the training instead of falling further."""
+"""The adaptive learning rate at which training stops instead of reducing it further."""
 
 ROWS = 4096
-"""The most rows that are predicted at a time."""
+"""The maximum number of rows per call of the network in predictions."""
 
 OF_ROWS = {
     "softmax": losses.softmax_cross_entropy_with_integer_labels,
@@ -52,15 +52,15 @@ OF_ROWS = {
     "identity": lambda outputs, y: 0.5 * jnp.sum(losses.squared_error(outputs, y), axis=-1),
     "exp": lambda outputs, y: jnp.sum(jnp.exp(outputs) - y * outputs, axis=-1),
 }
-"""The loss of each row, by the activation of the outputs; `exp` is that of Poisson regression, but for a constant."""
+"""The loss of each row by the output activation; `exp` is Poisson regression, up to a constant."""
 
 OUTPUTS = {"softmax": ops.softmax, "logistic": ops.sigmoid, "identity": lambda z: z, "exp": jnp.exp}
 
 
 class _MLP(BaseEstimator):
-    """What the two estimators share."""
+    """The code shared by the two estimators."""
 
-    # Of an estimator whose coefs_ and intercepts_ were set by hand.
+    # Defaults for an estimator whose coefs_ and intercepts_ were set by hand.
     _norm_params: Any = ()
     _norm_state: Any = ()
     _opt_state: Any = None
@@ -74,33 +74,33 @@ class _MLP(BaseEstimator):
         return tags
 
     def fit(self, X, y, sample_weight=None):
-        """Trains the network, from the start unless `warm_start`.
+        """Trains the network, from new weights unless `warm_start`.
 
         Args:
-          X: `[n, features]`: an array, a DataFrame or a sparse matrix, which is made dense.
-          y: `[n]`, or `[n, outputs]`.
-          sample_weight: `[n]`; None: 1 each.
+          X: the inputs, `[n, features]`: an array, a DataFrame or a sparse matrix, which is converted to a dense array.
+          y: the targets, `[n]` or `[n, outputs]`.
+          sample_weight: the weight of each example, `[n]`; None means 1.
 
         Returns:
           The estimator.
 
         Raises:
-          ValueError: a parameter out of range, X and y that do not fit, or a training that diverges.
+          ValueError: a parameter is out of range, X and y do not match, or training diverges.
         """
         return self._fit(X, y, sample_weight, incremental=False)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes a fitted estimator to a safetensors file, which `load` reads; nothing is pickled.
+        """Saves a fitted estimator to a safetensors file without pickle; `load` reads it.
 
-        The state of the optimizer and parameters that are not plain data, such as an optax optimizer or a function, are
-        left out: further training starts with a new one.
+        The optimizer state, and parameters that are not plain data, such as an optax optimizer or a function, are not
+        saved. Further training starts with a new optimizer state.
 
         Args:
-          path: the file, `*.safetensors` by convention.
+          path: the file to write, by convention `*.safetensors`.
 
         Raises:
-          NotFittedError: it is not fitted.
-          TypeError: the activation is a function.
+          NotFittedError: the estimator is not fitted.
+          TypeError: the activation is a function, or the classes are not strings, numbers or booleans.
           ImportError: safetensors is not installed.
           OSError: the file cannot be written.
         """
@@ -119,7 +119,7 @@ class _MLP(BaseEstimator):
         classes = getattr(self, "classes_", None)
         if classes is not None and classes.dtype.kind in "OU":
             if not all(isinstance(name, str) for name in classes):
-                raise TypeError(f"save: classes that are strings, numbers or booleans expected, got {classes!s:.80}")
+                raise TypeError(f"save: classes must be strings, numbers or booleans, got {classes!s:.80}")
             config |= {"classes": classes.tolist(), "classes_are_objects": classes.dtype == object}
         elif classes is not None:
             arrays["classes"] = classes
@@ -129,24 +129,24 @@ class _MLP(BaseEstimator):
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Any":
-        """Reads what `save` wrote.
+        """Loads an estimator that `save` wrote.
 
         Args:
-          path: the file.
+          path: the file to read.
 
         Returns:
-          A fitted estimator.
+          The fitted estimator.
 
         Raises:
           ImportError: safetensors is not installed.
-          FileNotFoundError: there is no such file.
+          FileNotFoundError: the file does not exist.
           ValueError: the file is damaged, or was not written by this class's `save`.
         """
-        with jax.enable_x64(True):  # float64 stays
+        with jax.enable_x64(True):  # keep float64
             arrays, config = params_file.load(path)
         if not isinstance(config, dict) or config.get("estimator") != cls.__name__:
             found = config.get("estimator") if isinstance(config, dict) else None
-            raise ValueError(f"{path}: a fitted {cls.__name__} expected, got {found or 'another file'}")
+            raise ValueError(f"{path}: expected a fitted {cls.__name__}, got {found or 'a different kind of file'}")
         options = config["options"].items()
         estimator = cls(**{name: _given(value) for name, value in options})
         for name, value in config["fitted"].items():
@@ -165,14 +165,14 @@ class _MLP(BaseEstimator):
         return estimator
 
     def to_network(self) -> tuple[Network, list, Any]:
-        """The fitted network, for the rest of fcfunc.
+        """Returns the fitted network for use with the rest of fcfunc.
 
         Returns:
-          `(net, params, state)`, as from `fcfunc.convert.from_sklearn`: the outputs of the network are those of
-          `predict_proba`, for two classes the probability of the second one, or of `predict`.
+          `(net, params, state)`, as `fcfunc.convert.from_sklearn` returns it. The outputs of the network are those of
+          `predict_proba` (for two classes, the probability of the second) or of a regressor's `predict`.
 
         Raises:
-          NotFittedError: it is not fitted.
+          NotFittedError: the estimator is not fitted.
         """
         check_is_fitted(self)
         final = {"softmax": "softmax", "logistic": "sigmoid", "identity": None, "exp": jnp.exp}[self.out_activation_]
@@ -201,7 +201,7 @@ class _MLP(BaseEstimator):
         return self
 
     def _initialize(self, X, y, rng):
-        """The weights that scikit-learn draws, and a record without epochs."""
+        """Draws the same weights as scikit-learn and resets the training record."""
         self.out_activation_ = self._out_activation()
         self.n_outputs_ = len(self.classes_) if self.out_activation_ == "softmax" else y.shape[1]
         self.coefs_, self.intercepts_, self._norm_params, self._norm_state = [], [], [], []
@@ -224,22 +224,23 @@ class _MLP(BaseEstimator):
         self.best_loss_ = None if self.early_stopping else math.inf
 
     def _train(self, data, rng, incremental):
-        """Epochs of an optimizer, and scikit-learn's rules for when to stop."""
+        """Runs epochs of an optimizer, with scikit-learn's stopping rules."""
         if incremental and self.early_stopping:
             raise ValueError("partial_fit does not support early_stopping=True")
         net = self._network(data["x"].shape[1])
         held_out = None
         if self.early_stopping:
             data, held_out = self._split(data, rng)
-        key = jax.random.key(int(rng.randint(2**31)))  # after the split, whose examples are those of scikit-learn
+        # Drawn after the split, so that the split is the same as scikit-learn's.
+        key = jax.random.key(int(rng.randint(2**31)))
         n = len(data["x"])
         batch_size = min(200, n) if self.batch_size == "auto" else self.batch_size
-        if self.norm == "batch_norm" and self.batch_size == "auto":  # none of 1 example, which has no variance
+        if self.norm == "batch_norm" and self.batch_size == "auto":  # a batch of 1 example has no variance
             batch_size = next((size for size in range(batch_size, 1, -1) if n % size != 1), batch_size)
         batch_size = _arguments.fitting_batch_size(type(self).__name__, batch_size, n)
         if self.norm == "batch_norm" and (n % batch_size == 1 or n == 1):
             raise ValueError(
-                f"batch normalization needs at least 2 rows in each batch, {n} examples leave 1 in the last"
+                f"batch normalization needs at least 2 rows in each batch, but with {n} examples the last batch has 1"
             )
         epochs = 1 if incremental else self.max_iter
         steps = train.num_steps(n, epochs=1, batch_size=batch_size)
@@ -303,7 +304,7 @@ class _MLP(BaseEstimator):
             if best is None:
                 raise ValueError(f"{NOT_FINITE} ({diverged!s:.200})") from None
             warnings.warn(
-                f"Training diverged, and the best epoch is kept. ({diverged!s:.200})", ConvergenceWarning, stacklevel=4
+                f"Training diverged; keeping the best epoch. ({diverged!s:.200})", ConvergenceWarning, stacklevel=4
             )
             self.validation_scores_.append(math.nan)
         elif not done and not incremental:
@@ -314,7 +315,7 @@ class _MLP(BaseEstimator):
         self._store(*jax.device_get((params, carried["norm"])))
 
     def _split(self, data, rng):
-        """The examples to train on and those to stop by, with the same share of every class in both."""
+        """Splits the data into training and validation examples, stratified by class."""
         n = len(data["x"])
         options = {"test_size": self.validation_fraction, "random_state": rng}
         if isinstance(self, ClassifierMixin) and not self._multilabel and np.bincount(data["y"].ravel()).min() > 1:
@@ -328,7 +329,7 @@ class _MLP(BaseEstimator):
         return tuple({name: a[rows] for name, a in data.items()} for rows in (kept, held))
 
     def _held_out_score(self, net, state, held_out):
-        """The score of the held-out examples, appended to the record; NaN for outputs that are not finite."""
+        """The score of the held-out examples, which is appended to the record; NaN for non-finite outputs."""
         outputs = _outputs(net, self.out_activation_, state.params, state.model_state["norm"], held_out["x"])
         outputs = np.asarray(outputs)
         score = math.nan
@@ -340,9 +341,9 @@ class _MLP(BaseEstimator):
         return float(score)
 
     def _minimize(self, data):
-        """SciPy's L-BFGS-B on all examples."""
+        """Runs SciPy's L-BFGS-B on all examples."""
         if self.norm == "batch_norm" or self.dropout_rate:
-            raise ValueError("solver='lbfgs' takes neither norm='batch_norm' nor a dropout_rate")
+            raise ValueError("solver='lbfgs' supports neither norm='batch_norm' nor a dropout_rate")
         net, params = self._network(data["x"].shape[1]), self._params()
         value_and_grad = _value_and_grad(net, self.out_activation_)
         data = jax.tree.map(jnp.asarray, data)
@@ -369,7 +370,7 @@ class _MLP(BaseEstimator):
         X = validate_data(self, X, accept_sparse="csr", dtype=(np.float64, np.float32), reset=False)
         dtype = self.coefs_[0].dtype
         net, params = self._network(X.shape[1]), self._params()
-        # Padded to powers of two, so that few programs are compiled for many numbers of rows.
+        # Pad to a power of two, so that few programs are compiled for many numbers of rows.
         size, parts = min(ROWS, 1 << (X.shape[0] - 1).bit_length()), []
         with _precision(dtype):
             for first in range(0, X.shape[0], size):
@@ -407,7 +408,7 @@ class _MLP(BaseEstimator):
         return self.solver == "sgd" and self.learning_rate == "adaptive" and self.optimizer is None
 
     def _make_optimizer(self, n: int, steps: int, incremental: bool) -> tuple[optax.GradientTransformation, dict]:
-        """The optimizer and its hyperparameters, which its state holds."""
+        """The optimizer and the hyperparameters that its state contains."""
         given = self.optimizer
         if given is not None:
             return (given if isinstance(given, tuple) else given()), {}
@@ -422,7 +423,7 @@ class _MLP(BaseEstimator):
         return _falling_sgd(nesterov), rate | falling
 
     def _check_parameters(self):
-        """ValueError for a parameter out of range; those of the network are checked where it is made."""
+        """Raises ValueError if a parameter is out of range; `fcfunc.mlp` checks those of the network."""
         positive = ("learning_rate_init", "epsilon")
         for name in ("alpha", "power_t", "tol", *positive):
             value = getattr(self, name)
@@ -443,7 +444,9 @@ class _MLP(BaseEstimator):
                     f"{name} must be an integer of at least 1{f' or {free!r}' if free else ''}, got {value!r}"
                 )
         if self.optimizer is not None and not (callable(self.optimizer) or hasattr(self.optimizer, "update")):
-            raise ValueError(f"optimizer must be an optax optimizer or make one, got {self.optimizer!r:.60}")
+            raise ValueError(
+                f"optimizer must be an optax optimizer or a function that returns one, got {self.optimizer!r:.60}"
+            )
         hidden = self.hidden_layer_sizes
         if isinstance(hidden, str) or not all(isinstance(w, numbers.Integral) for w in np.ravel(np.asarray(hidden))):
             raise ValueError(f"hidden_layer_sizes must be integers, got {hidden!r:.60}")
@@ -456,16 +459,17 @@ class _MLP(BaseEstimator):
 
 
 class MLPClassifier(ClassifierMixin, _MLP):
-    """A multilayer perceptron for classes, of two or more or of several labels at a time, by cross-entropy.
+    """A multilayer perceptron classifier, trained by cross-entropy on two or more classes or on multilabel targets.
 
-    `MLPClassifier` of scikit-learn, with the same parameters, defaults and initial weights, and these in addition.
+    It has the parameters, defaults and initial weights of scikit-learn's `MLPClassifier`, and the following parameters
+    in addition.
 
     Args:
-      activation: scikit-learn's names, and all that `fcfunc.mlp` takes: "gelu", ("leaky_relu", 0.2), a function.
-      optimizer: an optax optimizer in place of `solver`, or a function without arguments that makes one, such as
+      activation: a name from scikit-learn, or any activation of `fcfunc.mlp`: "gelu", ("leaky_relu", 0.2), a function.
+      optimizer: an optax optimizer that replaces `solver`, or a function without arguments that returns one, such as
         `functools.partial(optax.adamw, 1e-3)`, which can be pickled.
-      norm, dropout_rate, residual: as for `fcfunc.mlp`.
-      class_weight: a dict of weights by class, or "balanced", for weights that fall with the size of a class.
+      norm, dropout_rate, residual: the norm, dropout rate and residual connections, as in `fcfunc.mlp`.
+      class_weight: a dict of weights by class, or "balanced" for weights inversely proportional to class frequencies.
 
     Fitted attributes, as in scikit-learn: `classes_`, `coefs_`, `intercepts_`, `loss_`, `loss_curve_`,
     `best_loss_`, `validation_scores_`, `best_validation_score_`, `n_iter_`, `t_`, `n_layers_`, `n_outputs_`,
@@ -520,17 +524,18 @@ class MLPClassifier(ClassifierMixin, _MLP):
 
     @available_if(lambda self: not self._by_lbfgs())
     def partial_fit(self, X, y, sample_weight=None, classes=None):
-        """One epoch over these examples, with the optimizer's state of the last one.
+        """Trains for one epoch on these examples, continuing with the optimizer state of the previous call.
 
         Args:
-          X, y, sample_weight: as for `fit`.
-          classes: all classes there will be, required in the first call.
+          X, y, sample_weight: the inputs, targets and weights, as in `fit`.
+          classes: all classes, required in the first call.
 
         Returns:
           The estimator.
 
         Raises:
-          ValueError: no classes in the first call, or others than in the first; otherwise as for `fit`.
+          ValueError: `classes` is missing in the first call or differs from it in a later one, or for the same reasons
+            as `fit`.
         """
         if not hasattr(self, "classes_"):
             if classes is None:
@@ -546,7 +551,7 @@ class MLPClassifier(ClassifierMixin, _MLP):
         return self._fit(X, y, sample_weight, incremental=True)
 
     def predict(self, X) -> np.ndarray:
-        """The classes, `[n]`, or for several labels the indicators, `[n, labels]`."""
+        """Predicts the classes, `[n]`, or the label indicators of a multilabel problem, `[n, labels]`."""
         outputs = self._forward(X)
         if self._multilabel:
             return (outputs > 0.5).astype(int)
@@ -554,19 +559,19 @@ class MLPClassifier(ClassifierMixin, _MLP):
         return self.classes_[np.minimum(chosen, len(self.classes_) - 1)]
 
     def predict_proba(self, X) -> np.ndarray:
-        """The probabilities of the classes, `[n, classes]`, in the order of `classes_`."""
+        """Predicts the class probabilities, `[n, classes]`, in the order of `classes_`."""
         outputs = self._forward(X)
         if self.out_activation_ == "softmax" or self._multilabel:
             return outputs
         return np.concatenate([1 - outputs, outputs], axis=1) if len(self.classes_) == 2 else np.ones_like(outputs)
 
     def predict_log_proba(self, X) -> np.ndarray:
-        """The logarithms of `predict_proba`."""
+        """Returns the logarithm of `predict_proba`."""
         with np.errstate(divide="ignore"):
             return np.log(self.predict_proba(X))
 
     def _score(self, y, outputs, weights):
-        """The accuracy against encoded classes."""
+        """The accuracy with respect to encoded classes."""
         if self.out_activation_ == "softmax":
             return accuracy_score(y, np.argmax(outputs, axis=1), sample_weight=weights)
         return accuracy_score(y, outputs > 0.5, sample_weight=weights)
@@ -580,7 +585,7 @@ class MLPClassifier(ClassifierMixin, _MLP):
         )
         check_classification_targets(y)
         if type_of_target(y) == "multiclass-multioutput":
-            raise ValueError("Multioutput target data is not supported: y must be [n], or 0 and 1 for each label")
+            raise ValueError("Multioutput target data is not supported: y must be [n], or [n, labels] with 0 and 1")
         y = y.toarray() if scipy.sparse.issparse(y) else y
         if y.ndim == 2 and y.shape[1] == 1:
             y = column_or_1d(y, warn=True)
@@ -607,13 +612,13 @@ class MLPClassifier(ClassifierMixin, _MLP):
 
 
 class MLPRegressor(RegressorMixin, _MLP):
-    """A multilayer perceptron for numbers, of one or several outputs, by squared error or Poisson deviance.
+    """A multilayer perceptron regressor with one or several outputs, trained by squared error or Poisson deviance.
 
-    `MLPRegressor` of scikit-learn, with the same parameters, defaults and initial weights, and these in addition. With
-    several outputs, the losses in `loss_curve_` are sums over them.
+    It has the parameters, defaults and initial weights of scikit-learn's `MLPRegressor`, and the following parameters
+    in addition. With several outputs, the losses in `loss_curve_` are sums over the outputs.
 
     Args:
-      activation, optimizer, norm, dropout_rate, residual: as for `MLPClassifier`.
+      activation, optimizer, norm, dropout_rate, residual: the additional parameters of `MLPClassifier`.
 
     Fitted attributes, as in scikit-learn: `coefs_`, `intercepts_`, `loss_`, `loss_curve_`, `best_loss_`,
     `validation_scores_`, `best_validation_score_`, `n_iter_`, `t_`, `n_layers_`, `n_outputs_`, `out_activation_`,
@@ -663,21 +668,21 @@ class MLPRegressor(RegressorMixin, _MLP):
 
     @available_if(lambda self: not self._by_lbfgs())
     def partial_fit(self, X, y, sample_weight=None):
-        """One epoch over these examples, with the optimizer's state of the last one.
+        """Trains for one epoch on these examples, continuing with the optimizer state of the previous call.
 
         Args:
-          X, y, sample_weight: as for `fit`.
+          X, y, sample_weight: the inputs, targets and weights, as in `fit`.
 
         Returns:
           The estimator.
 
         Raises:
-          ValueError: as for `fit`.
+          ValueError: for the same reasons as `fit`.
         """
         return self._fit(X, y, sample_weight, incremental=True)
 
     def predict(self, X) -> np.ndarray:
-        """The predicted numbers, `[n]`, or `[n, outputs]` for several outputs."""
+        """Predicts the targets, `[n]`, or `[n, outputs]` for several outputs."""
         outputs = self._forward(X)
         return outputs[:, 0] if outputs.shape[1] == 1 else outputs
 
@@ -703,7 +708,7 @@ class MLPRegressor(RegressorMixin, _MLP):
 
 
 FITTED = ("n_iter_", "t_", "n_layers_", "n_outputs_", "n_features_in_", "out_activation_", "_multilabel", "loss_")
-"""Attributes of a fitted estimator that are plain data."""
+"""The attributes of a fitted estimator that are plain data."""
 
 NOT_FINITE = (
     "Solver produced non-finite parameter weights. The input data may contain large values and need to be preprocessed."
@@ -712,7 +717,7 @@ NOT_FINITE = (
 
 @functools.lru_cache(maxsize=64)
 def _initial_state(optimizer: optax.GradientTransformation):
-    """`train.init_state` as one program, which is compiled sooner than its operations one by one."""
+    """`train.init_state` as one program, which compiles faster than its separate operations."""
     return jax.jit(lambda params, key, carried: train.init_state(params, optimizer, key, model_state=carried))
 
 
@@ -725,7 +730,7 @@ def _adam() -> optax.GradientTransformation:
 
 @functools.cache
 def _sgd(nesterov: bool) -> optax.GradientTransformation:
-    """SGD whose momentum remembers steps, not gradients, as in scikit-learn: it differs once the rate changes."""
+    """SGD with momentum over steps rather than gradients, as in scikit-learn; they differ if the rate changes."""
 
     def make(learning_rate, momentum):
         return optax.chain(optax.scale(-1.0 * learning_rate), optax.trace(momentum, nesterov))
@@ -735,7 +740,7 @@ def _sgd(nesterov: bool) -> optax.GradientTransformation:
 
 @functools.cache
 def _falling_sgd(nesterov: bool) -> optax.GradientTransformation:
-    """SGD whose learning rate falls after each epoch with a power of the number of examples seen."""
+    """SGD with scikit-learn's "invscaling" rate, which falls after each epoch with a power of the examples seen."""
 
     def make(learning_rate, momentum, power, seen, examples, steps):
         def rate(count):
@@ -748,7 +753,7 @@ def _falling_sgd(nesterov: bool) -> optax.GradientTransformation:
 
 @functools.lru_cache(maxsize=64)
 def _objective(net: Network, out_activation: str):
-    """The mean loss of a batch and the penalty of its weights, as a loss function of `fcfunc.train`."""
+    """A loss function for `fcfunc.train`: the mean loss of a batch plus the L2 penalty."""
 
     def loss_fn(params, batch, key, carried):
         if net.norm == "batch_norm":
@@ -781,14 +786,14 @@ def _outputs(net: Network, out_activation: str, params, norm_state, x):
 
 
 def _keep(estimator: BaseEstimator, given: dict[str, Any]) -> None:
-    """Keeps the parameters of an estimator as scikit-learn wants them: unchanged, by their names."""
+    """Stores the parameters of an estimator as scikit-learn requires: unchanged, under their names."""
     for name, value in given.items():
         if name != "self":
             setattr(estimator, name, value)
 
 
 def _precision(dtype):
-    """Float64 in JAX for the block if the data is."""
+    """Enables float64 in JAX for the block if the data is float64."""
     return jax.enable_x64(True) if dtype == np.float64 else contextlib.nullcontext()
 
 
@@ -797,7 +802,7 @@ def _dense(X) -> np.ndarray:
 
 
 def _plain(value: Any) -> Any:
-    """A parameter of an estimator as it can be written as JSON; NotImplemented if it cannot."""
+    """Converts a parameter of an estimator to JSON data; NotImplemented if that is not possible."""
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, list | tuple | range):

@@ -229,7 +229,9 @@ def test_the_users_npz_is_learned_as_a_regression_in_its_own_unit(run, tmp_path)
     rng = np.random.default_rng(0)
     x = rng.normal(50, 10, (400, 3))
     np.savez(tmp_path / "my.npz", X=x, y=1000 + x @ [1, 2, 3] + rng.normal(0, 1, 400))
-    status, out, _ = run("--data", "my.npz", "--dims", "3,16,1", "--activation", "tanh", "--epochs", "100")
+    status, out, _ = run(
+        "--data", "my.npz", "--dims", "3,16,1", "--optimizer", "sgd", "--activation", "tanh", "--epochs", "100"
+    )
     assert status == 0
     assert 0.5 < float(out.split("test RMSE ")[1].split()[0]) < 4  # the noise is 1, the spread of y 37
     params, _ = params_file.load(tmp_path / "runs" / "my" / "params.safetensors")

@@ -1,8 +1,8 @@
-"""Networks of other libraries with their weights, in both directions: PyTorch, Flax, Equinox, Keras and scikit-learn.
+"""Converts networks with their weights from and to PyTorch, Flax, Equinox, Keras and scikit-learn.
 
-Each `from_*` returns `(net, params, state)`, with the same outputs and gradients to the rounding of the dtype; each
-`to_*` takes these three. A library is imported only by its own functions. What `fcfunc.mlp` cannot represent, such as a
-convolution, is rejected by its name.
+Each `from_*` function returns `(net, params, state)`, whose outputs and gradients equal the original's up to rounding;
+each `to_*` function takes these three. A library is imported only when one of its functions is called. A layer that
+`fcfunc.mlp` cannot represent, such as a convolution, raises a `ValueError` that names it.
 """
 
 from fcfunc.convert._equinox import from_equinox, to_equinox

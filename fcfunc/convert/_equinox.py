@@ -25,20 +25,21 @@ ADVICE = "give its layers as an eqx.nn.Sequential"
 
 
 def from_equinox(module: Any, state: Any = None) -> tuple[Network, list, Any]:
-    """A network of Equinox with its weights.
+    """Converts an Equinox module and its weights to a network.
 
     Args:
       module: an `eqx.nn.MLP`, or an `eqx.nn.Sequential` of `Linear`, `LayerNorm`, `RMSNorm`, `BatchNorm`, `Dropout`,
-        `Lambda` and `Identity`. It is run on random rows: its outputs must be those of the network.
+        `Lambda` and `Identity`. The outputs of the module and the network are compared on random rows.
       state: the `eqx.nn.State` of a module with batch normalization.
 
     Returns:
-      `(net, params, state)`: outputs and gradients are those of the module. Equinox keeps the biased running variance,
-      with a decay of 0.99: to train on like it, pass `unbiased_variance=False, decay=0.99` to `apply_batch_norm`.
+      `(net, params, state)`, with the outputs and gradients of the module. Equinox keeps the biased running variance
+      with a decay of 0.99; to continue training the same way, pass `unbiased_variance=False, decay=0.99` to
+      `apply_batch_norm`.
 
     Raises:
-      ValueError: a layer or an order of layers that cannot be represented, by its name.
-      TypeError: another kind of object.
+      ValueError: a layer, or an order of layers, cannot be represented; the message names it.
+      TypeError: `module` is not such a module.
       ImportError: Equinox is not installed.
 
     Example:
@@ -51,7 +52,7 @@ def from_equinox(module: Any, state: Any = None) -> tuple[Network, list, Any]:
     where = "from_equinox"
     eqx = library(where, "equinox", "equinox")
     if not isinstance(module, eqx.nn.MLP | eqx.nn.Sequential | eqx.nn.Linear):
-        raise TypeError(f"{where}: an eqx.nn.MLP or eqx.nn.Sequential expected, got {type(module).__name__}")
+        raise TypeError(f"{where}: module must be an eqx.nn.MLP or eqx.nn.Sequential, got {type(module).__name__}")
     net, params, new_state = network_of(where, [*_layers(where, eqx, module, "", state)])
 
     def run(x):
@@ -66,17 +67,17 @@ def from_equinox(module: Any, state: Any = None) -> tuple[Network, list, Any]:
 
 
 def to_equinox(net: Network, params: list, state: Any = ()) -> Any:
-    """A network as an `eqx.nn.Sequential` with the same weights, which acts on one example: map it with `jax.vmap`.
+    """Converts a network to an `eqx.nn.Sequential` for a single example; use `jax.vmap` for a batch.
 
     Args:
       net, params: the network and its parameters, stacked or not.
       state: the running statistics of batch normalization.
 
     Returns:
-      The module, or `(module, state)` with batch normalization, whose `axis_name` is "batch".
+      The module, or `(module, state)` with batch normalization, which uses the axis name "batch".
 
     Raises:
-      ValueError: a residual connection.
+      ValueError: the network has a residual connection.
       ImportError: Equinox is not installed.
 
     Example:
@@ -142,12 +143,12 @@ def _layers(where: str, eqx, module, name: str, state):
             raise ValueError(f"{where}: {here}: a norm over {list(module.shape)} cannot be represented")
         rms = isinstance(module, nn.RMSNorm)
         if rms and module.bias is not None:
-            raise ValueError(f"{where}: {here}: an RMS norm with a bias cannot be represented; use_bias=False")
+            raise ValueError(f"{where}: {here}: an RMS norm with a bias cannot be represented; set use_bias=False")
         offset = None if rms else module.bias
         yield Norm(here, "rms_norm" if rms else "layer_norm", module.weight, offset, float(module.eps))
     elif isinstance(module, nn.BatchNorm):
         if state is None:
-            raise ValueError(f"{where}: {here}: batch normalization needs the eqx.nn.State, got None")
+            raise ValueError(f"{where}: {here}: batch normalization needs the eqx.nn.State of the module, got None")
         mean, var = _running(module, state)
         yield Norm(here, "batch_norm", module.weight, module.bias, float(module.eps), mean, var)
     elif isinstance(module, nn.Dropout):
@@ -159,7 +160,7 @@ def _layers(where: str, eqx, module, name: str, state):
 
 
 def _running(norm, state):
-    """The running mean and variance; in the mode "batch" they are divided by how much of the past they have seen."""
+    """The running mean and variance; in mode "batch", they are corrected for their initial bias."""
     if norm.mode == "ema":
         return state.get(norm.ema_state_index)
     mean, var = state.get(norm.batch_state_index)
@@ -168,8 +169,8 @@ def _running(norm, state):
 
 
 def _scalar(where: str, activation) -> Any:
-    """The activation of an `eqx.nn.MLP`, which must not have parameters."""
+    """The activation of an `eqx.nn.MLP`; raises if it has parameters."""
     if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(activation)):
         raise ValueError(f"{where}: an activation with parameters, {type(activation).__name__}, cannot be represented")
-    program = jax.make_jaxpr(activation)(0.0).jaxpr  # its default for the last layer is a function of no name
+    program = jax.make_jaxpr(activation)(0.0).jaxpr  # the default for the last layer is an unnamed identity function
     return None if program.outvars == program.invars else of_jax(activation)

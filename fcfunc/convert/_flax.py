@@ -26,32 +26,32 @@ ADVICE = "make a Sequential of the layers, or name the activation of the hidden 
 
 
 ACCURATE = {"use_fast_variance": False}
-"""Flax's norms compute a variance as a difference of squares by default, which loses digits where it is small."""
+"""By default, Flax's norms compute the variance as a difference of squares, which loses digits if it is small."""
 
 
 def from_flax(
     module: Any, variables: Any = None, *, activation: Any = "as given", final_activation: Any = None
 ) -> tuple[Network, list, Any]:
-    """A network of Flax with its weights.
+    """Converts a Flax module and its weights to a network.
 
-    A linen module other than a `Sequential` is run, and its layers are taken in the order in which they are called; an
-    nnx module other than a `Sequential` is read in the order of its attributes. Their activations, which are calls of
-    functions, have to be named. The outputs on random rows must be those of the network.
+    The layers of a linen module are taken in the order in which they are called, those of an nnx module in the order of
+    its attributes. If the module is not a `Sequential`, its activations are function calls that are not recorded: pass
+    `activation`. The outputs of the module and the network are compared on random rows.
 
     Args:
-      module: a `flax.linen.Module`, or a `flax.nnx.Module`, of `Dense` or `Linear`, `LayerNorm`, `RMSNorm`,
-        `BatchNorm` and `Dropout`, and in a `Sequential` of functions too.
-      variables: of a linen module: `{"params": ..., "batch_stats": ...}`.
-      activation, final_activation: as for `fcfunc.mlp`, in place of the module's.
+      module: a `flax.linen.Module` or `flax.nnx.Module` of `Dense` or `Linear`, `LayerNorm`, `RMSNorm`, `BatchNorm` and
+        `Dropout`; a `Sequential` may also contain functions.
+      variables: the variables of a linen module, `{"params": ..., "batch_stats": ...}`.
+      activation, final_activation: the activations, as in `fcfunc.mlp`; they replace those of the module.
 
     Returns:
-      `(net, params, state)`: outputs and gradients are those of the module. Flax keeps the biased running variance: to
-      train on like it, pass `unbiased_variance=False` and its momentum, 0.99 by default, as `decay` to
-      `apply_batch_norm`. Where some layers have no bias, or a norm no scale, the missing leaves are zeros and ones.
+      `(net, params, state)`, with the outputs and gradients of the module. Flax keeps the biased running variance; to
+      continue training the same way, pass `unbiased_variance=False` and its momentum, 0.99 by default, as `decay` to
+      `apply_batch_norm`. If only some layers have a bias, or a norm has no scale, zeros or ones are filled in.
 
     Raises:
-      ValueError: a layer or an order of layers that cannot be represented, by its name.
-      TypeError: another kind of object, or a linen module without variables.
+      ValueError: a layer, or an order of layers, cannot be represented; the message names it.
+      TypeError: `module` is not a Flax module, or a linen module has no variables.
       ImportError: Flax is not installed.
 
     Example:
@@ -71,29 +71,31 @@ def from_flax(
         if not isinstance(variables, dict) and not hasattr(variables, "keys"):
             raise TypeError(f"{where}: a linen module needs its variables, got {type(variables).__name__}")
         if "params" not in variables:
-            raise TypeError(f"{where}: variables with params expected, got {', '.join(map(str, variables))!s:.80}")
+            raise TypeError(
+                f"{where}: variables must have the key 'params', got {', '.join(map(str, variables))!s:.80}"
+            )
         variables = linen.meta.unbox(variables)
         layers, run = _linen_layers(where, linen, module, variables), _linen_run(linen, module, variables)
     else:
-        raise TypeError(f"{where}: a flax.linen or flax.nnx module expected, got {type(module).__name__}")
+        raise TypeError(f"{where}: module must be a flax.linen or flax.nnx module, got {type(module).__name__}")
     net, params, state = network_of(where, layers, activation=activation, final_activation=final_activation)
     check_same(where, net, params, state, run, ADVICE)
     return net, params, state
 
 
 def to_flax(net: Network, params: list, state: Any = (), *, training: bool = False) -> tuple[Any, dict]:
-    """A network as a `flax.linen.Sequential` and its variables.
+    """Converts a network to a `flax.linen.Sequential` and its variables.
 
     Args:
       net, params: the network and its parameters, stacked or not.
       state: the running statistics of batch normalization.
-      training: whether dropout drops and batch normalization uses the batch; for linen that is part of the module.
+      training: whether dropout is active and batch normalization uses batch statistics; linen fixes it in the module.
 
     Returns:
       `(module, variables)`.
 
     Raises:
-      ValueError: a residual connection.
+      ValueError: the network has a residual connection.
       ImportError: Flax is not installed.
 
     Example:
@@ -123,18 +125,18 @@ def to_flax(net: Network, params: list, state: Any = (), *, training: bool = Fal
 
 
 def to_nnx(net: Network, params: list, state: Any = (), *, rngs: Any = None) -> Any:
-    """A network as a `flax.nnx.Sequential` with the same weights.
+    """Converts a network to a `flax.nnx.Sequential` with the same weights.
 
     Args:
       net, params: the network and its parameters, stacked or not.
       state: the running statistics of batch normalization.
-      rngs: `flax.nnx.Rngs` for dropout; None: `Rngs(0)`.
+      rngs: the `flax.nnx.Rngs` for dropout; None uses `Rngs(0)`.
 
     Returns:
       The module; `module.eval()` and `module.train()` switch dropout and batch normalization.
 
     Raises:
-      ValueError: a residual connection.
+      ValueError: the network has a residual connection.
       ImportError: Flax is not installed.
 
     Example:
@@ -169,17 +171,19 @@ def _set(module, **arrays) -> None:
 
 
 def _after(block: Block, dropout) -> list:
-    """The activation and the dropout of a layer."""
+    """The activation and the dropout after a layer."""
     after = [] if block.activation is None else [function_of_jax(block.activation)]
     return [*after, dropout(block.rate)] if block.rate else after
 
 
 def _norm(where: str, here: str, kind: str, module, leaves: dict, running: dict) -> Norm:
-    """A norm over the last axis; `leaves` and `running` are its arrays by Flax's names."""
+    """Converts a norm over the last axis; `leaves` and `running` are its arrays by Flax's names."""
     for option, usual in {"axis": (-1,), "reduction_axes": (-1,), "feature_axes": (-1,)}.items():
         value = getattr(module, option, usual)
         if tuple(value if isinstance(value, tuple | list) else (value,)) not in (usual, (1,)):
-            raise ValueError(f"{where}: {here}: a norm over other axes than the last, {option}={value}")
+            raise ValueError(
+                f"{where}: {here}: a norm over axes other than the last cannot be represented, got {option}={value}"
+            )
     mean, var = running.get("mean"), running.get("var")
     return Norm(here, kind, leaves.get("scale"), leaves.get("bias"), float(module.epsilon), mean, var)
 
@@ -223,9 +227,9 @@ def _linen_layers(where: str, linen, module, variables) -> list:
 
     kernels = [a for path, a in jax.tree_util.tree_leaves_with_path(params) if "kernel" in str(path[-1])]
     if not kernels:
-        raise ValueError(f"{where}: at least one Dense layer expected, got none")
+        raise ValueError(f"{where}: module must have at least one Dense layer")
     run, errors = _linen_run(linen, module, variables), []
-    for width in dict.fromkeys(kernel.shape[0] for kernel in kernels):  # one of them is that of the inputs
+    for width in dict.fromkeys(kernel.shape[0] for kernel in kernels):  # one of these is the width of the inputs
         called.clear()
         try:
             with linen.intercept_methods(watch):
@@ -234,13 +238,13 @@ def _linen_layers(where: str, linen, module, variables) -> list:
             errors.append(e)
         else:
             return called
-    raise ValueError(f"{where}: the module cannot be called on rows of numbers ({errors[0]!s:.120})")
+    raise ValueError(f"{where}: the module cannot be called on an array [batch, features] ({errors[0]!s:.120})")
 
 
 FOR_PREDICTION = {
     "training": False, "train": False, "is_training": False, "deterministic": True, "use_running_average": True,
 }  # fmt: skip
-"""The arguments by which modules of linen are told that they predict."""
+"""Common arguments of linen modules that select prediction instead of training."""
 
 
 def _linen_run(linen, module, variables):

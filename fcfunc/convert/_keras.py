@@ -1,4 +1,4 @@
-"""Keras 3: `Sequential` models, and functional ones without branches."""
+"""Keras 3: `Sequential` models and functional models without branches."""
 
 from typing import Any
 
@@ -15,27 +15,27 @@ ACTIVATIONS = {
     "softmax": "softmax", "softplus": "softplus", "softsign": jax.nn.soft_sign, "tanh": "tanh",
     "elu": ("elu", 1.0), "gelu": "gelu_exact", "gelu_tanh": "gelu", "leaky_relu": ("leaky_relu", 0.2),
 }  # fmt: skip
-"""Keras' functions by their names, with the options that they have by default: its GELU is the exact one."""
+"""Keras' activations by name, with their default options; its GELU is the exact one."""
 
 ADVICE = "only models whose layers follow one after the other can be converted"
 
 
 def from_keras(model: Any) -> tuple[Network, list, Any]:
-    """A network of Keras 3 with its weights.
+    """Converts a Keras 3 model and its weights to a network.
 
     Args:
       model: a built `keras.Sequential`, or a functional model without branches, of `Dense`, `BatchNormalization`,
-        `LayerNormalization`, `RMSNormalization`, `Dropout` and activations. It is run on random rows: its outputs must
-        be those of the network. A leading `Flatten` is left out.
+        `LayerNormalization`, `RMSNormalization`, `Dropout` and activations. The outputs of the model and the network
+        are compared on random rows. A leading `Flatten` is omitted.
 
     Returns:
-      `(net, params, state)`: outputs and gradients are those of the model. Keras keeps the biased running variance,
-      with a momentum of 0.99: to train on like it, pass `unbiased_variance=False, decay=0.99` to `apply_batch_norm`.
-      Where some layers have no bias, or a norm no gamma, the missing leaves are zeros and ones.
+      `(net, params, state)`, with the outputs and gradients of the model. Keras keeps the biased running variance with
+      a momentum of 0.99; to continue training the same way, pass `unbiased_variance=False, decay=0.99` to
+      `apply_batch_norm`. If only some layers have a bias, or a norm has no gamma, zeros or ones are filled in.
 
     Raises:
-      ValueError: a layer or an order of layers that cannot be represented, by its name.
-      TypeError: not a Keras model, or one that is not built.
+      ValueError: a layer, or an order of layers, cannot be represented; the message names it.
+      TypeError: `model` is not a Keras model, or it is not built.
       ImportError: Keras is not installed.
 
     Example:
@@ -44,7 +44,7 @@ def from_keras(model: Any) -> tuple[Network, list, Any]:
     where = "from_keras"
     keras = library(where, "keras", "keras")
     if not isinstance(model, keras.Model):
-        raise TypeError(f"{where}: a Keras model expected, got {type(model).__name__}")
+        raise TypeError(f"{where}: model must be a Keras model, got {type(model).__name__}")
     if not model.built:
         raise TypeError(f"{where}: the model has no weights yet; call model.build((None, features)) first")
     layers = [part for layer in model.layers for part in _layers(where, keras, layer)]
@@ -59,18 +59,18 @@ def from_keras(model: Any) -> tuple[Network, list, Any]:
 
 
 def to_keras(net: Network, params: list, state: Any = ()) -> Any:
-    """A network as a built `keras.Sequential` with the same weights.
+    """Converts a network to a built `keras.Sequential` with the same weights.
 
     Args:
       net, params: the network and its parameters, stacked or not.
       state: the running statistics of batch normalization.
 
     Returns:
-      The model. Keras has no name for the tanh approximation of GELU: to load a saved model with it, pass
+      The model. Keras has no name for the tanh approximation of GELU; to load a saved model that uses it, pass
       `custom_objects={"gelu_tanh": lambda x: keras.activations.gelu(x, approximate=True)}`.
 
     Raises:
-      ValueError: a residual connection, or an activation that Keras does not have.
+      ValueError: the network has a residual connection, or an activation that Keras does not have.
       ImportError: Keras is not installed.
 
     Example:
@@ -102,7 +102,7 @@ def to_keras(net: Network, params: list, state: Any = ()) -> Any:
 
 
 def _layers(where: str, keras, layer):
-    """What a layer of Keras is here; a `Dense` with an activation is two."""
+    """Converts a Keras layer; a `Dense` with an activation becomes two layers."""
     of, here, kind = keras.layers, layer.name, type(layer).__name__
 
     def array(variable):
@@ -170,7 +170,7 @@ def _activation_layer(where: str, keras, activation: Any, dtype: str):
     names = {value: name for name, value in ACTIVATIONS.items() if value is not None}
     names["elu"] = "elu"
     if activation not in names:
-        raise ValueError(f"{where}: the activation {activation!r:.60} is not one of Keras'")
+        raise ValueError(f"{where}: Keras does not have the activation {activation!r:.60}")
     return of.Activation(names[activation], dtype=dtype)
 
 

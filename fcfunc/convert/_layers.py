@@ -1,4 +1,4 @@
-"""What the converters share: a network as a list of layers, in the order in which they are applied."""
+"""Code shared by the converters: a network as a list of layers in the order in which they are applied."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ ACTIVATIONS_OF_JAX = {
     jax.nn.relu: "relu", jax.nn.sigmoid: "sigmoid", jax.nn.silu: "silu", jax.nn.softmax: "softmax",
     jax.nn.softplus: "softplus", jax.nn.tanh: "tanh", jnp.tanh: "tanh", jax.nn.identity: None,
 }  # fmt: skip
-"""The names of the functions of JAX; any other function is kept as it is."""
+"""The names of JAX's activation functions; any other function is kept."""
 
 
 class Affine(NamedTuple):
@@ -29,7 +29,7 @@ class Affine(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """A norm; missing leaves are None."""
+    """A normalization layer; missing leaves are None."""
 
     name: str
     kind: str
@@ -41,7 +41,7 @@ class Norm(NamedTuple):
 
 
 class Activation(NamedTuple):
-    """An activation, as `fcfunc.mlp` takes it."""
+    """An activation in the form that `fcfunc.mlp` accepts."""
 
     name: str
     value: Any
@@ -55,7 +55,7 @@ class Dropout(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A layer of a network with what follows it."""
+    """An affine layer with its norm, activation and dropout."""
 
     affine: Affine
     norm: Norm | None
@@ -64,13 +64,13 @@ class Block(NamedTuple):
 
 
 def of_jax(activation: Any) -> Any:
-    """An activation of JAX by its name, where it has one here."""
+    """The name of a JAX activation in this library, or the function itself if it has none."""
     if isinstance(activation, str | tuple) or activation is None:
         return activation
     try:
         if activation in ACTIVATIONS_OF_JAX:
             return ACTIVATIONS_OF_JAX[activation]
-    except TypeError:  # without a hash
+    except TypeError:  # unhashable
         return activation
     options = dict(getattr(activation, "keywords", {}))
     function = ACTIVATIONS_OF_JAX.get(getattr(activation, "func", None))
@@ -85,7 +85,7 @@ def of_jax(activation: Any) -> Any:
 
 
 def function_of_jax(activation: Any) -> Callable:
-    """An activation as a function of JAX, the inverse of `of_jax`."""
+    """An activation as a JAX function; the inverse of `of_jax`."""
     if callable(activation):
         return activation
     functions = {name: function for function, name in ACTIVATIONS_OF_JAX.items() if name is not None}
@@ -99,15 +99,15 @@ def function_of_jax(activation: Any) -> Callable:
 def network_of(
     where: str, layers: Sequence[Any], *, activation: Any = "as given", final_activation: Any = None
 ) -> tuple[Network, list, Any]:
-    """`(net, params, state)` of layers that are applied one after the other.
+    """Makes `(net, params, state)` from layers that are applied in sequence.
 
-    With an `activation`, layers are those with parameters alone, and it follows each of the hidden ones.
+    An `activation` replaces all activations in `layers`.
     """
     if activation != "as given":
         layers = [layer for layer in layers if not isinstance(layer, Activation)]
     blocks = _blocks(where, layers)
     if not blocks:
-        raise ValueError(f"{where}: at least one affine layer expected, got none")
+        raise ValueError(f"{where}: there must be at least one affine layer, got none")
     *hidden, last = blocks
     if last.norm is not None:
         raise ValueError(f"{where}: {last.norm.name}: a norm after the last affine layer cannot be represented")
@@ -132,21 +132,21 @@ def network_of(
     for block, after in zip(blocks, [*blocks[1:], None], strict=True):
         w = block.affine.w
         if after is not None and after.affine.w.shape[0] != w.shape[1]:
-            widths = f"{after.affine.w.shape[0]} inputs expected by {after.affine.name}, {w.shape[1]} outputs"
-            raise ValueError(f"{where}: the layers do not follow each other: {widths} of {block.affine.name}")
+            expected = f"{after.affine.name} expects {after.affine.w.shape[0]} inputs"
+            raise ValueError(f"{where}: {expected}, but {block.affine.name} before it has {w.shape[1]} outputs")
         leaves = {"w": w} | ({"b": _or(block.affine.b, np.zeros, w.shape[1], w.dtype)} if with_bias else {})
         if block.norm is not None:
             filled = {"scale": (block.norm.scale, np.ones), "offset": (block.norm.offset, np.zeros)}
             leaves |= {name: _or(*filled[name], w.shape[1], w.dtype) for name in NORMS[block.norm.kind]}
             if block.norm.kind == "batch_norm":
-                dtype = jnp.promote_types(block.norm.mean.dtype, jnp.float32)  # running statistics need 24 bits
+                dtype = jnp.promote_types(block.norm.mean.dtype, jnp.float32)  # running statistics need float32
                 state.append({name: jnp.asarray(getattr(block.norm, name), dtype) for name in ("mean", "var")})
         params.append({name: jnp.asarray(a) for name, a in leaves.items()})
     return net, params, state or ()
 
 
 def layers_of(where: str, net: Network, params: Any, state: Any) -> list[Block]:
-    """The layers of a network with their numbers, as NumPy arrays; ValueError for what other libraries do not have."""
+    """The layers of a network as NumPy arrays. Raises ValueError for features that other libraries do not have."""
     if not isinstance(net, Network):
         raise TypeError(f"{where}: net must be a Network, as from fcfunc.mlp, got {type(net).__name__}")
     residual = [
@@ -159,7 +159,7 @@ def layers_of(where: str, net: Network, params: Any, state: Any) -> list[Block]:
     layers = jax.device_get(unstack(params))
     shapes = [{name: a.shape for name, a in p.items()} for p in layers]
     if shapes != [net._shapes(i) for i in range(len(net.dims) - 1)]:
-        raise ValueError(f"{where}: params must be those of the network, {list(net.dims)}, got {shapes!s:.120}")
+        raise ValueError(f"{where}: params must match the network, {list(net.dims)}, got {shapes!s:.120}")
     if net.norm == "batch_norm":
         state = unstacked_state(jax.device_get(state))
         if len(state) != len(layers) - 1:
@@ -180,9 +180,9 @@ def layers_of(where: str, net: Network, params: Any, state: Any) -> list[Block]:
 
 
 def check_same(where: str, net: Network, params, state, run: Callable, advice: str) -> None:
-    """ValueError if a converted network does not compute what the original does, on random rows.
+    """Raises ValueError if the outputs of a converted network and the original differ on random rows.
 
-    `run(x)` gives the outputs of the original, as it is used for predictions.
+    `run(x)` returns the outputs of the original in evaluation mode.
     """
     dtype = params[0]["w"].dtype
     x = np.random.default_rng(0).standard_normal((5, net.dims[0])).astype(np.float32).astype(dtype)
@@ -194,16 +194,18 @@ def check_same(where: str, net: Network, params, state, run: Callable, advice: s
     ours, theirs = np.asarray(ours, np.float64), np.asarray(run(x), np.float64)
     near = 0.05 if jnp.finfo(dtype).bits < 32 else 1e-3
     if ours.shape != theirs.shape or not np.allclose(ours, theirs, rtol=near, atol=near * (1 + np.abs(theirs).max())):
-        raise ValueError(f"{where}: the original computes something else than its layers one after the other; {advice}")
+        raise ValueError(
+            f"{where}: the original does not simply apply its layers in order, so it cannot be converted; {advice}"
+        )
 
 
 def unknown(where: str, name: str, kind: str) -> ValueError:
-    """The error for a layer that no network has."""
+    """The error for a layer that cannot be represented."""
     return ValueError(f"{where}: {name} ({kind}) cannot be represented as a layer of fcfunc.mlp")
 
 
 def _blocks(where: str, layers: Sequence[Any]) -> list[Block]:
-    """Each affine layer with the norm, the activation and the dropout after it."""
+    """Groups each affine layer with the norm, activation and dropout that follow it."""
     blocks: list[Block] = []
     for layer in layers:
         if isinstance(layer, Affine):
@@ -223,18 +225,20 @@ def _blocks(where: str, layers: Sequence[Any]) -> list[Block]:
         elif isinstance(layer, Dropout) and not rate:
             rate = layer.rate
         else:
-            order = "norm, activation and dropout, each at most once"
+            order = "norm, activation and dropout, in this order and each at most once"
             raise ValueError(
-                f"{where}: {layer.name}: {kind} cannot be represented here; after an affine layer come {order}"
+                f"{where}: {layer.name}: {kind} cannot be represented here; an affine layer allows {order}"
             )
         blocks[-1] = Block(block.affine, norm, activation, rate)
     return blocks
 
 
 def _common(where: str, what: str, values: list[Any]) -> Any:
-    """The one value that all hidden layers have."""
+    """The common value of all hidden layers; raises ValueError if they differ."""
     if len(set(values)) > 1:
-        raise ValueError(f"{where}: one {what} expected for all hidden layers, got {', '.join(map(str, values))!s:.80}")
+        raise ValueError(
+            f"{where}: all hidden layers must have the same {what}, got {', '.join(map(str, values))!s:.80}"
+        )
     return values[0] if values else None
 
 

@@ -1,4 +1,4 @@
-"""scikit-learn: its `MLPClassifier` and `MLPRegressor`."""
+"""scikit-learn: `MLPClassifier` and `MLPRegressor`."""
 
 from typing import Any
 
@@ -17,22 +17,22 @@ ACTIVATIONS = {
     "tanh": "tanh",
     "exp": jnp.exp,
 }
-"""Their names here, those of the outputs included."""
+"""scikit-learn's activations, including those of the outputs, and their names in this library."""
 
 
 def from_sklearn(estimator: Any) -> tuple[Network, list, Any]:
-    """The network of a fitted `MLPClassifier` or `MLPRegressor`.
+    """Converts a fitted `MLPClassifier` or `MLPRegressor` to a network.
 
     Args:
-      estimator: one of scikit-learn's or of `fcfunc.sklearn`'s.
+      estimator: an estimator of scikit-learn or of `fcfunc.sklearn`.
 
     Returns:
-      `(net, params, state)`, with an empty state for scikit-learn's: the outputs are those of `predict_proba`, for two
-      classes the probability of the second one, or of `predict`. For the losses on logits,
-      `dataclasses.replace(net, final_activation=None)` is the network without the last activation.
+      `(net, params, state)`; the state is empty for scikit-learn's estimators. The outputs are those of `predict_proba`
+      (for two classes, the probability of the second) or of a regressor's `predict`. For losses of logits, remove the
+      last activation with `dataclasses.replace(net, final_activation=None)`.
 
     Raises:
-      TypeError: not such an estimator, or not fitted.
+      TypeError: `estimator` is not such an estimator, or is not fitted.
       ImportError: scikit-learn is not installed.
 
     Example:
@@ -47,7 +47,7 @@ def from_sklearn(estimator: Any) -> tuple[Network, list, Any]:
     known = isinstance(estimator, networks.MLPClassifier | networks.MLPRegressor) or hasattr(estimator, "to_network")
     if not known or not hasattr(estimator, "coefs_"):
         kind = type(estimator).__name__
-        raise TypeError(f"from_sklearn: a fitted MLPClassifier or MLPRegressor expected, got {kind}")
+        raise TypeError(f"from_sklearn: estimator must be a fitted MLPClassifier or MLPRegressor, got {kind}")
     if hasattr(estimator, "to_network"):
         return estimator.to_network()
     layers: list[Any] = []
@@ -58,18 +58,18 @@ def from_sklearn(estimator: Any) -> tuple[Network, list, Any]:
 
 
 def to_sklearn(net: Network, params: list, *, classes: Any = None) -> Any:
-    """A network as a fitted estimator of scikit-learn.
+    """Converts a network to a fitted scikit-learn estimator.
 
     Args:
-      net, params: a network without norms and dropout, stacked or not, with a bias or without, whose outputs are
-        logits, for two classes one of them, or numbers.
-      classes: the classes, one for each output, or two for one output; None makes a regressor.
+      net, params: a network without norms and dropout, and its parameters, stacked or not. Its outputs are logits (a
+        single one for two classes) or the numbers of a regression.
+      classes: the class labels in ascending order, one per output, or two for a single output; None makes a regressor.
 
     Returns:
-      `sklearn.neural_network.MLPClassifier` or `MLPRegressor`.
+      A `sklearn.neural_network.MLPClassifier` or `MLPRegressor`.
 
     Raises:
-      ValueError: a network that these cannot represent, or a number of classes that does not fit.
+      ValueError: scikit-learn cannot represent the network, or `classes` does not match its outputs.
       ImportError: scikit-learn is not installed.
 
     Example:
@@ -88,18 +88,16 @@ def to_sklearn(net: Network, params: list, *, classes: Any = None) -> Any:
     names = {value: name for name, value in ACTIVATIONS.items() if name not in ("softmax", "exp")}
     used = {block.activation for block in blocks[:-1]} or {None}
     if len(used) > 1 or not used <= names.keys():
-        raise ValueError(f"{where}: one activation of {', '.join(names.values())} expected, got {used!s:.60}")
+        raise ValueError(f"{where}: all hidden layers must use one of {', '.join(names.values())}, got {used!s:.60}")
     outputs, final = net.dims[-1], net.final_activation
     if classes is None:
         expected, out = (None,), "identity"
     else:
         expected, out = ((None, "softmax"), "softmax") if outputs > 1 else ((None, "sigmoid"), "logistic")
         if len(classes) != max(outputs, 2):
-            raise ValueError(f"{where}: {max(outputs, 2)} classes expected, got {len(classes)}")
+            raise ValueError(f"{where}: classes must have {max(outputs, 2)} entries, got {len(classes)}")
     if final not in expected:
-        raise ValueError(
-            f"{where}: a final activation of {' or '.join(map(str, expected))} expected, got {final!r:.60}"
-        )
+        raise ValueError(f"{where}: final_activation must be {' or '.join(map(str, expected))}, got {final!r:.60}")
     kind = networks.MLPRegressor if classes is None else networks.MLPClassifier
     model = kind(net.dims[1:-1], activation=names[used.pop()])
     model.coefs_ = [np.array(block.affine.w) for block in blocks]  # writable
@@ -114,5 +112,5 @@ def to_sklearn(net: Network, params: list, *, classes: Any = None) -> Any:
         model._label_binarizer = sklearn.preprocessing.LabelBinarizer().fit(np.asarray(classes))
         model.classes_ = model._label_binarizer.classes_
         if list(model.classes_) != list(classes):
-            raise ValueError(f"{where}: classes in ascending order expected, got {classes!s:.80}")
+            raise ValueError(f"{where}: classes must be in ascending order, got {classes!s:.80}")
     return model

@@ -17,7 +17,7 @@ PLAIN = {
     "ReLU": "relu", "ReLU6": jax.nn.relu6, "SELU": jax.nn.selu, "SiLU": "silu", "Sigmoid": "sigmoid",
     "Softmax": "softmax", "Softsign": jax.nn.soft_sign, "Tanh": "tanh",
 }  # fmt: skip
-"""The modules of activations without options that matter, and what they are here."""
+"""The activation modules without relevant options, and their counterparts in this library."""
 
 ADVICE = "make a torch.nn.Sequential of the layers, or name the activation of the hidden layers: activation=..."
 
@@ -30,30 +30,31 @@ def from_torch(
     norm_eps: float | None = None,
     layer_names: Sequence[str] | None = None,
 ) -> tuple[Network, list, Any]:
-    """A network of PyTorch with its weights.
+    """Converts a PyTorch module, or a state dict, to a network.
 
-    A module is read in the order in which its layers are registered, and then run in evaluation mode on random rows:
-    its outputs must be those of the network. A leading `Flatten` is left out.
+    The layers of a module are taken in the order in which they are registered. The outputs of the module, in evaluation
+    mode, and of the network are compared on random rows. A leading `Flatten` is omitted.
 
     Args:
-      module_or_state_dict: `torch.nn.Linear`, `BatchNorm1d`, `LayerNorm`, `RMSNorm`, `Dropout` and activations, in a
-        `Sequential` or another module; or the state dict of such a module, which does not know the activations.
-      activation, final_activation: as for `fcfunc.mlp`, in place of the module's; required for a state dict.
-      norm_eps: the norms' `eps`, for a state dict; None: PyTorch's defaults.
+      module_or_state_dict: a `Sequential` or other module of `torch.nn.Linear`, `BatchNorm1d`, `LayerNorm`, `RMSNorm`,
+        `Dropout` and activations; or the state dict of such a module, which does not contain the activations.
+      activation, final_activation: the activations, as in `fcfunc.mlp`; they replace those of the module. `activation`
+        is required for a state dict.
+      norm_eps: the `eps` of the norms for a state dict; None uses PyTorch's defaults.
       layer_names: the layers of a state dict in the order in which they are applied, such as `["fc1", "norm1", "fc2"]`.
-        None: the order of PyTorch's own state dict, in which layers are registered. A safetensors file has another
-        one: its layers are put in the order of their numbers, if their names differ in nothing else.
+        With None, PyTorch's own state dict keeps its order, in which layers were registered. The layers of other dicts,
+        such as those from a safetensors file, are sorted by number if their names differ in nothing else.
 
     Returns:
-      `(net, params, state)`: outputs and gradients are those of the module, in the dtype of its weights (float64 needs
-      `jax_enable_x64`). `state` is that of batch normalization, otherwise empty. To train on as PyTorch does, keep the
-      defaults of `apply_batch_norm`, except that its decay is 1 minus PyTorch's momentum. Where some layers have no
-      bias, or a norm no weight, the missing leaves are zeros and ones.
+      `(net, params, state)`, with the outputs and gradients of the module in the dtype of its weights (float64 needs
+      `jax_enable_x64`). `state` has the running statistics of batch normalization and is otherwise empty. To continue
+      training as in PyTorch, pass `apply_batch_norm` a decay of 1 minus PyTorch's momentum. If only some layers have a
+      bias, or a norm has no weight, zeros or ones are filled in.
 
     Raises:
-      ValueError: a layer or an order of layers that cannot be represented, by its name.
-      TypeError: neither a module nor a state dict, or a state dict without `activation` or, where their order is not
-        known, `layer_names`.
+      ValueError: a layer, or an order of layers, cannot be represented; the message names it.
+      TypeError: the argument is neither a module nor a state dict; or it is a state dict, and `activation` is missing,
+        or `layer_names` is missing and the order of the layers is not known.
       ImportError: PyTorch is not installed.
 
     Example:
@@ -65,11 +66,11 @@ def from_torch(
     options = {"activation": activation, "final_activation": final_activation}
     if isinstance(module_or_state_dict, dict):
         if activation == "as given":
-            raise TypeError(f"{where}: a state dict does not know the activations; name them: activation=...")
+            raise TypeError(f"{where}: a state dict does not contain the activations; pass activation=...")
         return network_of(where, _layers_of_state_dict(where, module_or_state_dict, norm_eps, layer_names), **options)
     module = module_or_state_dict
     if not isinstance(module, torch.nn.Module):
-        raise TypeError(f"{where}: a torch.nn.Module or a state dict expected, got {type(module).__name__}")
+        raise TypeError(f"{where}: expected a torch.nn.Module or a state dict, got {type(module).__name__}")
     layers = [*_layers(where, torch, module, "")]
     _check_not_tied(where, module)
     net, params, state = network_of(where, layers, **options)
@@ -92,17 +93,17 @@ def from_torch(
 
 
 def to_torch(net: Network, params: list, state: Any = ()) -> Any:
-    """A network as a `torch.nn.Sequential` with the same weights, in training mode.
+    """Converts a network to a `torch.nn.Sequential` with the same weights, in training mode.
 
     Args:
       net, params: the network and its parameters, stacked or not.
       state: the running statistics of batch normalization.
 
     Returns:
-      The module, in the dtype of the params.
+      The module, in the dtype of `params`.
 
     Raises:
-      ValueError: a residual connection, or an activation that PyTorch does not have.
+      ValueError: the network has a residual connection, or an activation that PyTorch does not have.
       ImportError: PyTorch is not installed.
 
     Example:
@@ -164,18 +165,20 @@ def _layers(where: str, torch, module, name: str):
     elif isinstance(module, nn.Sequential) or (
         [*module.children()] and not type(module).__module__.startswith("torch.nn.modules.conv")
     ):
-        for child_name, child in module._modules.items():  # named_children leaves out a module that is used again
+        for child_name, child in module._modules.items():  # named_children omits a module that is used twice
             yield from _layers(where, torch, child, f"{name}.{child_name}" if name else child_name)
     elif [*module.parameters()] or type(module).__module__.startswith("torch."):
         raise unknown(where, here, kind)
 
 
 def _check_not_tied(where: str, module) -> None:
-    """ValueError for weights that two layers share: here each has its own, and a gradient of its own."""
+    """Raises ValueError if two layers share weights, since every layer of a network has its own."""
     names: dict[int, str] = {}
     for name, tensor in module.named_parameters(remove_duplicate=False):
         if names.setdefault(id(tensor), name) != name:
-            raise ValueError(f"{where}: {name} is {names[id(tensor)]} again; shared weights cannot be represented")
+            raise ValueError(
+                f"{where}: {name} and {names[id(tensor)]} are the same tensor; shared weights cannot be represented"
+            )
 
 
 def _layers_of_state_dict(where: str, state_dict: dict, eps: float | None, names: Sequence[str] | None):
@@ -186,9 +189,9 @@ def _layers_of_state_dict(where: str, state_dict: dict, eps: float | None, names
         groups.setdefault(prefix, {})[leaf] = value
     if names is not None:
         if sorted(names) != sorted(groups):
-            raise ValueError(f"{where}: layer_names must be {', '.join(groups)!s:.120} in order, got {names!s:.120}")
+            raise ValueError(f"{where}: layer_names must list {', '.join(groups)!s:.120} in order, got {names!s:.120}")
         groups = {name: groups[name] for name in names}
-    elif not hasattr(state_dict, "_metadata"):  # which PyTorch's own has
+    elif not hasattr(state_dict, "_metadata"):  # only PyTorch's own state dict has it
         groups = _by_number(where, groups)
     layers: list[Any] = []
     for prefix, leaves in groups.items():
@@ -210,16 +213,16 @@ def _layers_of_state_dict(where: str, state_dict: dict, eps: float | None, names
 
 
 def _by_number(where: str, groups: dict[str, Any]) -> dict[str, Any]:
-    """Layers in the order of the numbers in their names, such as `net.0` and `net.10`."""
+    """Sorts layers by the numbers in their names, such as `net.0` and `net.10`."""
     if len({re.sub(r"\d+", "#", name) for name in groups}) > 1:
         raise TypeError(
-            f"{where}: the order of the layers {', '.join(groups)!s:.120} is not known; give it: layer_names=[...]"
+            f"{where}: the order of the layers {', '.join(groups)!s:.120} is not known; pass layer_names=[...]"
         )
     return dict(sorted(groups.items(), key=lambda item: [*map(int, re.findall(r"\d+", item[0]))]))
 
 
 def _array(tensor) -> Any:
-    """A NumPy array of a tensor, also of bfloat16; arrays as they are, as safetensors files hold them."""
+    """Converts a tensor, also of bfloat16, to a NumPy array; arrays from a safetensors file are unchanged."""
     if tensor is None or not hasattr(tensor, "detach"):
         return None if tensor is None else np.asarray(tensor)
     tensor = tensor.detach().cpu()
@@ -259,5 +262,5 @@ def _activation_module(where: str, nn, activation: Any):
         value: getattr(nn, kind) for kind, value in PLAIN.items() if value not in (None, "softmax", "log_softmax")
     }
     if activation not in simple:
-        raise ValueError(f"{where}: the activation {activation!r:.60} is not one of PyTorch's")
+        raise ValueError(f"{where}: PyTorch does not have the activation {activation!r:.60}")
     return simple[activation]()
