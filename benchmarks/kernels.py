@@ -81,5 +81,5 @@ def table(tasks: dict[str, tuple[Task, int]]) -> list[str]:
     lines = ["", "## Time of a step by kernel", "", f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for title, (task, epochs) in tasks.items():
         found = shares(task, epochs)
-        lines.append(f"| {title} | " + " | ".join(f"{100 * found[name]:.0f} %" for name in names) + " |")
+        lines.append(f"| {title} | " + " | ".join(f"{100 * found[name]:.0f}%" for name in names) + " |")
     return lines

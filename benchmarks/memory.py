@@ -3,7 +3,7 @@
     python -m benchmarks.memory
 
 Bytes are those of the compiled programs (`memory_analysis`) and of the residuals between the forward and the backward
-pass. Times are ratios of runs in turns, as medians.
+pass. Times are ratios of alternating runs, as medians.
 """
 
 import functools
@@ -186,7 +186,7 @@ The table shows the temporary memory and the time of the compiled gradient of ei
 fcfunc's rules and with automatic differentiation of the same layers in plain JAX. Scanned layers are stacked by
 `fcfunc.stack`. Under a scan, the memory depends on what each rule saves. In an unrolled program, XLA decides what to
 keep, and it merges a recomputed pre-activation with the first one. Both ratios are rules over autodiff. The time
-ratio is the median of seven runs in turns, with the lowest and the highest.
+ratio is the median of seven alternating runs, with the lowest and the highest.
 
 {networks}
 

@@ -1,7 +1,7 @@
 """The same training written for each peer: `name -> make(task) -> (epochs(k), accuracy())`.
 
-Every peer gets the same data, batches, optimizer and learning rate, shuffles by itself, and is written as its users
-write their fastest loop: data in memory, no loader, one compiled step where there is a compiler.
+Every peer gets the same data, batches, optimizer and learning rate, shuffles by itself, and runs the loop that its
+documentation shows: data in memory, no loader, one compiled step where there is a compiler.
 """
 
 import itertools
@@ -252,8 +252,8 @@ PEERS: dict[str, Callable] = {
     "fcfunc": with_fcfunc,
     "bare scan": with_bare_scan,
     "plain JAX": with_plain_jax,
-    "flax": with_flax,
-    "equinox": with_equinox,
-    "torch": with_torch,
+    "Flax": with_flax,
+    "Equinox": with_equinox,
+    "PyTorch": with_torch,
     "scikit-learn": with_sklearn,
 }

@@ -2,7 +2,7 @@
 
     python -m benchmarks.per_example     # needs: pip install "fcfunc[per-example-bench]" torch==2.13.0
 
-784-1024-1024-10 with ReLU and softmax cross-entropy in float32. Times are medians of runs in turns, as ratios to an
+784-1024-1024-10 with ReLU and softmax cross-entropy in float32. Times are medians of alternating runs, as ratios to an
 ordinary gradient by fcfunc, and memory is the growth of the peak of a process of its own. Each result is compared with
 ours, and once more in float64 on 256 examples: in float32 the rounding of the other library may be the larger part.
 """

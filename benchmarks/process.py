@@ -1,6 +1,6 @@
 """One whole process of each peer: import, data, five epochs of Fashion-MNIST, accuracy printed.
 
-    python -m benchmarks.process fcfunc        # or torch, scikit-learn
+    python -m benchmarks.process fcfunc        # or PyTorch, scikit-learn
 
 784-128-10, batches of 128, SGD at 0.1. Nothing is imported that the peer does not need.
 """
@@ -86,7 +86,7 @@ def by_sklearn() -> float:
     return network.fit(*arrays("train")).score(*arrays("t10k"))
 
 
-PROCESSES = {"fcfunc": by_fcfunc, "torch": by_torch, "scikit-learn": by_sklearn}
+PROCESSES = {"fcfunc": by_fcfunc, "PyTorch": by_torch, "scikit-learn": by_sklearn}
 
 if __name__ == "__main__":
     print(f"test accuracy {PROCESSES[sys.argv[1]]():.4f}")

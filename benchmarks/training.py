@@ -1,4 +1,4 @@
-"""Training time of fcfunc and other libraries, in turns, as ratios; writes docs/background/benchmarks.md.
+"""Training time of fcfunc and other libraries, in alternating runs, as ratios; writes docs/background/benchmarks.md.
 
     make bench                                           # everything, and the page
     python -m benchmarks.training --only small,digits    # some of it, printed alone
@@ -35,11 +35,11 @@ INTRODUCTION = """# Benchmarks
 This page compares the training time of fcfunc with that of other libraries. Written by `make bench` on {cores} CPU
 cores ({machine}), Python {python}: {versions}. Nothing here was measured on a GPU.
 
-Times are ratios: the time of a peer divided by the time of fcfunc. Each is the median over runs in turns, with the
-lowest and the highest. The data, batches, optimizer, learning rate and initial parameters are the same for all,
+Times are ratios: the time of a peer divided by the time of fcfunc. Each is the median over alternating runs, with
+the lowest and the highest. The data, batches, optimizer, learning rate and initial parameters are the same for all,
 except that scikit-learn draws its own initial parameters. The accuracy is measured after all turns, when each peer
-has trained for the same number of epochs. The peers are in `benchmarks/peers.py`, each with the fastest loop that
-its users write.
+has trained for the same number of epochs. The peers are in `benchmarks/peers.py`, each with the
+loop that its documentation shows: one step per batch, compiled except in PyTorch, and scikit-learn's own `fit`.
 
 Two rows are bounds, not peers. "bare scan" is plain JAX without a shuffle. "matmuls" are the matmuls of the steps
 alone, at the same shapes and in the same run.
@@ -50,23 +50,23 @@ NOTES = """
 
 - **Kernels.** The table of kernels is JAX's profile of fcfunc's epochs. Each kernel is classified by its operation
   in the compiled program: "matmuls" are those of the forward and the backward pass, "order" is the shuffle, "gather"
-  collects the batch, "update" is optax's update, and "others" are the activations, the loss and the sums of the bias
+  collects the batch, "update" is Optax's update, and "others" are the activations, the loss and the sums of the bias
   gradients. "between" is the time when no kernel runs: the runtime's own work from one kernel to the next. In the
   wide network, this time still belongs to a matmul: the runtime splits the gradient of the first weights into parts
   for its thread pool, and the profile shows no event for the time before its update.
 - **Headroom.** In the smallest network, three fifths of a step are spent outside matmul kernels and between kernels.
   Only fewer or larger kernels would help, which depends on XLA's fusion and not on this library. From the digits
-  network on, the matmuls are the larger part. The shuffle and the gather, 1 to 12 %, are what could still be saved.
+  network on, the matmuls are the larger part. The shuffle and the gather, 1 to 12%, are what could still be saved.
 - **Bounds.** No program can be faster than the "matmuls" row. The difference between it and "bare scan" is the rest
   of the arithmetic, the update, and the time that XLA's CPU runtime spends between the kernels of a step. The
-  difference between "bare scan" and fcfunc is the shuffle and the gather of each batch. The two rows limit what can
-  be gained over a loop that dispatches one compiled step at a time: it runs the same kernels, and its dispatch
-  overlaps with them.
+  difference between "bare scan" and fcfunc is the shuffle and the gather of each batch. The two rows also
+  bound the gain over a loop that dispatches one step at a time, which runs the same kernels and overlaps dispatch
+  with execution.
 - **Shuffle.** The order of an epoch is computed element by element by a keyed bijection (`train/_permutation.py`).
   It takes 0.4 ms for 54,000 examples and 1.5 ms for a million. Sorting took 18.4 and 478 ms, measured side by side.
 - **ReLU masks.** The mask of a ReLU layer is packed into bits only where the output of the layer is not kept anyway,
-  such as under a scan over layers. Packing took 7 to 9 % of a step of the digits network.
-- **Whole process**, measured separately: importing JAX 0.3 s, importing fcfunc and optax 0.1 s, reading and
+  such as under a scan over layers. Packing took 7 to 9% of a step of the digits network.
+- **Whole process**, measured separately: importing JAX 0.3 s, importing fcfunc and Optax 0.1 s, reading and
   unpacking the images 0.2 s, initial parameters 0.25 s, tracing and compiling the epoch 0.55 s, five epochs 0.5 s,
   evaluation 0.2 s. The initial parameters are made by one program, compiled at XLA's lower optimization level. As
   separate operations they took 0.85 s.
@@ -209,7 +209,7 @@ def table_of_sweeps() -> list[str]:
     runs = {
         "fcfunc": lambda: jax.block_until_ready(sweep(keys, jnp.asarray(rates, jnp.float32))),
         "fcfunc, one after the other": lambda: [alone(epochs) for _ in range(64)],
-        "torch, one after the other": lambda: [
+        "PyTorch, one after the other": lambda: [
             with_torch(task._replace(rate=float(rate)))[0](epochs) for _ in range(seeds) for rate in rates
         ],
     }

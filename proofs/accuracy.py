@@ -207,7 +207,7 @@ Each cell has three errors in units in the last place (ulps) of the true gradien
 
 Each figure is the median of {draws} draws, and 0.5 is correct rounding. The true gradient is computed with {digits}
 digits from the same numbers. The column "autodiff" is automatic differentiation of the reference implementation in
-`fcfunc.reference`. The column "torch" is empty where PyTorch has no such function.
+`fcfunc.reference`. The column "PyTorch" is empty where PyTorch has no such function.
 
 Where a sum cancels, or where a slope is the small difference of larger numbers, few digits are left and the second
 figure is large. The third figure shows how much that matters relative to the other elements.
@@ -248,7 +248,7 @@ def main() -> list[str]:
     print(introduction())
     worse = []
     for dtype in DTYPES:
-        print(f"## {dtype}\n\n| rule | fcfunc | autodiff | torch |\n|---|---|---|---|")
+        print(f"## {dtype}\n\n| rule | fcfunc | autodiff | PyTorch |\n|---|---|---|---|")
         for entry in functions():
             errors = compared(entry, dtype)
             print(f"| {entry.row} | {' | '.join(shown(errors.get(by)) for by in ('rule', 'autodiff', 'torch'))} |")

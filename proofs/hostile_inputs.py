@@ -1,4 +1,4 @@
-"""What fcfunc, optax and PyTorch return for hostile inputs; writes docs/background/hostile-inputs.md.
+"""What fcfunc, Optax and PyTorch return for hostile inputs; writes docs/background/hostile-inputs.md.
 
     python -m proofs.hostile_inputs
 
@@ -215,7 +215,7 @@ OPERATIONS: dict[str, tuple[Callable | None, Callable, Callable | None, Callable
         None,
         lambda torch, p, y: torch.nn.functional.nll_loss(torch.log(p), y, reduction="none"),
     ),
-    "multiclass SVM": (
+    "multiclass hinge loss (multiclass SVM)": (
         svm_truth,
         losses.multiclass_svm,
         None,
@@ -335,7 +335,7 @@ ROWS = [
     Row("a difference of 1e30", "squared error", (np.float32([1e30, 2]), np.float32([0, 1]))),
     *(
         Row(f"label {name}", operation, (np.abs(LOGITS) / 2 + 0.1, _labels(value)))
-        for operation in ("negative log-likelihood", "multiclass SVM")
+        for operation in ("negative log-likelihood", "multiclass hinge loss (multiclass SVM)")
         for name, value in (("−1", -1), ("C", 5))
     ),
     Row("a layer of width 0", "network", (LOGITS, (5, 0, 3)), truth=(np.zeros(3), np.zeros((3, 5)))),
@@ -388,8 +388,8 @@ def libraries(row: Row) -> dict[str, str]:
     """The outcome of a row in each library."""
     _, ours, of_optax, of_torch = OPERATIONS[row.operation]
     found = {"fcfunc": outcome(_called(_jax(ours), row), row)}
-    found["optax"] = outcome(_called(_jax(of_optax), row), row) if of_optax else "-"
-    found["torch"] = outcome(_called(_torch(of_torch), row), row) if of_torch else "-"
+    found["Optax"] = outcome(_called(_jax(of_optax), row), row) if of_optax else "-"
+    found["PyTorch"] = outcome(_called(_torch(of_torch), row), row) if of_torch else "-"
     return found
 
 
@@ -407,7 +407,7 @@ def ours(row: Row) -> str:
 
 INTRODUCTION = """# Hostile inputs
 
-This page shows what fcfunc, optax and PyTorch return for impossible labels, non-finite values and extreme arguments.
+This page shows what fcfunc, Optax and PyTorch return for impossible labels, non-finite values and extreme arguments.
 Written by `python -m proofs.hostile_inputs` with {versions} on {machine}.
 
 The criterion: a correct result, or NaN in the loss and gradient of the affected rows, or an error before execution.
@@ -419,10 +419,10 @@ Anything else is a failure, above all a finite but wrong result.
 - **Bold**: a failure, with the loss of the first wrong row.
 - "not offered": the library has the function, but not this option. "-": the library does not have the function.
 
-C is the number of classes. The column "optax" is plain JAX where optax has no such function. JAX converts float64
+C is the number of classes. The column "Optax" is plain JAX where Optax has no such function. JAX converts float64
 inputs to float32, in which 1e300 is an infinity, and its results are compared with the definition at that infinity.
 
-| input | function | fcfunc | optax | torch |
+| input | function | fcfunc | Optax | PyTorch |
 |---|---|---|---|---|
 """
 
@@ -432,7 +432,7 @@ def main() -> None:
     versions = ", ".join(f"{name} {version(name)}" for name in ("fcfunc", "jax", "optax", "torch"))
     machine = f"{os.cpu_count()} CPU cores ({platform.machine()})"
     lines = [INTRODUCTION.format(versions=versions, machine=machine).rstrip("\n")]
-    counts = dict.fromkeys(("fcfunc", "optax", "torch"), 0)
+    counts = dict.fromkeys(("fcfunc", "Optax", "PyTorch"), 0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for row in ROWS:

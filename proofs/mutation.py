@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     print(
         f"{len(results)} of {len(keys)} mutants, seed {options.seed}: {counts['killed']} killed, "
         f"{counts['equivalent']} equivalent ({same} of them the same programs), {counts['missed']} missed; "
-        f"{100 * share:.2f} % of those not equivalent killed, {time.perf_counter() - start:.0f} s"
+        f"{100 * share:.2f}% of those not equivalent killed, {time.perf_counter() - start:.0f} s"
     )
     return dict(counts)
 

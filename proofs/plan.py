@@ -158,8 +158,8 @@ NOTES = """
 
 Storing the parameters is the first limit ({whole:.0f} GB on every device in mode `data`), and communication over the
 links is the second. `data` and `fsdp` send the parameters, regardless of the batch size. `tensor` sends activations,
-in proportion to the rows per device. `fsdp+tensor` shards the parameters over all devices. It sends a share of them
-over the links of one axis, and the activations over the links of the other axis, within a machine.
+in proportion to the rows per device. `fsdp+tensor` shards the parameters over all devices. It sends part of
+the parameters along "data" and the activations along "model", whose links stay within a machine.
 
 ## Comparison with compiled programs
 
