@@ -318,8 +318,11 @@ class _MLP(BaseEstimator):
         """Splits the data into training and validation examples, stratified by class."""
         n = len(data["x"])
         options = {"test_size": self.validation_fraction, "random_state": rng}
-        if isinstance(self, ClassifierMixin) and not self._multilabel and np.bincount(data["y"].ravel()).min() > 1:
-            options["stratify"] = data["y"]
+        if isinstance(self, ClassifierMixin) and not self._multilabel:
+            labels = data["y"].ravel()
+            # Of two classes, both must be in both parts, as in scikit-learn, which does not stratify more than two.
+            if len(self.classes_) <= 2 or np.min(np.unique(labels, return_counts=True)[1]) > 1:
+                options["stratify"] = labels
         kept, held = train_test_split(np.arange(n), **options)
         if len(held) < 2:
             raise ValueError(
