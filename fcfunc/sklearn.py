@@ -322,7 +322,7 @@ class _MLP(BaseEstimator):
             labels = data["y"].ravel()
             # Of two classes, both must be in both parts, as in scikit-learn, which does not stratify more than two.
             if len(self.classes_) <= 2 or np.min(np.unique(labels, return_counts=True)[1]) > 1:
-                options["stratify"] = labels
+                options["stratify"] = data["y"]
         kept, held = train_test_split(np.arange(n), **options)
         if len(held) < 2:
             raise ValueError(
