@@ -84,8 +84,9 @@ def link_pages(app, what, name, obj, options, lines):
 
 def skip_member(app, what, name, obj, skip, options):
     """Leaves out the fields of named tuples, which the docstrings of these describe, and methods of scikit-learn."""
-    inherited = name.startswith("set_") and name.endswith("_request")
-    return skip or inherited or (getattr(obj, "__doc__", None) or "").startswith("Alias for field number")
+    request = name.startswith("set_") and name.endswith("_request")
+    inherited = (getattr(obj, "__module__", None) or "").startswith("sklearn.")
+    return skip or request or inherited or (getattr(obj, "__doc__", None) or "").startswith("Alias for field number")
 
 
 def write_digit_network(app, exception):
