@@ -1,5 +1,5 @@
 PYTHON ?= python3
-# Another PYTHON gets an environment of its own.
+# Each other PYTHON gets its own environment.
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -9,20 +9,20 @@ STAMP := $(VENV)/.installed
 train: $(STAMP)
 	@$(BIN)/python -m examples.train_classifier $(ARGS)
 
-# Every rule, loss, file format and page once, in a few minutes.
+# Tests every rule, loss, file format and page once, in a few minutes.
 test: $(STAMP)
 	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 test-all: $(STAMP)
 	@$(BIN)/python -m pytest $(ARGS)
 
-# The tests that need PyTorch, Keras, loggers and other libraries, in an environment of their own.
+# The tests that need PyTorch, Keras, loggers and other libraries, in a separate environment.
 test-peers: $(STAMP)
 	@$(PYTHON) -m venv .venv-peers
 	@.venv-peers/bin/python -m pip install --quiet --quiet --disable-pip-version-check --editable ".[dev,peers]"
 	@.venv-peers/bin/python -m pytest tests/test_convert.py tests/test_loggers.py tests/test_works_with.py $(ARGS)
 
-# With the oldest release of each dependency that pyproject.toml allows.
+# All tests, with the oldest release of each dependency that pyproject.toml allows.
 test-lowest: $(STAMP)
 	@$(BIN)/python -m tests.lowest > $(VENV)/lowest.txt
 	@$(PYTHON) -m venv .venv-lowest
@@ -33,7 +33,7 @@ bench: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --editable ".[bench]"
 	@$(BIN)/python -m benchmarks.training $(ARGS)
 
-# Builds the site in docs/_build/html: every cell is executed, and a warning is an error.
+# Builds the site in docs/_build/html, executes every cell, and treats warnings as errors.
 docs: $(VENV)/.docs
 	@$(BIN)/sphinx-build --quiet --fresh-env --fail-on-warning --keep-going --jobs 2 docs docs/_build/html
 	@echo "The site is docs/_build/html/index.html."
@@ -41,7 +41,7 @@ docs: $(VENV)/.docs
 docs-serve: docs
 	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory docs/_build/html 8000
 
-# Reads the site in a real browser: Debian's package chromium, or the program that CHROMIUM names.
+# Tests the site in a real browser: Debian's chromium package, or the program named by CHROMIUM.
 docs-test: docs
 	@$(BIN)/python -m pytest docs/test_site.py $(ARGS)
 
@@ -56,7 +56,7 @@ lint: $(STAMP)
 	@$(BIN)/lint-imports --no-logo --no-cache
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 
-# The same bytes from the same commit: nothing of the time or of the machine is in them.
+# Reproducible: a commit gives the same bytes at any time and on any machine.
 dist: $(STAMP)
 	@rm -rf dist
 	@SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m build --outdir dist . > /dev/null
@@ -65,10 +65,10 @@ dist: $(STAMP)
 clean:
 	rm -rf .venv .venv-* dist docs/_build runs
 
-# Installed once: the stamp is newer than pyproject.toml until the requirements change.
+# Installs once, and again when pyproject.toml is newer than the stamp.
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fcfunc needs Python 3.11 or newer; this is " + sys.version.split()[0] + " (choose another: make PYTHON=python3.12)")'
-	@echo "Making $(VENV) and installing fcfunc with what its examples and tests need (about a minute, once)."
+	@echo "Creating $(VENV) and installing fcfunc with the dependencies of its examples and tests (about a minute, once)."
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --editable ".[dev]"
 	@touch $(STAMP)

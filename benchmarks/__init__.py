@@ -1,1 +1,1 @@
-"""Scripts that measure; `python -m benchmarks.NAME` from the repository's root."""
+"""Benchmarks. Run one with `python -m benchmarks.NAME` from the repository root."""

@@ -1,10 +1,10 @@
-"""Wide networks in bfloat16 on the default device, as shares of the rate of its matrix products; prints Markdown.
+"""Measures wide bfloat16 networks on the default device, relative to its matmul rate; prints Markdown.
 
     python -m benchmarks.accelerator               # on a GPU
     python -m benchmarks.accelerator --divide 32   # every size divided, to try the script on a CPU
 
-The cost of repeating to the bit is that of a second run with XLA_FLAGS=--xla_gpu_deterministic_ops=true beside one
-without: `--deterministic` runs the step of the widest network both ways, each in a process of its own.
+The cost of bit-for-bit reproducibility is the time with XLA_FLAGS=--xla_gpu_deterministic_ops=true relative to the time
+without it: `--deterministic` runs the step of the widest network both ways, each in a separate process.
 """
 
 import argparse
@@ -33,19 +33,19 @@ WAYS = {
 
 
 def rate(seconds: list[float], flops: float) -> float:
-    """Floating-point operations per second, by the median."""
+    """Floating-point operations per second, from the median time."""
     return flops / statistics.median(seconds)
 
 
 def product(n: int):
-    """Ten bfloat16 products `[n, n] @ [n, n]`, one after the other, and their operations."""
+    """Ten bfloat16 matmuls `[n, n] @ [n, n]` in sequence, and their operation count."""
     a = jax.random.normal(jax.random.key(0), (n, n), jnp.bfloat16) / n**0.5
     program = jax.jit(lambda x, w: jax.lax.fori_loop(0, 10, lambda _, x: x @ w, x)).lower(a, a).compile()
     return (program, (a, a)), 20 * n**3
 
 
 def training(dims: list[int], rows: int, *, scanned=False, ops=ops, losses=losses):
-    """Ten SGD steps of a network that computes in bfloat16, their program, and the operations of its products."""
+    """Ten compiled SGD steps of a network with bfloat16 compute, and the operation count of their matmuls."""
     net = fcfunc.mlp(dims, compute_dtype="bfloat16", ops=ops)
 
     def loss_fn(params, batch, key):
@@ -65,7 +65,7 @@ def training(dims: list[int], rows: int, *, scanned=False, ops=ops, losses=losse
 
 
 def dtypes_of_products(program) -> str:
-    """How many products of a compiled program take and give which dtypes."""
+    """Counts the matmuls of a compiled program by the dtypes of their operands and results."""
     dtype = dict(re.findall(r"%?([\w.\-]+) = \(?(\w+)\[", program.as_text()))
     found = collections.Counter()
     for result, operands in re.findall(r"= \(?(\w+)\[.*?(?: dot|gemm\S*\"?|custom-call)\(([^)]*)\)", program.as_text()):
@@ -76,9 +76,9 @@ def dtypes_of_products(program) -> str:
 
 
 def table_of_networks(divide: int) -> list[str]:
-    """Each way of training each network, as a share of the rate of products, which are run in turns with it."""
+    """Each way of training each network, relative to the rate of plain matmuls in alternating runs."""
     gpu = jax.default_backend() == "gpu"
-    lines = ["| network, rows | way | share of the products' rate | time over rules | TFLOP/s |", "|---" * 5 + "|"]
+    lines = ["| network, rows | way | share of the matmul rate | time over rules | TFLOP/s |", "|---" * 5 + "|"]
     hlo = []
     for dims, rows in (([784, 2048, 2048, 10], 512), ([4096] * 5 + [10], 8192)):
         dims, rows = [max(d // divide, 2) for d in dims], max(rows // divide, 2)
@@ -92,7 +92,7 @@ def table_of_networks(divide: int) -> list[str]:
             speed = f"{reached / 1e12:.0f}" if gpu else "not on a CPU"
             title = f"{'-'.join(map(str, dims))}, {rows}"
             lines.append(f"| {title} | {name} | {reached / limit:.2f} | {relative} | {speed} |")
-        hlo.append(f"- Products of {title}: {dtypes_of_products(made['rules'][0][0])}.")
+        hlo.append(f"- Matmuls of {title}: {dtypes_of_products(made['rules'][0][0])}.")
     return [*lines, "", *hlo]
 
 
@@ -121,7 +121,7 @@ def table_of_output_layers(divide: int) -> list[str]:
 
 
 def cost_of_determinism(divide: int) -> str:
-    """Both runs of the widest network, in turns."""
+    """Runs the widest network both ways, in alternation."""
     found: dict[str, list[float]] = {"": [], "--xla_gpu_deterministic_ops=true": []}
     command = [sys.executable, "-m", "benchmarks.accelerator", "--once", "--divide", str(divide)]
     for _ in range(5):
@@ -131,14 +131,14 @@ def cost_of_determinism(divide: int) -> str:
             answer = subprocess.run(command, check=True, capture_output=True, text=True, env=env, cwd=folder)
             seconds.append(float(answer.stdout.split()[-1]))
     plain, repeating = found.values()
-    return f"Repeating to the bit takes {ratio(repeating, plain)} of the time of a step."
+    return f"Time of a step with deterministic operations, relative to without: {ratio(repeating, plain)}."
 
 
 def main() -> None:
-    """Prints the tables, with the card and the versions."""
+    """Prints the tables, with the device and the versions."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--divide", type=int, default=1, help="divide every size by this")
-    parser.add_argument("--deterministic", action="store_true", help="measure what repeating to the bit costs, alone")
+    parser.add_argument("--deterministic", action="store_true", help="measure only the cost of determinism")
     parser.add_argument("--once", action="store_true", help="print the seconds of ten steps of the widest network")
     args = parser.parse_args()
     if args.once:

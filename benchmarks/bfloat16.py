@@ -1,4 +1,4 @@
-"""Fashion-MNIST in bfloat16 compute beside float32: test accuracy over seeds, and the error of a gradient.
+"""Compares bfloat16 with float32 compute on Fashion-MNIST: test accuracy over seeds, and gradient errors.
 
 python -m benchmarks.bfloat16 --epochs 15 --seeds 3
 """
@@ -21,7 +21,7 @@ DIMS = [784, 512, 512, 10]
 
 
 def loss_fn(params, batch, key, *, ops=ops, losses=losses, **options):
-    """Cross-entropy, and the accuracy."""
+    """The cross-entropy and the accuracy."""
     x, y = batch
     x = x.reshape(len(x), -1).astype(params[0]["w"].dtype) / 255
     logits = fcfunc.mlp(DIMS, ops=ops, **options).apply(params, x)
@@ -30,19 +30,19 @@ def loss_fn(params, batch, key, *, ops=ops, losses=losses, **options):
 
 
 def accuracy(seed: int, epochs: int, training, test, **options) -> float:
-    """Of a network trained from scratch."""
+    """The test accuracy of a network trained from scratch."""
     loss = functools.partial(loss_fn, **options)
     steps = epochs * -(-len(training.y) // 128)
     optimizer = optax.sgd(
         optax.cosine_decay_schedule(0.05, steps), momentum=0.9
-    )  # ends at rest: no noise of late steps
+    )  # decays to zero, so that late steps add no noise
     state = train.init_state(fcfunc.init(jax.random.key(seed), DIMS), optimizer, jax.random.key(seed + 1000))
     state, _ = train.fit(loss, optimizer, state, training, epochs=epochs, batch_size=128)
     return float(train.evaluate(loss, state.params, test)["accuracy"])
 
 
 def gradient_errors(batch) -> dict[str, float]:
-    """Relative distance of gradients from those in float64, by rule and by autodiff."""
+    """The relative distance of gradients from the float64 gradient, by rules and by autodiff."""
     with jax.enable_x64(True):
         params = fcfunc.init(jax.random.key(0), DIMS)
         wide = jax.tree.map(lambda a: a.astype(jnp.float64), params)
@@ -64,7 +64,7 @@ def gradient_errors(batch) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints both."""
+    """Prints the gradient errors and the accuracies."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--seeds", type=int, default=3)
@@ -79,7 +79,7 @@ def main() -> None:
             found[name].append(accuracy(seed, args.epochs, training, test, **options))
             print(f"seed {seed}, {name}: {found[name][-1]:.4f}, {time.perf_counter() - start:.0f} s", flush=True)
     means = {name: statistics.mean(values) for name, values in found.items()}
-    print(f"means: {means}; bfloat16 less float32: {100 * (means['bfloat16'] - means['float32']):+.2f} points")
+    print(f"means: {means}; bfloat16 minus float32: {100 * (means['bfloat16'] - means['float32']):+.2f} points")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""How long `check_vjp` takes on this library's rules, beside `jax.test_util.check_grads` on the same functions.
+"""Times `check_vjp` on this library's rules, next to `jax.test_util.check_grads` on the same functions.
 
     python -m benchmarks.checker
 
-Cold is with JAX's caches cleared, warm the second call. check_grads runs in reverse mode to order 1, eagerly, as its
-users call it; it compares one random direction in one dtype.
+"cold" is the first call after clearing JAX's caches, and "warm" is the second call. check_grads runs in reverse mode to
+order 1, eagerly, as its users call it. It compares one random direction in one dtype.
 """
 
 import statistics
@@ -62,7 +62,7 @@ SIZES = {"n": 5, "d": 3, "m": 7, "c": 4}
 
 
 def by_check_grads(fun: Callable, shapes: str) -> None:
-    """The real arguments differentiated, the others held fixed."""
+    """Calls `check_grads` on the real arguments, with the others held fixed."""
     rng, args = np.random.default_rng(0), []
     for part in shapes.split(","):
         dims, _, kind = part.strip().partition(":")

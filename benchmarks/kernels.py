@@ -1,4 +1,4 @@
-"""Where the time of a compiled epoch goes, kernel by kernel: JAX's profiler beside the compiled program's text."""
+"""Where the time of a compiled epoch goes, by kernel: JAX's profile, matched to the compiled program's text."""
 
 import re
 import tempfile
@@ -18,15 +18,15 @@ KINDS = {
     "update": r"/update/",
     "others": r"",
 }
-"""What a kernel is for, by the name of its operation in the program's text: the first that fits.
+"""The kinds of kernels. The first pattern that matches a kernel's operation name in the program's text applies.
 
-The scopes `order`, `gather` and `update` are those that `fcfunc.train` names its parts by. A fusion counts as what its
-last operation is; `others` are the activations, the loss, the sums of the bias gradients, and what the loop counts.
+`order`, `gather` and `update` are named scopes in `fcfunc.train`. A fusion is classified by its last operation.
+`others` includes the activations, the loss, the sums of the bias gradients, and the loop counters.
 """
 
 
 def kinds_of_kernels(text: str) -> dict[str, str]:
-    """`{kernel: kind}` of a compiled program's text, without what only calls other kernels."""
+    """`{kernel: kind}` for a compiled program, without the operations that only call other kernels."""
     kinds = {}
     for line in text.splitlines():
         named = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = .*? ([\w\-]+)\(", line)
@@ -37,7 +37,7 @@ def kinds_of_kernels(text: str) -> dict[str, str]:
 
 
 def covered(intervals: Iterable[tuple[float, float]]) -> float:
-    """The time in which at least one of them runs."""
+    """The total time covered by at least one interval."""
     total, end = 0.0, float("-inf")
     for start, stop in sorted(intervals):
         total += max(0.0, stop - max(start, end))
@@ -46,7 +46,7 @@ def covered(intervals: Iterable[tuple[float, float]]) -> float:
 
 
 def shares(task: Task, epochs: int) -> dict[str, float]:
-    """The share of each kind of kernel in the time of some epochs, and of what is between the kernels."""
+    """The share of each kind of kernel in the time of some epochs, and of the time between kernels."""
     epoch = train.make_train_epoch(classifier_loss, task.optimizer, task.batch_size)
     data = jnp.asarray(task.x), jnp.asarray(task.y)
     state = train.init_state(task.params, task.optimizer, jax.random.key(1))
@@ -60,7 +60,7 @@ def shares(task: Task, epochs: int) -> dict[str, float]:
         (file,) = Path(folder).rglob("*.xplane.pb")
         planes = jax.profiler.ProfileData.from_file(str(file)).planes
         events = [event for plane in planes for line in plane.lines for event in line.events]
-    # A matmul may be split into parts that run on both cores, each an event of its own with the kernel's name.
+    # A matmul may be split into parts that run on both cores. Each part is a separate event with the kernel's name.
     running = {kind: [] for kind in KINDS}
     for event in events:
         if event.name in kinds:
@@ -68,7 +68,7 @@ def shares(task: Task, epochs: int) -> dict[str, float]:
     executions = [e for e in events if e.name.startswith("ThunkExecutor::Execute")]
     first, last = min(e.start_ns for e in executions), max(e.start_ns + e.duration_ns for e in executions)
     before, seen, result = 0.0, [], {}
-    for kind, intervals in running.items():  # where kernels overlap, the time is that of the kind that comes first
+    for kind, intervals in running.items():  # overlapping time counts toward the first kind
         seen += intervals
         result[kind] = (covered(seen) - before) / (last - first)
         before = covered(seen)

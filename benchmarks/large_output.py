@@ -1,4 +1,4 @@
-"""The chunked output layer beside the dense one: temporaries, time, where dense is the cheaper, a million classes.
+"""Compares the chunked output layer with the dense one in temporaries and time, up to a million classes.
 
 python -m benchmarks.large_output              # the table
 python -m benchmarks.large_output --million    # trains with 1,048,576 classes and prints the peak memory
@@ -21,7 +21,7 @@ D = 512
 
 
 def plain(x, w, b, labels):
-    """What one would write in plain JAX."""
+    """The loss in plain JAX."""
     logits = x @ w + b
     return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
 
@@ -40,7 +40,7 @@ def gradient(loss, n: int, classes: int):
 
 
 def compare(n: int, classes: int) -> None:
-    """One row: dense in plain JAX, chunked, and what is chosen."""
+    """Prints one row: dense in plain JAX, chunked, and the default choice."""
     chunk = {"chunk_size": max(2**21 // n, 256)}
     ways = {
         "dense": plain,
@@ -61,9 +61,9 @@ def compare(n: int, classes: int) -> None:
 
 
 def million(n: int, steps: int) -> None:
-    """Trains a network with 2**20 classes by SGD and prints loss and peak memory of the process.
+    """Trains a network with 2**20 classes by SGD; prints the loss and the peak memory of the process.
 
-    The last layer begins at zero, so the first loss is log(2**20) = 13.8629; JAX's normal sampler alone would need four
+    The last layer starts at zero, so the first loss is log(2**20) = 13.8629. JAX's normal sampler alone would need four
     arrays of its size.
     """
     (hidden,) = fcfunc.init(jax.random.key(0), [64, D])
@@ -88,11 +88,11 @@ def million(n: int, steps: int) -> None:
     shapes = [jax.ShapeDtypeStruct(s, "float32") for s in ((n, D), (D, 2**20), (2**20,))]
     labels = jax.ShapeDtypeStruct((n,), "int32")
     dense = jax.jit(jax.grad(lambda *a: jnp.mean(plain(*a)), argnums=(0, 1, 2))).lower(*shapes, labels).compile()
-    print(f"temporaries alone of the dense loss {dense.memory_analysis().temp_size_in_bytes / 1e9:.2f} GB")
+    print(f"temporaries of the dense loss alone {dense.memory_analysis().temp_size_in_bytes / 1e9:.2f} GB")
 
 
 def main() -> None:
-    """Runs what the command line asks for."""
+    """Prints the table, or trains with a million classes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--million", action="store_true")
     parser.add_argument("--rows", type=int, default=2048)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.memory
 
-Bytes are those of the compiled programs (`memory_analysis`) and of the residuals between the forward and the backward
-pass. Times are ratios of alternating runs, as medians.
+Memory is that of the compiled programs (`memory_analysis`) and of the residuals between the forward and the backward
+pass. Times are median ratios of alternating runs.
 """
 
 import functools
@@ -28,7 +28,7 @@ LABELS = jnp.zeros(N, jnp.int32)
 STATE = {"mean": jnp.zeros(D), "var": jnp.ones(D)}
 KEY = jax.random.key(0)
 
-# What a user would write without this library, where JAX has it, else the reference implementation.
+# Each rule with JAX's own function or, where JAX has none, with the reference implementation.
 SAVED = {
     "relu": (ops.relu, jax.nn.relu),
     "leaky_relu": (ops.leaky_relu, jax.nn.leaky_relu),
@@ -61,13 +61,13 @@ SAVED = {
 
 
 def saved_units(fun) -> float:
-    """The residuals between the forward and the backward pass, in float32 activations [N, D], without weights."""
+    """The size of the residuals, excluding weights, in units of one float32 activation [N, D]."""
     residuals = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(fun, x)[1], x))
     return sum(r.size * r.dtype.itemsize for r in residuals if r.shape[:1] == (N,)) / UNIT
 
 
 def network(layers: int, activation: str, scanned: bool, by_rules: bool):
-    """The gradient of the sum of squares of some layers' output, compiled, and its arguments."""
+    """The compiled gradient of the sum of squares of several layers' output, and its arguments."""
     params = fcfunc.init(jax.random.key(0), [D] * (layers + 1))
     plain = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu, "tanh": jnp.tanh}[activation]
 
@@ -78,7 +78,7 @@ def network(layers: int, activation: str, scanned: bool, by_rules: bool):
             x = plain(x @ p["w"] + p["b"])
         return jnp.sum(x**2)
 
-    net = fcfunc.mlp([D] * (layers + 2), activation=activation)  # whose features are the layers
+    net = fcfunc.mlp([D] * (layers + 2), activation=activation)  # its `features` are the layers
 
     def by_apply(params, x):
         return jnp.sum(net.features(params, x) ** 2)
@@ -107,7 +107,7 @@ def in_turns(programs: dict, rounds: int = 7) -> dict[str, list[float]]:
 
 
 def ratio(a: list[float], b: list[float]) -> str:
-    """The median of the ratios of two runs side by side, with the lowest and the highest."""
+    """The median ratio of paired runs, with the lowest and the highest."""
     ratios = sorted(x / y for x, y in zip(a, b, strict=True))
     return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
 
@@ -137,7 +137,7 @@ def table_of_networks() -> str:
 
 
 def table_of_options() -> str:
-    """Temporaries of the gradient of eight stacked layers by `apply`, with what else it offers."""
+    """Temporaries of the gradient of eight stacked layers by `apply`, with each of its options."""
     rows = ["| eight layers with gelu, scanned | temporaries |", "|---|---|"]
     for name, options in (
         ("plain", {}),

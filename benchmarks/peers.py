@@ -1,7 +1,7 @@
-"""The same training written for each peer: `name -> make(task) -> (epochs(k), accuracy())`.
+"""The same training task in each library: `name -> make(task) -> (epochs(k), accuracy())`.
 
-Every peer gets the same data, batches, optimizer and learning rate, shuffles by itself, and runs the loop that its
-documentation shows: data in memory, no loader, one compiled step where there is a compiler.
+Every peer gets the same data, batch size, optimizer and learning rate, does its own shuffling, and runs the loop from
+its documentation, with the data in memory, no loader, and one compiled step if the library has a compiler.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from fcfunc import losses, train
 
 
 class Task(NamedTuple):
-    """What is trained: inputs in float32, integer labels, whole batches only."""
+    """A training task with float32 inputs, integer labels, and only whole batches."""
 
     dims: list[int]
     batch_size: int
@@ -31,7 +31,7 @@ class Task(NamedTuple):
 
     @property
     def params(self) -> list:
-        """Where every peer begins that can be told where."""
+        """The initial parameters of every peer that accepts them."""
         return fcfunc.init(jax.random.key(0), self.dims)
 
     @property
@@ -41,13 +41,13 @@ class Task(NamedTuple):
 
 
 def classifier_loss(params, batch, key):
-    """The network of fcfunc and its loss."""
+    """The loss of a network of fcfunc."""
     x, y = batch
     return jnp.mean(losses.softmax_cross_entropy_with_integer_labels(fcfunc.apply(params, x), y))
 
 
 def with_fcfunc(task: Task):
-    """The epoch as one program."""
+    """fcfunc: the epoch as one program."""
     epoch = train.make_train_epoch(classifier_loss, task.optimizer, task.batch_size)
     data = jnp.asarray(task.x), jnp.asarray(task.y)
     box = [train.init_state(task.params, task.optimizer, jax.random.key(1))]
@@ -61,7 +61,7 @@ def with_fcfunc(task: Task):
 
 
 def plain_loss(params, x, y):
-    """The network and its loss as written in JAX without a library."""
+    """The network and its loss in plain JAX."""
     for p in params[:-1]:
         x = jax.nn.relu(x @ p["w"] + p["b"])
     logits = x @ params[-1]["w"] + params[-1]["b"]
@@ -69,7 +69,7 @@ def plain_loss(params, x, y):
 
 
 def with_bare_scan(task: Task):
-    """Plain JAX and optax: a scan over the batches as they lie, without a shuffle."""
+    """Plain JAX and optax: a scan over the batches in their original order, without a shuffle."""
     optimizer = task.optimizer
 
     def step(carry, batch):
@@ -96,7 +96,7 @@ def with_bare_scan(task: Task):
 
 
 def _stepwise(task: Task, carry, step, logits):
-    """A loop over a compiled step, which takes the data and the places of its examples."""
+    """A loop over a compiled step, which takes the data and the indices of the examples in the batch."""
     box, data, rng = [carry], (jnp.asarray(task.x), jnp.asarray(task.y)), np.random.default_rng(0)
 
     def epochs(k):
@@ -221,7 +221,7 @@ def with_torch(task: Task):
 
 
 def with_sklearn(task: Task):
-    """scikit-learn: `MLPClassifier`, which goes on where it was (`warm_start`)."""
+    """scikit-learn: `MLPClassifier`, continued with `warm_start`."""
     import warnings
 
     from sklearn.neural_network import MLPClassifier
@@ -242,7 +242,7 @@ def with_sklearn(task: Task):
     def epochs(k):
         network.max_iter = k
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it has not converged
+            warnings.simplefilter("ignore")  # ConvergenceWarning
             network.fit(task.x, task.y)
 
     return epochs, lambda: network.score(task.x_test, task.y_test)

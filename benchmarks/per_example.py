@@ -1,10 +1,10 @@
-"""Gradients of single examples and curvature beside opacus, BackPACK, jax_privacy, curvlinops and laplax, in one run.
+"""Compares per-example gradients and curvature with opacus, BackPACK, jax_privacy, curvlinops and laplax.
 
     python -m benchmarks.per_example     # needs: pip install "fcfunc[per-example-bench]" torch==2.13.0
 
 784-1024-1024-10 with ReLU and softmax cross-entropy in float32. Times are medians of alternating runs, as ratios to an
-ordinary gradient by fcfunc, and memory is the growth of the peak of a process of its own. Each result is compared with
-ours, and once more in float64 on 256 examples: in float32 the rounding of the other library may be the larger part.
+ordinary gradient by fcfunc. Memory is the growth of the peak of a separate process. Each result is compared with
+fcfunc's, and again in float64 on 256 examples, because in float32 the other library's rounding errors may dominate.
 """
 
 import argparse
@@ -29,13 +29,13 @@ from benchmarks.memory import in_turns, ratio
 from fcfunc import curvature, losses, per_example
 
 DIMS, BATCH, SMALL, FEW, MAX_NORM = [784, 1024, 1024, 10], 4096, 1024, 256, 1.0
-"""24 GiB of memory hold every gradient of SMALL examples, with one copy; FEW are compared in float64."""
+"""All gradients of SMALL examples, with one copy, fit in 24 GiB of memory. FEW examples are compared in float64."""
 
 NET = fcfunc.mlp(DIMS)
 
 
 def problem(batch: int):
-    """Parameters, inputs, labels and a direction; in float64 where JAX has it enabled."""
+    """Parameters, inputs, labels and a direction; in float64 if it is enabled in JAX."""
     rng = np.random.default_rng(0)
     dtype = jax.dtypes.canonicalize_dtype(jnp.float64)
     params = jax.tree.map(lambda a: a.astype(dtype), NET.init(jax.random.key(0)))
@@ -46,7 +46,7 @@ def problem(batch: int):
 
 
 def cross_entropy(outputs, labels):
-    """The losses of the examples."""
+    """The loss of each example."""
     return losses.softmax_cross_entropy_with_integer_labels(outputs, labels)
 
 
@@ -60,7 +60,7 @@ def one_loss(params, x, labels):
 
 
 def by_fcfunc(what: str, batch: int) -> Callable:
-    """One of our own quantities, compiled, as a function of nothing."""
+    """One of fcfunc's quantities, as a compiled function without arguments."""
     params, x, labels, direction = problem(batch)
     loss_fn = lambda labels: lambda outputs: cross_entropy(outputs, labels)  # noqa: E731
 
@@ -73,7 +73,7 @@ def by_fcfunc(what: str, batch: int) -> Callable:
     def norms(params, x, labels, v):
         return per_example.squared_norms(NET.example_gradients(params, x, loss_fn(labels))[1])
 
-    def both(params, x, labels, v):  # what BackPACK's backward pass returns: the gradient and the norms
+    def both(params, x, labels, v):  # the gradient and the norms, like BackPACK's backward pass
         gradients = NET.example_gradients(params, x, loss_fn(labels))[1]
         return per_example.weighted_sum(gradients, jnp.ones(len(x))), per_example.squared_norms(gradients)
 
@@ -89,7 +89,7 @@ def by_fcfunc(what: str, batch: int) -> Callable:
 
 
 def by_vmap(batch: int) -> Callable:
-    """`vmap(grad)`, then clipping: every gradient in memory at once."""
+    """`vmap(grad)` followed by clipping, with all gradients in memory at once."""
     params, x, labels, _ = problem(batch)
 
     @jax.jit
@@ -116,7 +116,7 @@ def by_jax_privacy(microbatch: int, batch: int) -> Callable:
 
 
 def by_laplax(batch: int) -> Callable:
-    """Laplax: its product with the generalized Gauss-Newton matrix, for the sum of the losses."""
+    """Laplax's product with the generalized Gauss-Newton matrix, for the sum of the losses."""
     from laplax.curv.ggn import create_ggn_mv_without_data
 
     params, x, labels, direction = problem(batch)
@@ -160,7 +160,7 @@ def torch_problem(batch: int):
 
 
 def like_ours(tensors) -> np.ndarray:
-    """Torch's gradients, weight and bias of each layer, flattened as ours: b and w by layer, w as [fan_in, fan_out]."""
+    """Torch's gradients, flattened in fcfunc's order: for each layer, b, then w as [fan_in, fan_out]."""
     tensors = list(tensors)
     parts = [
         a for w, b in zip(tensors[::2], tensors[1::2], strict=True) for a in (b.numpy().ravel(), w.numpy().T.ravel())
@@ -183,7 +183,7 @@ def by_torch(batch: int) -> Callable:
 
 
 def by_opacus(batch: int) -> Callable:
-    """Ghost clipping: a backward pass for the norms, and another one with the losses reweighted."""
+    """Ghost clipping: one backward pass for the norms, and a second one with reweighted losses."""
     import torch
     from opacus.grad_sample import GradSampleModuleFastGradientClipping
 
@@ -207,7 +207,7 @@ def by_opacus(batch: int) -> Callable:
 
 
 def by_backpack(batch: int) -> Callable:
-    """BackPACK's batch L2 norms beside the gradient."""
+    """BackPACK's batch L2 norms, together with the gradient."""
     import torch
     from backpack import backpack, extend
     from backpack.extensions import BatchL2Grad
@@ -225,7 +225,7 @@ def by_backpack(batch: int) -> Callable:
 
 
 def by_curvlinops(what: str, batch: int) -> Callable:
-    """Curvlinops: its products, for the sum of the losses."""
+    """Curvlinops's products, for the sum of the losses."""
     import torch
     from curvlinops import GGNLinearOperator, HessianLinearOperator
 
@@ -264,8 +264,8 @@ SMALL_WAYS: dict[str, Callable[[int], Callable]] = {
 
 
 def flat(result) -> np.ndarray:
-    """A result as one vector, without the gradient that comes beside norms."""
-    if hasattr(result, "numpy"):  # norms by torch
+    """A result as one vector, without the gradient that is returned with norms."""
+    if hasattr(result, "numpy"):  # norms from torch
         return result.numpy()
     if all(hasattr(a, "numpy") for a in result):
         return like_ours(result)
@@ -273,34 +273,34 @@ def flat(result) -> np.ndarray:
 
 
 def status(field: str) -> int:
-    """A size in kB from Linux's status of this process."""
+    """A size in kB from /proc/self/status."""
     return int(
         next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)).split()[1]
     )
 
 
 def apart(results: dict[str, np.ndarray]) -> dict[str, float]:
-    """The relative distance of each result from ours."""
+    """The relative distance of each result from fcfunc's."""
     ours = {name: results[f"{name.split(',')[0]}, fcfunc"] for name in results}
     return {name: float(np.linalg.norm(a - ours[name]) / np.linalg.norm(ours[name])) for name, a in results.items()}
 
 
 def elsewhere(option: str, *args: str, **environment: str):
-    """What a process of its own prints last, with an option of this module."""
+    """Runs this module with an option in a separate process; returns the last line that it prints."""
     command = [sys.executable, "-m", "benchmarks.per_example", option, *args]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def compare(ways: dict[str, Callable[[int], Callable]], batch: int, rounds: int) -> None:
-    """A table of one batch size."""
+    """Prints the table for one batch size."""
     exactly = elsewhere("--apart", JAX_ENABLE_X64="1")
     runs = {name: (made(batch), ()) for name, made in ways.items()}
     off = apart({name: flat(run()) for name, (run, _) in runs.items()})
     seconds = in_turns(runs, rounds)
     ordinary = next(iter(ways))
     print(f"784-1024-1024-10, batch {batch}\n")
-    print("| | seconds | times a gradient by fcfunc | off from fcfunc | off in float64 | MB at the peak |")
+    print("| | seconds | times a gradient by fcfunc | distance from fcfunc | distance in float64 | peak memory, MB |")
     print("|---|---|---|---|---|---|")
     for name in ways:
         times = ratio(seconds[name], seconds[ordinary])
@@ -310,17 +310,17 @@ def compare(ways: dict[str, Callable[[int], Callable]], batch: int, rounds: int)
 
 
 def main(argv=None) -> None:
-    """The tables, the memory of one way, or the distances between the ways."""
+    """Prints the tables, the memory of one way, or the distances between the ways."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--memory", nargs=2, metavar=("WAY", "BATCH"), help="the growth of the peak memory, in MB")
-    parser.add_argument("--apart", action="store_true", help=f"how far each result is from ours on {FEW} examples")
+    parser.add_argument("--apart", action="store_true", help=f"distance of each result from fcfunc's on {FEW} examples")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args(argv)
-    warnings.filterwarnings("ignore", message="Full backward hook")  # torch's, of inputs without a gradient
+    warnings.filterwarnings("ignore", message="Full backward hook")  # from torch, for inputs without a gradient
     if options.memory:
         way, batch = options.memory
         run = (WAYS | SMALL_WAYS)[way](int(batch))
-        Path("/proc/self/clear_refs").write_text("5")  # the peak from here on; getrusage has the parent's too
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak; getrusage would include the parent's
         before = status("VmRSS")
         run(), run()
         print(json.dumps((status("VmHWM") - before) / 1024))

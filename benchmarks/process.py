@@ -1,8 +1,8 @@
-"""One whole process of each peer: import, data, five epochs of Fashion-MNIST, accuracy printed.
+"""One whole process per peer: import, load the data, train five epochs of Fashion-MNIST, print the accuracy.
 
     python -m benchmarks.process fcfunc        # or PyTorch, scikit-learn
 
-784-128-10, batches of 128, SGD at 0.1. Nothing is imported that the peer does not need.
+784-128-10, batches of 128, SGD at 0.1. Each process imports only what its peer needs.
 """
 
 import gzip
@@ -22,7 +22,7 @@ def read(name: str, skip: int):
 
 
 def by_fcfunc() -> float:
-    """The epoch as one program; images stay bytes until a step uses them."""
+    """fcfunc: the epoch as one program. Images stay bytes until a step uses them."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -48,7 +48,7 @@ def by_fcfunc() -> float:
 
 
 def by_torch() -> float:
-    """Eager PyTorch."""
+    """PyTorch in eager mode."""
     import torch
 
     def tensors(name):
@@ -74,7 +74,7 @@ def by_sklearn() -> float:
     import numpy as np
     from sklearn.neural_network import MLPClassifier
 
-    warnings.simplefilter("ignore")  # that it has not converged
+    warnings.simplefilter("ignore")  # ConvergenceWarning
 
     def arrays(name):
         x = read(f"{name}-images-idx3", 16).reshape(-1, 784) / np.float32(255)

@@ -1,8 +1,8 @@
-"""The estimators beside scikit-learn's: seconds of `fit`, compilation included, and accuracy.
+"""Compares the estimators with scikit-learn's: seconds of `fit`, including compilation, and accuracy.
 
     python -m benchmarks.sklearn_estimators
 
-Each run is a process of its own: the first `fit` compiles, the second, with another seed, finds the program compiled,
+Each run is a separate process. The first `fit` compiles. The second, with another seed, reuses the compiled program,
 as in a search or cross-validation. The seconds are those of `fit` alone, without imports.
 """
 
@@ -30,7 +30,7 @@ SETUPS = {
 
 
 def examples(name: str):
-    """Inputs in [0, 1] and labels, to train on and to test with."""
+    """Inputs in [0, 1] and labels, for training and for testing."""
     if name == "digits":
         whole = data.digits()
         training, test = data.split(whole, (0.8, 0.2), seed=0, stratify=whole.y)
@@ -50,7 +50,7 @@ def run(library: str, setup: str, seed: int) -> dict:
     scale = max(1.0, float(training[0].max()))
     seconds, accuracy = [], 0.0
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it has not converged
+        warnings.simplefilter("ignore")  # ConvergenceWarning
         for i in range(2):
             model = MLPClassifier(random_state=seed + 100 * i, tol=0.0, n_iter_no_change=10**6, **options)
             start = time.perf_counter()
@@ -61,7 +61,7 @@ def run(library: str, setup: str, seed: int) -> dict:
 
 
 def main(argv=None) -> None:
-    """The table, or one run."""
+    """Prints the table, or one run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--run", nargs=3, metavar=("LIBRARY", "SETUP", "SEED"))
     parser.add_argument("--seeds", type=int, default=5)

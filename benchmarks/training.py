@@ -1,7 +1,7 @@
-"""Training time of fcfunc and other libraries, in alternating runs, as ratios; writes docs/background/benchmarks.md.
+"""Compares the training time of fcfunc and other libraries in alternating runs; writes docs/background/benchmarks.md.
 
-    make bench                                           # everything, and the page
-    python -m benchmarks.training --only small,digits    # some of it, printed alone
+    make bench                                           # all tables, and the page
+    python -m benchmarks.training --only small,digits    # some tables, only printed
 
 A turn runs every peer once. Each turn begins with a different peer, so that a drift of the machine affects all of them.
 """
@@ -91,14 +91,14 @@ def small() -> Task:
 
 
 def digits() -> Task:
-    """The handwritten digits that scikit-learn brings; 44 batches of 32."""
+    """The handwritten digits from scikit-learn, in 44 batches of 32."""
     training, test = data.split(data.digits(), (0.8, 0.2), seed=0)
     x, y = training.x[:1408], training.y[:1408]
     return Task([64, 128, 10], 32, False, 0.1, x, y, *test)
 
 
 def fashion(dims=(784, 128, 10), batch_size=128, count=59_904) -> Task:
-    """Fashion-MNIST, as many whole batches as there are."""
+    """Fashion-MNIST, cut to whole batches."""
     training, test = data.fashion_mnist()
     x, x_test = (part.x.reshape(len(part.x), -1) / np.float32(255) for part in (training, test))
     return Task(list(dims), batch_size, False, 0.1, x[:count], training.y[:count], x_test, test.y)
@@ -122,7 +122,7 @@ def with_matmuls(task: Task):
         for layer, w in reversed(list(enumerate(weights))):
             results.insert(0, inputs[layer].T @ g)
             g = g @ w.T if layer else g
-        return results, None  # in place of the weights, so that nothing is optimized away and nothing is added
+        return results, None  # instead of the weights: nothing is optimized away, and nothing is added
 
     run, weights = jax.jit(lambda ws, xs: jax.lax.scan(step, ws, xs)[0]), [p["w"] for p in task.params]
 
@@ -139,14 +139,14 @@ ROWS: dict[str, tuple[str, Callable, int, int, list[str]]] = {
     "fashion": ("Fashion-MNIST 784-128-10, batch 128, SGD, one epoch", fashion, 1, 7, [*PEERS, "matmuls"]),
     "wide": ("784-2048-2048-10, batch 512, SGD, ten steps", wide, 1, 7, [*PEERS, "matmuls"]),
 }
-"""Title, task, epochs in a turn, turns, and peers."""
+"""Title, task, epochs per turn, turns, and peers."""
 
 
 def in_turns(runs: dict[str, Callable], turns: int, before: dict[str, Callable]) -> dict[str, list[float]]:
-    """Seconds of each, `turns` times, each after an untimed one of its own.
+    """Times each run `turns` times, each time after an untimed run of the same peer.
 
-    Whoever came after scikit-learn took up to twice its time; that its threads were still spinning was not looked into.
-    After a pause instead, everything took longer and scattered more.
+    Without the untimed run, the peer after scikit-learn took up to twice as long, perhaps because the threads of
+    scikit-learn were still spinning (not investigated). With a pause instead, all times were longer and more scattered.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
@@ -161,7 +161,7 @@ def in_turns(runs: dict[str, Callable], turns: int, before: dict[str, Callable])
 
 
 def table_of_training(name: str) -> list[str]:
-    """One network in all libraries."""
+    """The table for one network in all libraries."""
     title, make, epochs, turns, peers = ROWS[name]
     task = make()
     made = {peer: with_matmuls(task) if peer == "matmuls" else PEERS[peer](task) for peer in peers}
@@ -192,7 +192,7 @@ def table_of_processes() -> list[str]:
 
 
 def table_of_sweeps() -> list[str]:
-    """64 networks in one program, compared with PyTorch one after the other."""
+    """64 networks in one program, compared with training them one after the other."""
     task, rates, seeds, epochs = digits(), np.logspace(-2.0, -0.5, 8), 8, 20
     arrays = jnp.asarray(task.x), jnp.asarray(task.y)
     make = lambda rate: optax.inject_hyperparams(optax.sgd)(learning_rate=rate)  # noqa: E731
@@ -228,7 +228,7 @@ TABLES |= {"process": table_of_processes, "sweep": table_of_sweeps}
 
 
 def versions() -> str:
-    """The versions of everything that is compared."""
+    """The versions of all libraries that are compared."""
     from importlib.metadata import version
 
     names = ("fcfunc", "jax", "optax", "flax", "equinox", "torch", "scikit-learn", "numpy")
@@ -238,7 +238,7 @@ def versions() -> str:
 def main():
     """Prints the tables; writes the page if all of them were requested."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--only", help=f"some of {','.join(TABLES)}; the page is then not written")
+    parser.add_argument("--only", help=f"some of {','.join(TABLES)}, without writing the page")
     args = parser.parse_args()
     page = INTRODUCTION.format(
         cores=os.cpu_count(), machine=platform.machine(), python=platform.python_version(), versions=versions()

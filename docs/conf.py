@@ -1,4 +1,4 @@
-"""Sphinx: MyST pages whose cells are executed, and a reference made of the docstrings."""
+"""The Sphinx configuration: MyST pages with executed cells, and an API reference from the docstrings."""
 
 import importlib.util
 import logging
@@ -11,7 +11,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # pages import `examples`
-profile = Path(tempfile.mkdtemp()) / "profile_default"  # the cells depend on no one's own configuration of IPython
+profile = Path(tempfile.mkdtemp()) / "profile_default"  # isolates the cells from the user's IPython configuration
 profile.mkdir()
 (profile / "ipython_kernel_config.py").write_text("c.IPKernelApp.log_level = 40\n")
 os.environ |= {
@@ -41,19 +41,19 @@ nitpicky = False
 
 html_theme = "furo"
 html_title = f"fcfunc {release}"
-mathjax = importlib.util.find_spec("sphinx-mathjax-offline")  # used for its files: the formulas need no network
+mathjax = importlib.util.find_spec("sphinx-mathjax-offline")  # for its files: formulas then need no network
 assert mathjax is not None
 assert mathjax.origin is not None
 html_static_path = ["_static", str(Path(mathjax.origin).parent / "static")]
 mathjax_path = "mathjax/tex-chtml.js"
 html_css_files = ["site.css"]
 html_copy_source = False
-html_show_search_summary = False  # a summary fetches the page, which a browser forbids for files
+html_show_search_summary = False  # a summary fetches the page, which browsers forbid for local files
 html_theme_options = {"footer_icons": []}
 
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 4
-nb_execution_mode = "force"  # a cache would show what an earlier version of the library printed
+nb_execution_mode = "force"  # a cache would show the output of an earlier version of the library
 nb_execution_timeout = 240
 nb_execution_show_tb = True
 nb_merge_streams = True
@@ -67,13 +67,13 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 napoleon_custom_sections = ["Saved for the backward pass"]
-default_role = "code"  # the docstrings mark code by single backticks
+default_role = "code"  # docstrings mark code with single backticks
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 
 def link_pages(app, what, name, obj, options, lines):
-    """Docstrings name pages by their path in the repository, `docs/PAGE.md#SECTION`; here these are links."""
+    """Turns the paths of pages in docstrings, `docs/PAGE.md#SECTION`, into links."""
     for i, line in enumerate(lines):
         lines[i] = re.sub(
             r"\bdocs/([\w/-]+)\.md(#[\w-]+)?",
@@ -83,14 +83,14 @@ def link_pages(app, what, name, obj, options, lines):
 
 
 def skip_member(app, what, name, obj, skip, options):
-    """Leaves out the fields of named tuples, which the docstrings of these describe, and methods of scikit-learn."""
+    """Skips the fields of named tuples, which the class docstrings describe, and methods of scikit-learn."""
     request = name.startswith("set_") and name.endswith("_request")
     inherited = (getattr(obj, "__module__", None) or "").startswith("sklearn.")
     return skip or request or inherited or (getattr(obj, "__doc__", None) or "").startswith("Alias for field number")
 
 
 def write_digit_network(app, exception):
-    """The parameters of the page draw-a-digit."""
+    """Writes the parameters for the draw-a-digit page."""
     if exception is None and app.builder.format == "html":
         import digit_network
 

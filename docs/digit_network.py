@@ -1,4 +1,4 @@
-"""Trains the network of the page draw-a-digit by `make train`'s program and writes its parameters as JSON."""
+"""Trains the network of the draw-a-digit page with the program of `make train`, and writes its parameters."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ from fcfunc import params_file
 
 
 def write(path: Path) -> None:
-    """Writes a JavaScript file that assigns the parameters; a page that is read from a folder cannot fetch JSON."""
+    """Writes a JavaScript file that assigns the parameters; a page opened from a folder cannot fetch JSON."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "examples.train_classifier", "--out", f"{folder}/digits"]
         subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[1])

@@ -1,4 +1,4 @@
-"""The built site in a real browser, from its folder and without a network: run by `make docs-test`."""
+"""Tests the built site in a real browser, from its folder and without a network. Run by `make docs-test`."""
 
 import html.parser
 import os
@@ -35,7 +35,7 @@ def browser():
 
 @pytest.fixture
 def open_page(browser):
-    """Opens a page of the site; in the end there must have been no error on the console and no request elsewhere."""
+    """Opens a page of the site. Fails at the end if there were console errors or requests to other hosts."""
     contexts, faults = [], []
 
     def open_page(name, **options):
@@ -55,7 +55,7 @@ def open_page(browser):
 
 
 class Links(html.parser.HTMLParser):
-    """The targets of a page's links and images, and the anchors that it has."""
+    """The targets of a page's links and images, and its anchors."""
 
     def __init__(self, text):
         super().__init__()
@@ -145,7 +145,7 @@ THREE = [
 
 
 def draw(page, points):
-    """Draws a stroke by the mouse."""
+    """Draws a stroke with the mouse."""
     box = page.locator("#digit-canvas").bounding_box()
     places = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in points]
     page.mouse.move(*places[0])

@@ -1,1 +1,1 @@
-"""Programs that test what the library claims; `python -m proofs.NAME` from the repository's root."""
+"""Programs that test the library's claims. Run one with `python -m proofs.NAME` from the repository root."""

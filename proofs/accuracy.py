@@ -1,10 +1,10 @@
-"""The accuracy of each rule's gradient in units in the last place, next to automatic differentiation and PyTorch.
+"""Measures the accuracy of each rule's gradient in ulps, next to automatic differentiation and PyTorch.
 
     python -m proofs.accuracy > docs/background/accuracy.md
 
-The true gradient is computed in numbers of 60 digits, at arguments and cotangents that the dtype can represent. An
-error is counted in ulps of the true element, the distance between neighboring numbers of the dtype. Autodiff
-differentiates the reference implementation in fcfunc.reference. Needs mpmath, and torch for its column.
+The true gradient is computed with 60 digits, at arguments and cotangents that the dtype represents exactly. Errors are
+in units in the last place (ulps) of the true element, the distance between neighboring numbers of the dtype. Autodiff
+differentiates the reference implementation in fcfunc.reference. Needs mpmath, and torch for the PyTorch column.
 """
 
 import importlib.util
@@ -30,7 +30,7 @@ OFFSET = {"float32": 1e4, "bfloat16": 100.0, "float16": 100.0}
 
 
 class Compared(NamedTuple):
-    """A row of the table of rules, the points where it is compared, and torch's function of the same arguments."""
+    """A row of the table of rules, the points at which it is compared, and torch's function of the same arguments."""
 
     row: str
     points: tuple[str, ...]
@@ -38,7 +38,7 @@ class Compared(NamedTuple):
 
 
 def functions() -> list[Compared]:
-    """What is compared; without torch installed, its functions are not called."""
+    """The functions to compare. Those of torch are called only if it is installed."""
     from types import SimpleNamespace
 
     if importlib.util.find_spec("torch") is None:
@@ -105,7 +105,7 @@ def functions() -> list[Compared]:
 
 
 def points(row: Row, names: tuple[str, ...], dtype: str, seed: int) -> Iterator[tuple]:
-    """Arguments of a row: ordinary numbers, the first argument in tails in places, and the first at a common offset."""
+    """Arguments of a row: ordinary numbers, tails in parts of the first argument, or the first argument shifted."""
     rng = np.random.default_rng([seed, 5])
     for i, name in enumerate(names):
         args = row.draw(10 * seed + i, ROWS, COLUMNS, jnp.dtype(dtype))
@@ -118,13 +118,13 @@ def points(row: Row, names: tuple[str, ...], dtype: str, seed: int) -> Iterator[
 
 
 def gradients(fun: Callable, args: tuple, g) -> list:
-    """The leaves of the gradients of the real arguments."""
+    """The leaves of the gradients with respect to the real arguments."""
     reals, fill = split_real(args)
     return jax.tree.leaves(jax.vjp(lambda *reals: fun(*fill(reals)), *reals)[1](g))
 
 
 def true_gradients(row: Row, args: tuple, g) -> list[np.ndarray]:
-    """The same in numbers of many digits."""
+    """The same gradients, computed with many digits."""
     with jax.enable_x64(True), mpmath.workdps(DIGITS):
         wide = jax.tree.map(
             lambda a: jnp.asarray(np.asarray(a, np.float64)) if jnp.issubdtype(a.dtype, jnp.floating) else a, args
@@ -136,7 +136,7 @@ def true_gradients(row: Row, args: tuple, g) -> list[np.ndarray]:
 
 
 def by_torch(fun: Callable, args: tuple, g) -> list[np.ndarray]:
-    """The gradients by torch of the same function at the same numbers."""
+    """Torch's gradients of the same function at the same numbers."""
     import torch  # pyright: ignore[reportMissingImports]
 
     def tensor(a):
@@ -152,9 +152,9 @@ def by_torch(fun: Callable, args: tuple, g) -> list[np.ndarray]:
 
 
 def ulps(got: list, truth: list, dtype: str, *, of_array: bool) -> np.ndarray:
-    """The errors of all elements in ulps of the element, or of the largest of its array.
+    """The errors of all elements in ulps of the element, or of the largest element of its array.
 
-    Elements that the dtype cannot hold are left out.
+    Elements that the dtype cannot represent are omitted.
     """
     limits, errors = jnp.finfo(dtype), []
     for a, t in zip(got, truth, strict=True):
@@ -168,7 +168,7 @@ def ulps(got: list, truth: list, dtype: str, *, of_array: bool) -> np.ndarray:
 
 
 def compared(entry: Compared, dtype: str) -> dict[str, tuple[float, float, float]]:
-    """By the rule, by autodiff and by torch: the median and largest error by element, and the largest by array."""
+    """The median and largest error by element, and the largest by array, of the rule, autodiff and torch."""
     row = next(row for row in [*RULES, *OPTIONS] if row.name == entry.row)
     with_torch = entry.torch is not None and importlib.util.find_spec("torch") is not None
     draws: dict[str, list] = {"rule": [], "autodiff": [], **({"torch": []} if with_torch else {})}
@@ -190,7 +190,7 @@ def compared(entry: Compared, dtype: str) -> dict[str, tuple[float, float, float
 
 
 def shown(errors: tuple[float, ...] | None) -> str:
-    """Errors as a cell of the table."""
+    """Formats errors as a cell of the table."""
     return "" if errors is None else " / ".join(f"{e:.1f}" if e < 100 else f"{e:.1e}" for e in errors)
 
 
@@ -228,7 +228,7 @@ Each draw has arrays of {rows} rows and {columns} columns at three kinds of poin
 
 
 def introduction() -> str:
-    """What was measured, with what, and how to read it."""
+    """The introduction of the page, with the versions and the machine."""
     installed = [name for name in ("jax", "numpy", "torch") if importlib.util.find_spec(name)]
     return INTRODUCTION.format(
         versions=", ".join(f"{name} {version(name)}" for name in installed),

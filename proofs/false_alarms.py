@@ -1,9 +1,9 @@
-"""Draws over right rules in four dtypes: `check_vjp` must say nothing.
+"""Runs `check_vjp` on correct rules in four dtypes, where it must find nothing.
 
     python -m proofs.false_alarms --draws 1000
 
-Each draw has a seed of its own; rule and dtype go round. The size sweep and the checks that only compile again are left
-out, so that a thousand draws end in minutes; the tests run them.
+Each draw has its own seed, and the draws cycle through rules and dtypes. The size sweep and the checks that only
+recompile are skipped, so that a thousand draws take minutes. The tests run these checks.
 """
 
 import argparse
@@ -31,7 +31,7 @@ LEFT_OUT = (
 
 
 def main(argv: list[str] | None = None) -> dict[str, int]:
-    """Prints every alarm, and their number."""
+    """Prints every false alarm, and the number of false alarms."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--draws", type=int, default=1000)
     draws = parser.parse_args(argv).draws
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
         if not report.ok:
             alarms += 1
             print(f"{name}, {dtype}, seed {seed}:\n{report}")
-    print(f"{alarms} alarms in {draws} draws over {len(tried)} right rules, {time.perf_counter() - start:.0f} s")
+    print(f"{alarms} alarms in {draws} draws over {len(tried)} correct rules, {time.perf_counter() - start:.0f} s")
     return {"draws": draws, "alarms": alarms}
 
 

@@ -3,7 +3,7 @@
     python -m proofs.hostile_inputs
 
 The criterion: a correct result, or NaN in the loss and gradient, or an error before execution. NumPy computes the
-correct result in float64 from the definition, element by element, from the inputs as they are in their own dtype.
+correct result in float64 from the definition, element by element, on the inputs in their own dtype.
 """
 
 import itertools
@@ -30,9 +30,9 @@ INF, NAN = float("inf"), float("nan")
 
 
 class Row(NamedTuple):
-    """One hostile input: an operation by name, its arguments, and its options where a library has them.
+    """One hostile input: the name of an operation, its arguments, and its options.
 
-    `truth` is what is right, where the definition does not say it: UNDEFINED, or `(loss, gradient)`.
+    `truth` is the correct result if the definition does not give it: UNDEFINED, or `(loss, gradient)`.
     """
 
     title: str
@@ -43,7 +43,7 @@ class Row(NamedTuple):
 
 
 def cross_entropy_truth(logits, labels, where=None, weights=None, class_weights=None, label_smoothing=0.0, **_):
-    """By the definition, row by row: the loss of each row, and the gradient of their sum."""
+    """The loss of each row, and the gradient of their sum, by the definition."""
     z = np.asarray(logits, np.float64)
     n, classes = z.shape
     loss, grad = np.zeros(n), np.zeros_like(z)
@@ -69,7 +69,7 @@ def cross_entropy_truth(logits, labels, where=None, weights=None, class_weights=
 def binary_truth(logits, targets):
     """log(1 + e^z) − t z for each logit, and σ(z) − t."""
     z, t = np.float64(logits), np.float64(targets)
-    # e^−|z| cannot overflow: log(1 + e^z) = max(z, 0) + log(1 + e^−|z|); an infinite logit counts by its limit.
+    # e^−|z| cannot overflow: log(1 + e^z) = max(z, 0) + log(1 + e^−|z|); an infinite logit gives the limit.
     tail = np.log1p(np.exp(-np.abs(z)))
     towards = np.where(z > 0, (1 - t), t)
     with np.errstate(invalid="ignore"):
@@ -87,7 +87,7 @@ def squared_truth(predictions, targets):
 
 
 def log_softmax_truth(x):
-    """By the definition, with the gradient of the first column's sum."""
+    """The definition, with the gradient of the sum of the first column."""
     loss, grad = cross_entropy_truth(x, [0] * len(x))
     return -loss, -grad
 
@@ -229,14 +229,14 @@ OPERATIONS: dict[str, tuple[Callable | None, Callable, Callable | None, Callable
     ),
     "network": (None, _fcfunc_network, _plain_network, _torch_network),
 }
-"""By name: the definition, and the function of fcfunc, of optax (or plain JAX) and of torch."""
+"""By operation name: the definition, and the functions of fcfunc, Optax (or plain JAX) and PyTorch."""
 
 LOGITS = np.linspace(-1.5, 1.5, 15, dtype=np.float32).reshape(3, 5)
 LABELS = np.array([0, 4, 2], np.int32)
 
 
 def changed(a: np.ndarray, at, value) -> np.ndarray:
-    """A copy with one place changed."""
+    """A copy with `value` at index `at`."""
     a = a.copy()
     a[at] = value
     return a
@@ -341,12 +341,12 @@ ROWS = [
     Row("a layer of width 0", "network", (LOGITS, (5, 0, 3)), truth=(np.zeros(3), np.zeros((3, 5)))),
     Row("inputs of the wrong width", "network", (LOGITS, (4, 3)), truth=UNDEFINED),
 ]
-"""The table."""
+"""The rows of the table."""
 
 
 @np.errstate(all="ignore")
 def outcome(call: Callable, row: Row) -> str:
-    """Says "right", "NaN and NaN", the class of an error, or what is wrong."""
+    """Returns "right", "NaN and NaN", "not offered", the class of an error, or a description of a wrong result."""
     definition, truth = OPERATIONS[row.operation][0], row.truth
     try:
         loss, grad = call(*row.args, **row.options)
@@ -355,7 +355,7 @@ def outcome(call: Callable, row: Row) -> str:
     except Exception as e:
         return type(e).__name__
     if truth is None and definition:
-        held = row.args[0].astype(grad.dtype)  # JAX holds float64 in float32, and 1e300 as an infinity
+        held = row.args[0].astype(grad.dtype)  # JAX converts float64 to float32, and 1e300 to an infinity
         truth = definition(held, *row.args[1:], **row.options)
     if "ignore_index" in row.options:
         loss, grad = (np.delete(a, 1, 0) if not np.any(a[1]) else a for a in (loss, grad))
@@ -376,7 +376,7 @@ def outcome(call: Callable, row: Row) -> str:
 
 
 def _close(got, expected, tolerance) -> np.ndarray:
-    """Equal up to rounding; what float32 cannot hold is infinite."""
+    """Whether the values are equal up to rounding. Expected values outside of float32's range count as infinite."""
     with np.errstate(over="ignore"):
         expected = np.where(np.abs(expected) > np.finfo(np.float32).max, np.sign(expected) * INF, expected)
     scale = np.maximum(np.abs(expected), 1e-3)

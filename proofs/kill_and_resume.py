@@ -2,8 +2,8 @@
 
 python -m proofs.kill_and_resume --kills 100
 
-The run is `examples.train_distributed` on the digits, which saves every few steps, so that many kills meet a save. What
-is compared is the SHA-256 of every array of the last checkpoint, with those of a run that nothing interrupted.
+The run is `examples.train_distributed` on the digits. It saves every few steps, so that many kills hit a save. The
+SHA-256 of every array of the last checkpoint is compared with that of an uninterrupted run.
 """
 
 import argparse
@@ -24,13 +24,13 @@ RUN = ["--data", "digits", "--dims", "64,128,10", "--batch-size", "32", "--epoch
 
 
 def start(out: Path, *more: str) -> subprocess.Popen:
-    """The training process."""
+    """Starts the training process."""
     command = [sys.executable, "-m", "examples.train_distributed", *RUN, "--out", str(out), *more]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def finished(process: subprocess.Popen) -> str:
-    """What a process has printed that must end well."""
+    """The output of a process, which must exit with status 0."""
     printed, errors = process.communicate(timeout=300)
     if process.returncode:
         raise RuntimeError(f"status {process.returncode}: {errors.strip()}")
@@ -45,9 +45,9 @@ def digest(out: Path) -> dict[str, str]:
 
 
 def killed_and_resumed(folder: Path, moment: float) -> tuple[int, bool, dict[str, str]]:
-    """Kills a run at a moment from its first checkpoint (0) to its end (1), or before (below 0), and resumes it.
+    """Kills a run between its first checkpoint (0) and its end (1), or before the checkpoint (below 0), and resumes it.
 
-    Returns the step it went on from, whether a save was under way, and what `digest` tells of the end.
+    Returns the step it resumed from, whether a save was in progress, and the `digest` of the last checkpoint.
     """
     process = start(folder)
     while not checkpoint.steps(folder) and process.poll() is None and moment >= 0:
@@ -62,14 +62,14 @@ def killed_and_resumed(folder: Path, moment: float) -> tuple[int, bool, dict[str
 
 
 SECONDS = {"start": 2.0, "training": 2.0}
-"""How long a run takes to its first checkpoint, and from there to its end; measured at the start."""
+"""The time of a run up to its first checkpoint, and from there to its end; `main` measures both."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints a line for each kill; status 1 where a resumed run ended otherwise."""
+    """Prints a line for each kill; returns 1 if any resumed run ended differently."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--at-once", type=int, default=1, help="so many runs side by side")
+    parser.add_argument("--at-once", type=int, default=1, help="number of runs at a time")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     rng = random.Random(args.seed)
@@ -88,10 +88,10 @@ def main(argv: list[str] | None = None) -> int:
             for i, (step, saving, got) in enumerate(pool.map(killed_and_resumed, folders, moments)):
                 alike, saves = alike + (got == expected), saves + saving
                 went_on.append(step)
-                print(f"kill {i + 1}: {'in a save' if saving else 'between saves'}, went on from step {step}: "
-                      f"{'the same bits' if got == expected else 'OTHER BITS'}", flush=True)  # fmt: skip
-    print(f"{alike} of {args.kills} runs end with the bits of the uninterrupted one; {saves} were killed in a save, "
-          f"{len(set(went_on))} different steps were gone on from")  # fmt: skip
+                print(f"kill {i + 1}: {'during a save' if saving else 'between saves'}, resumed from step {step}: "
+                      f"{'identical' if got == expected else 'DIFFERENT'}", flush=True)  # fmt: skip
+    print(f"{alike} of {args.kills} resumed runs end bit-for-bit identical to the uninterrupted run; "
+          f"{saves} were killed during a save; they resumed from {len(set(went_on))} different steps")  # fmt: skip
     return int(alike != args.kills)
 
 

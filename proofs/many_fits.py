@@ -1,4 +1,4 @@
-"""Ten thousand small fits in one process: the memory it holds and the programs it compiles, which must not grow.
+"""Runs ten thousand small fits in one process. Its memory and the number of compiled programs must not grow.
 
 python -m proofs.many_fits --fits 10000
 """
@@ -24,10 +24,10 @@ def resident() -> float:
 
 
 def main() -> None:
-    """Prints a line ten times."""
+    """Prints the memory and the number of programs after every tenth of the fits."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--fits", type=int, default=10_000)
-    parser.add_argument("--new-loss", action="store_true", help="give each fit a loss function of its own")
+    parser.add_argument("--new-loss", action="store_true", help="give each fit its own loss function")
     args = parser.parse_args()
     compilations = []
     count = lambda event, *_, **__: compilations.append(event) if "backend_compile" in event else None  # noqa: E731

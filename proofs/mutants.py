@@ -20,7 +20,7 @@ MODULES = {
 RELOADED = ("fcfunc.ops", "fcfunc.losses", "tests.rules")
 
 NOT_OF_RULES = {"check_affine", "checked_options", "_norm_arguments", "mean"}
-"""Functions that only refuse arguments, and `losses.mean`: other tests than those of rules are theirs."""
+"""Functions that only check arguments, and `losses.mean`. The tests of rules do not cover them."""
 
 OPERATORS = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult,
@@ -39,7 +39,7 @@ SIBLINGS = {
 
 @dataclasses.dataclass(frozen=True)
 class Mutant:
-    """A mutant: where it is, what was changed, and the tree of its module, changed until the next one is asked for."""
+    """A mutant: its location, its change, and the tree of its module, which is valid until the next mutant is made."""
 
     module: str
     function: str
@@ -49,12 +49,12 @@ class Mutant:
 
     @property
     def key(self) -> str:
-        """Names the mutant as long as the code around it stays: line numbers are left out."""
+        """The name of the mutant. It has no line number, so that changes elsewhere in the file do not affect it."""
         return f"{self.module.removeprefix('fcfunc.')}.{self.function}: {self.change}"
 
 
 def mutants_of(module: str) -> Iterator[Mutant]:
-    """Every mutant of the functions of a module, in the order of the file."""
+    """Yields every mutant of the functions of a module, in the order of the file."""
     tree = ast.parse(MODULES[module].read_text())
     for function in tree.body:
         if isinstance(function, ast.FunctionDef) and function.name not in NOT_OF_RULES:
@@ -66,7 +66,7 @@ def mutants_of(module: str) -> Iterator[Mutant]:
 
 
 def _changes(function: ast.FunctionDef, tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Each change of a function by turns, made in the tree while it is handed out."""
+    """Yields each change of a function. The tree has the change only until the next one is requested."""
     names = _local_names(function)
     for node, parent, field, index in list(_nodes(function)):
         for new in _alternatives(node, names):
@@ -79,12 +79,12 @@ def _changes(function: ast.FunctionDef, tree: ast.Module) -> Iterator[tuple[int,
 
 
 def _within(parent: ast.AST, node: ast.AST) -> str:
-    """Where a name or a number stands, which says nothing by itself."""
+    """The expression around a name or a number, which is not specific enough by itself."""
     return f" in `{ast.unparse(parent)[:80]}`" if isinstance(node, ast.Constant | ast.Name | ast.expr_context) else ""
 
 
 def _nodes(function: ast.FunctionDef) -> Iterator[tuple[ast.AST, ast.AST, str, int | None]]:
-    """The nodes of the body that are not a docstring, an argument check or an error message, with their places."""
+    """The nodes of the body outside of docstrings, argument checks and error messages, with their positions."""
 
     def visit(parent):
         for field, value in ast.iter_fields(parent):
@@ -195,7 +195,7 @@ class _Changed(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def rules_with(mutant: Mutant | None) -> ModuleType:
-    """The table of rules, made of modules of which one is a mutant; what was imported before is left as it was."""
+    """Imports the table of rules with one module replaced by a mutant; restores the earlier imports."""
     kept = {name: module for name, module in sys.modules.items() if name.startswith(RELOADED)}
     finders = [] if mutant is None else [_Changed(mutant)]
     sys.meta_path[:0] = finders

@@ -1,12 +1,12 @@
-"""Mutants of the rules that `check_vjp` misses.
+"""Finds mutants of the rules that `check_vjp` misses.
 
     python -m proofs.mutation --mutants 1000 --seed 0
 
 Draws mutants (proofs/mutants.py) and runs each against the rows of the tables in tests/rules.py that execute its line,
-with the reference implementation as the oracle: what every rule must satisfy first, then the groups. A mutant is
-killed if a row reports a finding, cannot be called, or returns another dtype than the reference does. It is equivalent
-if it is traced to the programs of the right rule on all of these rows, in all dtypes, at several sizes, with and
-without an Explicit mesh; or if proofs/equivalent_mutants.toml says so and why.
+with the reference implementation as the oracle. The checks that apply to every rule run first, then the groups.
+A mutant is killed if a row reports a finding, cannot be called, or returns a different dtype than the reference. It is
+equivalent if it traces to the same programs as the correct rule on all of these rows, in all dtypes, at several sizes,
+with and without an Explicit mesh, or if proofs/equivalent_mutants.toml lists it with a reason.
 """
 
 import argparse
@@ -41,26 +41,26 @@ STAGES: tuple[tuple[int, dict], ...] = (
     (2, {"require": ("second_order",), "skip": ("meshes", "extremes", "multiprecision", "second_multiprecision")}),
     (2, {"require": ("sizes",), "only": tuple(check.__name__ for check in CHECKS["sizes"])}),
 )
-"""What a mutant that `FIRST` does not find on any row is run against in turn, and on how many rows."""
+"""The number of rows and the checks of each stage, for mutants that `FIRST` does not find on any row."""
 
 FIRST = {"only": ("oracle", "forward_output", "cotangent_types")}
 ON_MESHES = {"require": ("meshes",), "only": tuple(check.__name__ for check in CHECKS["meshes"])}
 ROWS_OF_A_FUNCTION = 4
-"""Of the rows that execute its line, so many of each function: a helper of all losses is in half of the table."""
+"""The most rows per function, because half of the table executes the helpers that all losses share."""
 
 SAME = "the same programs"
 SIZES = ((4, 3), (0, 4), (1, 1), (70, 5))
 
 
 def pulled(fun, args):
-    """The outputs and gradients of a row's function, for tracing."""
+    """The outputs and gradients of the function of a row, for tracing."""
     reals, fill = rules.split_real(args)
     out, pull = jax.vjp(lambda *reals: fun(*fill(reals)), *reals)
     return out, pull(jnp.ones_like(out))
 
 
 def traced(fun, args) -> str:
-    """The program that computes outputs and gradients, or what is raised instead."""
+    """The program that computes outputs and gradients, or the error that is raised instead."""
     try:
         text = str(jax.make_jaxpr(functools.partial(pulled, fun))(args))
     except Exception as e:
@@ -95,7 +95,7 @@ def programs_on_meshes(fun, name: str) -> list[str]:
 
 
 def types(fun, name: str) -> list:
-    """The dtypes of the outputs of a row in all dtypes, or what is raised instead."""
+    """The dtypes of the outputs of a row in all dtypes, or the error that is raised instead."""
     found = []
     for dtype in ("float32", "bfloat16", "float16", "float64"):
         with jax.enable_x64(dtype == "float64"):
@@ -109,7 +109,7 @@ def types(fun, name: str) -> list:
 
 @functools.cache
 def right(kind, name: str) -> list[str]:
-    """The programs of the right rule."""
+    """The programs of the correct rule."""
     return kind(ROWS[name].fun, name)
 
 
@@ -126,7 +126,7 @@ def rows_by_line() -> dict[tuple[str, int], list[str]]:
 
 
 def verdict_of(mutant: Mutant, names: list[str]) -> tuple[str, str]:
-    """`(verdict, by)`: killed, by a check on one of the rows that execute its line; equivalent, by what; or missed."""
+    """`(verdict, by)`: killed and by which check on the rows that execute its line, equivalent and why, or missed."""
     if mutant.key in EQUIVALENT:
         return "equivalent", EQUIVALENT[mutant.key]
     if not names:
@@ -146,7 +146,7 @@ def verdict_of(mutant: Mutant, names: list[str]) -> tuple[str, str]:
 
 
 def verdict_on(funs: dict, names: list[str]) -> tuple[str, str]:
-    """The verdict on some rows, whose functions are given by name."""
+    """The verdict on some rows. `funs` has their functions by name."""
     changed = []
     for name in names:
         if programs(funs[name], name) != right(programs, name):
@@ -158,13 +158,13 @@ def verdict_on(funs: dict, names: list[str]) -> tuple[str, str]:
     on_meshes = [n for n in names if programs_on_meshes(funs[n], n) != right(programs_on_meshes, n)]
     if not changed and not on_meshes:
         return "equivalent", SAME
-    changed.sort(key=len)  # an option can hide what is wrong without it
+    changed.sort(key=len)  # shorter names first: an option can hide an error
     for most, stage in STAGES:
         for name in changed[:most]:
             if by := killed(funs[name], name, stage, ROWS[name].reference):
                 return "killed", by
     for name in on_meshes[:3]:
-        # Chunks refuse sharded classes, which the reference takes; so the right rule is their reference.
+        # With chunks, rules refuse sharded classes, but the reference does not. The correct rule is the reference here.
         reference = ROWS[name].fun if "chunk_size" in name else ROWS[name].reference
         if by := killed(funs[name], name, ON_MESHES, reference):
             return "killed", by
@@ -195,19 +195,19 @@ def run(module: str, keys: set[str], rows: dict[tuple[str, int], list[str]]) -> 
             results.append((mutant.key, verdict, by, time.perf_counter() - start))
             print(f"{verdict}: {mutant.key} ({by}, {results[-1][3]:.1f} s)", file=sys.stderr, flush=True)
             if len(results) % 20 == 0:
-                jax.clear_caches()  # each mutant leaves its programs behind
+                jax.clear_caches()  # the programs of each mutant stay cached
     return results
 
 
 def main(argv: list[str] | None = None) -> dict[str, int]:
-    """Prints the mutants that were missed, and how many were killed."""
+    """Prints the mutants that were missed, and the number that were killed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--mutants", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args(argv)
     keys = [(module, mutant.key) for module in MODULES for mutant in mutants_of(module)]
-    # By a number of each mutant's own, so that a change of one function leaves most of the sample as it was.
+    # Each mutant is sorted by its own random number, so that changing one function keeps most of the sample.
     keys.sort(key=lambda key: random.Random(f"{options.seed} {key}").random())
     sample = keys[: options.mutants]
     chunks: dict[tuple[str, int], list[str]] = collections.defaultdict(list)
@@ -227,8 +227,8 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     share = counts["killed"] / max(counts["killed"] + counts["missed"], 1)
     print(
         f"{len(results)} of {len(keys)} mutants, seed {options.seed}: {counts['killed']} killed, "
-        f"{counts['equivalent']} equivalent ({same} of them the same programs), {counts['missed']} missed; "
-        f"{100 * share:.2f}% of those not equivalent killed, {time.perf_counter() - start:.0f} s"
+        f"{counts['equivalent']} equivalent ({same} of them with the same programs), {counts['missed']} missed; "
+        f"{100 * share:.2f}% of non-equivalent mutants killed, {time.perf_counter() - start:.0f} s"
     )
     return dict(counts)
 

@@ -31,7 +31,7 @@ FLOAT = 4
 
 
 class Collective(NamedTuple):
-    """One exchange: its kind, what for, the elements that come out on each device, and over which mesh axis."""
+    """A collective: its kind, its purpose, the number of elements that it returns on each device, and its mesh axis."""
 
     kind: str
     what: str
@@ -42,7 +42,7 @@ class Collective(NamedTuple):
 def predicted(dims, batch: int, mode: str, data: int, model: int) -> list[Collective]:
     """The collectives of one step of SGD on the mean softmax cross-entropy, from the shapes alone.
 
-    A weight is gathered for the forward pass; whether it is kept for the backward pass or gathered again is not said.
+    Each weight counts as gathered once, whether it is kept for the backward pass or gathered again.
     """
     rows, last = batch // data, len(dims) - 2
     found = [Collective("all-reduce", "loss", 1, "data")] if data > 1 else []
@@ -54,19 +54,19 @@ def predicted(dims, batch: int, mode: str, data: int, model: int) -> list[Collec
                 found.append(Collective("all-reduce", "activations", rows * fan_out, "model"))
             elif layer > 0:  # dh = dz Wᵀ, each device with some columns of W
                 found.append(Collective("all-reduce", "their gradients", rows * fan_in, "model"))
-            if layer == last and by_columns:  # max, sum and own logit of each row of a softmax over divided classes
+            if layer == last and by_columns:  # max, sum and label logit of each row of a softmax over sharded classes
                 found += [Collective("all-reduce", "softmax", rows, "model")] * 3
         if "fsdp" in mode and data > 1:
             found.append(Collective("all-gather", "weights" if layer else "first weights", w, "data"))
             if layer < last if by_columns and mode == "fsdp" else not by_columns and mode != "fsdp":
-                found.append(Collective("all-gather", "biases", b, "data"))  # which are sharded like the columns of w
+                found.append(Collective("all-gather", "biases", b, "data"))  # biases are sharded like the columns of w
         if data > 1:
             found.append(Collective("all-reduce", "gradients", w + b, "data"))
     return found
 
 
 def compiled_step(dims, batch: int, mode: str, mesh):
-    """The train step, compiled for arrays that are never made."""
+    """The train step, compiled for abstract arrays."""
 
     def loss_fn(params, batch, key):
         del key
@@ -85,11 +85,11 @@ def compiled_step(dims, batch: int, mode: str, mesh):
 
 
 CHECKED = (([16, 64, 32, 8], 32), ([64, 128, 128, 128, 64], 64), ([256, 512, 256, 512, 64], 128))
-"""Networks, with their batches, for which the formulas are compared with the compiled program."""
+"""Networks and batch sizes for which the formulas are compared with the compiled program."""
 
 
 def compared(dims, batch: int, mode: str, mesh) -> dict[str, tuple[int, int]]:
-    """The elements of the sums and of the gathers, by formula and as compiled."""
+    """The elements of the all-reduces and all-gathers, by formula and in the compiled program."""
     formula = predicted(dims, batch, mode, mesh.shape["data"], mesh.shape["model"])
     compiled = compiled_collectives(compiled_step(dims, batch, mode, mesh))
     return {
@@ -102,7 +102,7 @@ def compared(dims, batch: int, mode: str, mesh) -> dict[str, tuple[int, int]]:
 
 
 def per_device(dims, batch: int, mode: str, data: int, model: int) -> dict[str, float]:
-    """What a device keeps (bytes), computes (operations) and sends (bytes, by mesh axis) in one step with Adam."""
+    """Bytes stored, operations, and bytes sent along each mesh axis, per device in one step with Adam."""
     pairs = list(itertools.pairwise(dims))
     params = sum(fan_in * fan_out + fan_out for fan_in, fan_out in pairs)
     share = (model if "tensor" in mode else 1) * (data if "fsdp" in mode else 1)
@@ -111,12 +111,12 @@ def per_device(dims, batch: int, mode: str, data: int, model: int) -> dict[str, 
     for exchange in predicted(dims, batch, mode, data, model):
         n = {"data": data, "model": model}[exchange.axis]
         once_around = (n - 1) / n * FLOAT * exchange.elements  # each device passes on all but its own part
-        # An all-reduce goes around twice; a weight is gathered forward and, for the gradient of its inputs, backward;
-        # of gradients that are fully sharded each device needs its own part of the sum alone, a reduce-scatter.
+        # An all-reduce goes around the ring twice. A weight is gathered for the forward pass and again for the gradient
+        # of its inputs. With FSDP, gradients are reduce-scattered: each device needs only its own shard of the sum.
         scattered = exchange.what == "gradients" and "fsdp" in mode
         twice = exchange.what == "weights" or (exchange.kind == "all-reduce" and not scattered)
         sent[exchange.axis] += once_around * (2 if twice else 1)
-    # A layer keeps its input and, for ReLU, a bit for each output; columns and rows divide them over "model" in turn.
+    # A layer keeps its input and, for ReLU, a bit for each output. Layers shard one or the other over "model", in turn.
     kept = 0.0
     for layer, (fan_in, fan_out) in enumerate(pairs):
         of_input, of_output = (1, model) if layer % 2 == 0 else (model, 1)

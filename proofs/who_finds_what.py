@@ -1,8 +1,8 @@
-"""The corpus of planted bugs through `check_vjp`, `jax.test_util.check_grads` and `torch.autograd.gradcheck`.
+"""Runs `check_vjp`, `jax.test_util.check_grads` and `torch.autograd.gradcheck` on rules with planted bugs.
 
     python -m proofs.who_finds_what > docs/background/gradient-checkers.md
 
-The introduction of the page says how each checker is called.
+The introduction of the page explains how each checker is called.
 """
 
 import os
@@ -54,7 +54,7 @@ def by_wide_check_grads(bug: Planted, seed: int) -> bool:
 
 
 def check_grads_raises(bug: Planted, args: tuple) -> bool:
-    """Calls `check_grads` on the real arguments."""
+    """Whether `check_grads` raises on the real arguments."""
     reals = [i for i, a in enumerate(args) if is_inexact(a)]
 
     def of_reals(*given):
@@ -71,7 +71,7 @@ def check_grads_raises(bug: Planted, args: tuple) -> bool:
 
 
 def by_gradcheck(bug: Planted, seed: int) -> bool | None:
-    """Whether `gradcheck` raises or says no; None where there is no port."""
+    """Whether `gradcheck` raises or returns False; None if the rule has no port."""
     import torch  # pyright: ignore[reportMissingImports]
 
     rule = bug.fun

@@ -2,7 +2,7 @@
 
     python -m proofs.wild > docs/background/published-rules.md
 
-An entry is code as a user would write it: a setup that imports the rule, and a call. Each runs in a process of its own.
+An entry is code as a user would write it: a setup that imports the rule, and a call. Each runs in a separate process.
 `--only NAME` prints the reports of the entries whose package or rule contains NAME, instead of the page.
 """
 
@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 LIMIT = 180
-"""Seconds for one entry, imports included."""
+"""Time limit for one entry in seconds, including imports."""
 
 COUNTED = {
     "ok": "ok: nothing found",
@@ -63,13 +63,13 @@ class Wild(NamedTuple):
 
     Attributes:
       package: its name on the Python package index.
-      rule: where the rule is.
+      rule: the path of the rule.
       call: the call of `check_vjp`.
-      setup: what has to run before it; `jax`, `jnp`, `np` and `check_vjp` are imported already.
-      kind: what its findings are: a "bug" of that package or "intended" there; "" if none is expected.
-      finds: words in the findings that this explains, such as the name of a check.
+      setup: code to run before the call; `jax`, `jnp`, `np` and `check_vjp` are already imported.
+      kind: the verdict on its findings: a "bug" of the package, or "intended" by it; "" if none is expected.
+      finds: words in the findings that `kind` applies to, such as the name of a check.
       remark: a line for the table.
-      shown: lines without `check_vjp` that print what is wrong.
+      shown: code without `check_vjp` that prints the wrong results.
     """
 
     package: str
@@ -846,7 +846,7 @@ def attention(q, k, v):
 
 
 def bare(*packages: str) -> None:
-    """Lets the modules of packages be imported without their `__init__.py`, which fails with this JAX."""
+    """Makes the modules of packages importable without their `__init__.py`, which fails with this JAX."""
     for name in packages:
         parent, _, last = name.rpartition(".")
         module = types.ModuleType(name)
@@ -897,7 +897,7 @@ def run(entry: Wild) -> dict[str, Any]:
 
 
 def first_line(error: Exception) -> str:
-    """The type of an error and the first line of what it says."""
+    """The type of an error and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
@@ -926,7 +926,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def apart(entry: Wild) -> dict[str, Any]:
-    """Runs one entry in a process of its own."""
+    """Runs one entry in a separate process."""
     command = [sys.executable, "-W", "ignore", "-m", "proofs.wild", "--entry", json.dumps(entry)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
@@ -939,7 +939,7 @@ def apart(entry: Wild) -> dict[str, Any]:
 
 
 def verdict(entry: Wild, result: dict[str, Any]) -> str:
-    """What the report means: its status, or for findings "bug", "intended" or "false alarm"."""
+    """The verdict on a report: its status, or for findings "bug", "intended" or "false alarm"."""
     if result["status"] != "FAILED":
         return result["status"]
     explained = all(any(word in found for word in entry.finds) for found in result["found"])
@@ -986,7 +986,7 @@ def page(results: list[dict[str, Any]]) -> str:
 
 
 def spaced(code: str) -> str:
-    """Code with an empty line below its imports, as the formatter wants it."""
+    """Code with an empty line below its imports, as the formatter requires."""
     lines = code.splitlines()
     imports = sum(line.startswith(("from ", "import ")) for line in lines)
     return "\n".join([*lines[:imports], *([""] if imports else []), *lines[imports:]])

@@ -1,7 +1,7 @@
 """Strict settings for every test: eight virtual devices, no implicit promotion of dtypes or ranks.
 
-Warnings are errors by `filterwarnings` in pyproject.toml. `make test` leaves the tests that are marked slow to
-`make test-all`, and ends with a line that says so.
+Warnings are errors by `filterwarnings` in pyproject.toml. `make test` skips the tests marked slow, which
+`make test-all` runs, and ends with a line that says so.
 """
 
 import os
@@ -15,16 +15,16 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-# Compiling is most of the time of the suite. XLA ends the process at a flag that it does not know.
+# The suite spends most of its time compiling. XLA aborts the process on a flag that it does not know.
 QUICK_FLAGS = {
     (0, 11): "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
     (0, 13): "--xla_backend_optimization_level=0",
 }
-"""What `make test` compiles with, before each JAX release; `make test-all` compiles as users do."""
+"""The flags that `make test` compiles with, for JAX before each version; `make test-all` compiles as users do."""
 
 
 def compile_quickly():
-    """Sets the flags; before anything is compiled."""
+    """Sets the flags. Call it before anything is compiled."""
     flags = next((flags for before, flags in QUICK_FLAGS.items() if jax.__version_info__ < before), "")
     os.environ["XLA_FLAGS"] = f"{os.environ['XLA_FLAGS']} {flags}".strip()
 
@@ -35,20 +35,20 @@ def pytest_configure(config):
 
 
 def quick(config):
-    """Whether this is `make test`, which leaves slow tests out."""
+    """Whether this is `make test`, which skips slow tests."""
     return config.option.markexpr == "not slow"
 
 
 @pytest.fixture
 def x64():
-    """Float64 for one test."""
+    """Enables float64 for one test."""
     with jax.enable_x64(True):
         yield
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    for item in items:  # one process for each file, or each rule: what it compiles is compiled once
+    for item in items:  # one process per file or rule, so that each program is compiled once
         if not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.path.name))
     if jax.default_backend() != "gpu":
@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_runtest_teardown(item, nextitem):
-    """Frees the programs of a group of tests after its last one; thousands of them are gigabytes."""
+    """Frees the compiled programs of a group after its last test; thousands of programs take gigabytes."""
     group = lambda test: test is not None and test.get_closest_marker("xdist_group").args
     if group(item) != group(nextitem):
         jax.clear_caches()

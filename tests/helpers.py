@@ -1,4 +1,4 @@
-"""What several test files share: a small classification problem, and counts of memory and compilations."""
+"""Helpers shared by several test files: a small classification problem, and counts of memory and compilations."""
 
 import contextlib
 import math
@@ -18,7 +18,7 @@ CHOICES = ("relu", "gelu", "gelu_exact", "silu", "tanh", "sigmoid", "softplus", 
 
 
 def make_data(n, seed=0):
-    """Examples of three classes that overlap a little."""
+    """Examples of three slightly overlapping classes."""
     rng = np.random.default_rng(seed)
     y = rng.integers(0, 3, n, dtype=np.int32)
     return Dataset((rng.standard_normal((n, 4)) + 2 * y[:, None]).astype(np.float32), y)
@@ -37,7 +37,7 @@ def make_state(optimizer, seed=0):
 
 
 def drawn_network(rng, *, residual=False):
-    """A random network with random parameters and running statistics, and rows to try it on."""
+    """A random network with random parameters and running statistics, and inputs to try it on."""
     dims = [int(w) for w in rng.integers(1, 9, rng.integers(2, 6))]
     hidden = len(dims) - 2
     norm = rng.choice([None, "layer_norm", "rms_norm", "batch_norm"]) if hidden else None
@@ -61,21 +61,21 @@ def drawn_network(rng, *, residual=False):
 
 
 def predicted(net, params, state, x):
-    """The outputs of a network, with or without batch normalization, when nothing is dropped."""
+    """The outputs of a network without dropout, with or without batch normalization."""
     if net.norm == "batch_norm":
         return net.apply_batch_norm(params, state, x, training=False, key=None)[0]
     return net.apply(params, x, key=None)
 
 
 def temporaries(fun, *args):
-    """The bytes of temporary memory of a compiled function; the arguments may be shapes."""
+    """The temporary memory of a compiled function in bytes; the arguments may be shapes."""
     analysis = jax.jit(fun).lower(*args).compile().memory_analysis()
     assert analysis is not None
     return analysis.temp_size_in_bytes
 
 
 def compiled_collectives(compiled) -> list[tuple[str, list[int]]]:
-    """What the devices exchange in a compiled program: the kind, and the elements of each array on a device."""
+    """The collectives of a compiled program: the kind of each, and the size of each of its arrays on one device."""
     found = []
     for line in compiled.as_text().splitlines():
         kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
@@ -87,7 +87,7 @@ def compiled_collectives(compiled) -> list[tuple[str, list[int]]]:
 
 @contextlib.contextmanager
 def compilations():
-    """The programs that are compiled in the meantime, one entry for each."""
+    """Yields a list that gets one entry for each program compiled inside the context."""
     compiled = []
 
     def listen(event, duration, **_):
@@ -102,7 +102,7 @@ def compilations():
 
 
 def lines_run(run, files) -> set[tuple[str, int]]:
-    """The lines of some files that are executed while `run()` runs."""
+    """The lines of `files` that are executed while `run()` runs."""
     lines: set[tuple[str, int]] = set()
 
     def trace(frame, event, arg):

@@ -5,7 +5,7 @@ import tomllib
 from pathlib import Path
 
 TOOLS = ("build", "import-linter", "pyright", "ruff")
-"""No part of what is tested."""
+"""Development tools, whose versions are not under test."""
 
 project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 required = list(project["dependencies"])

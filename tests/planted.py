@@ -1,6 +1,6 @@
-"""Rules with a bug planted in each: what `check_vjp` must find, and by which check.
+"""Rules with one planted bug each, and the checks by which `check_vjp` must find it.
 
-Each is a whole, small rule on its own formula, so that the undecorated function is right and only the rule is wrong.
+Each is a small, complete rule with its own formula: the undecorated function is right and only the rule is wrong.
 """
 
 import functools
@@ -15,7 +15,7 @@ from jax.core import Tracer
 
 
 class Planted(NamedTuple):
-    """A wrong rule, what to try it on, and the checks of which at least one must name it."""
+    """A wrong rule, the arguments to check it with, and the checks of which at least one must report it."""
 
     name: str
     fun: Callable
@@ -34,7 +34,7 @@ def rule(fun, fwd, bwd, *, symbolic_zeros=False, nondiff_argnums=()):
 
 
 def plant(name, args, found_by, fun, fwd, bwd, **options):
-    def copy(*args):  # each bug has a function of its own, and with it a name of its own
+    def copy(*args):  # each bug has its own function, and so its own name
         return fun(*args)
 
     copy.__name__ = name
@@ -63,7 +63,7 @@ plant_affine = functools.partial(plant, args=AFFINE, fun=affine, fwd=affine_fwd)
 
 
 def with_affine(change):
-    """The right gradients, then changed by `change(x, w, g, dx, dw, db)`."""
+    """The right gradients, changed by `change(x, w, g, dx, dw, db)`."""
 
     def bwd(res, g):
         return change(*res, g, *affine_bwd(res, g))
@@ -184,7 +184,7 @@ plant_affine("affine_every_second_call", found_by="repeatable", bwd=second_call_
 
 
 def remembered():
-    """The residuals kept in a global: the second forward pass overwrites the first one's."""
+    """Residuals kept in shared state: the second forward pass overwrites those of the first."""
     kept = {}
 
     def fwd(x, w, b):
@@ -254,7 +254,7 @@ plant_affine(
 def no_sum_over_shards(res, g):
     x, w = res
     dx = g @ w.T
-    # cast to varying and back by pmean, where the sum over the shards belongs
+    # casts to varying and back with pmean, where a sum over the shards is needed
     axes = tuple(jax.typeof(g).manual_axis_type.varying)
     dw, db = x.T @ g, jnp.sum(g, axis=0)
     return (dx, lax.pmean(dw, axes), lax.pmean(db, axes)) if axes else (dx, dw, db)
@@ -263,7 +263,7 @@ def no_sum_over_shards(res, g):
 plant_affine("affine_mean_over_shards", found_by="shard_map_equals_unsharded", bwd=no_sum_over_shards)
 plant_affine("affine_textbook_rule_in_shard_map", found_by="shard_map_equals_unsharded", bwd=affine_bwd)
 
-# --- element by element
+# --- elementwise
 
 
 def relu(x):
@@ -271,7 +271,7 @@ def relu(x):
 
 
 def one(fun, bwd, residual=lambda x, y: (x, y)):
-    """fwd and bwd of a function of one array, from a formula of input, output and cotangent."""
+    """fwd and bwd of a function of one array, given a formula in terms of input, output and cotangent."""
     return {
         "fun": fun,
         "fwd": lambda x: ((y := fun(x)), residual(x, y)),
@@ -473,7 +473,7 @@ def linear_xent(x, w, labels):
 
 
 def chunked(padding, *, keep_tail=True):
-    """A backward pass over chunks of classes; `padding` is the logit of the columns that the last chunk lacks."""
+    """A backward pass over chunks of classes; `padding` is the logit of the columns that pad the last chunk."""
 
     def bwd(res, g):
         x, w, labels = res
@@ -508,7 +508,7 @@ plant_linear(
     bwd=lambda res, g: chunked(-1e30)((*res[:2], jnp.where(res[2] >= res[1].shape[1] // CHUNK * CHUNK, -1, res[2])), g),
 )  # fmt: skip
 
-# --- several outputs, trees, structure
+# --- several outputs, pytrees, structure
 
 
 def moments(x):
@@ -528,7 +528,7 @@ plant_x(
 def _absent(x, g):
     first, second = g
     zero = jax.custom_derivatives.SymbolicZero
-    if isinstance(second, zero):  # taken for "nothing to do", though the first output has a cotangent
+    if isinstance(second, zero):  # treated as "nothing to do", although the first output has a cotangent
         return (jnp.zeros_like(x),)
     first = jnp.zeros(x.shape[:1], x.dtype) if isinstance(first, zero) else first
     return (first[:, None] + 2 * x * second[:, None],)

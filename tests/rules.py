@@ -1,4 +1,4 @@
-"""The table of rules: a new rule is one new row here, and is then tested everywhere."""
+"""The table of rules: add one row for a new rule, and every test of the table covers it."""
 
 import itertools
 from collections.abc import Callable
@@ -15,9 +15,10 @@ from fcfunc._rule import rule
 
 
 class Row(NamedTuple):
-    """A rule, its reference implementation, and how to draw `(seed, n rows, d columns, dtype)` arguments of order 1.
+    """A rule, its reference implementation, and `draw(seed, n, d, dtype)`, which draws arguments of order 1.
 
-    A variant is a rule that stands in the table with other options too: the slowest checks are left to that row.
+    `n` and `d` are the numbers of rows and columns. A variant is a rule that also has a row with other options; the
+    slowest checks run on that row only.
     """
 
     name: str
@@ -28,7 +29,7 @@ class Row(NamedTuple):
 
 
 def _normal(seed, *shapes, dtype):
-    # NumPy draws: jax.random would compile once for every shape.
+    # Drawn with NumPy, because jax.random would compile once for every shape.
     rng = np.random.default_rng(seed)
     return tuple(jnp.asarray(rng.standard_normal(shape).astype(dtype)) for shape in shapes)
 
@@ -55,7 +56,7 @@ def _labeled(seed, n, d, dtype):
 
 
 def _labeled_columns(seed, n, d, dtype):
-    """The classes along the first axis."""
+    """Puts the classes along the first axis."""
     labels = np.random.default_rng(seed + 1).integers(0, max(n, 1), d, dtype=np.int32)
     return *_x(seed, n, d, dtype), jnp.asarray(labels)
 
@@ -66,7 +67,7 @@ def _labeled_by_uint32(seed, n, d, dtype):
 
 
 def _labeled_or_not(seed, n, d, dtype):
-    """Every third label is -100, which is no class."""
+    """Every third label is -100, which is not a class."""
     x, labels = _labeled(seed, n, d, dtype)
     return x, jnp.where(jnp.arange(n) % 3 == 0, jnp.int32(-100), labels)
 
@@ -102,7 +103,7 @@ def _keyed(seed, n, d, dtype):
 
 
 def _classes_that_count(seed, n, d):
-    """A mask of single logits that keeps class 0 of each row, and no class of the last of several rows."""
+    """A mask of the logits that keeps class 0 of each row; if there are several rows, the last has no class at all."""
     mask = np.random.default_rng(seed + 4).uniform(size=(n, d)) < 0.6
     mask[:, :1], mask[1:][-1:] = True, False
     return mask
@@ -132,7 +133,7 @@ def _positive(rng, shape, dtype):
 
 
 def _mask(rng, shape):
-    """A mask that leaves something out, and something in, wherever there is more than one element."""
+    """A mask that has both true and false elements if it has more than one element."""
     mask = rng.uniform(size=shape) < 0.7
     mask.flat[:1], mask.flat[1:][-1:] = True, False
     return mask
@@ -151,7 +152,7 @@ OF_ELEMENTS = {
 
 
 def _and(draw, keywords, of=OF_ROWS):
-    """What `draw` draws, and then what the keywords of a loss are given."""
+    """Draws the arguments of `draw`, followed by the values of the keywords of a loss."""
 
     def drawn(seed, n, d, dtype):
         args, rng = draw(seed, n, d, dtype), np.random.default_rng(seed + 3)
@@ -162,7 +163,7 @@ def _and(draw, keywords, of=OF_ROWS):
 
 
 def _row(module, name, draw, *, keywords=(), variant=False, **options):
-    """A row by name; the last arguments drawn are given by `keywords`."""
+    """A row for the function `name` of a module; the last drawn arguments are passed as `keywords`."""
     fun, plain = getattr(module, name), getattr(reference, name)
     if not options and not keywords:
         return Row(name, fun, plain, draw, variant)
@@ -179,7 +180,7 @@ def _row(module, name, draw, *, keywords=(), variant=False, **options):
 
 
 def _statistics(batch_norm, *, then_use=False, **options):
-    """`batch_norm` in training as one array: the output and the state below it; or what that state makes of `x`."""
+    """`batch_norm` in training, as one array: the output and the new state below it, or a prediction with it."""
 
     def of_batch(x, scale, offset):
         zeros = jnp.zeros(x.shape[-1:], jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
@@ -270,7 +271,7 @@ RULES = [
 
 
 def _alone_and_in_pairs(name, draw, of, **static):
-    """A row for each option of a loss, and for every pair of them."""
+    """A row for each option of a loss, and for every pair of options."""
     options = [*of, *static]
     for chosen in (*itertools.combinations(options, 1), *itertools.combinations(options, 2)):
         keywords = tuple(o for o in chosen if o in of)
@@ -348,18 +349,18 @@ OPTIONS = [
     _row(losses, "squared_error", _x)._replace(name="squared_error-targets=None"),
     _row(losses, "multiclass_svm", _labeled, margin=0.0),
 ]
-"""Each option alone, and pairs of options: for the tests that ask for them."""
+"""Each option alone, and pairs of options, for the tests that ask for them."""
 
 
 def slow(*values):
-    """Parameters of a test that `make test` leaves to `make test-all`."""
+    """Test parameters that `make test` skips and `make test-all` runs."""
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def rows(*, variants_are_slow: bool = True, options: bool = False):
-    """The rows as a parameter; tests of one row run in one process, which compiles its programs once.
+    """Parametrizes a test by row. The tests of one row run in one process, which compiles its programs once.
 
-    With `options` also the rows of `OPTIONS`, which are slow.
+    `options` adds the rows of `OPTIONS`, which are slow.
     """
 
     def param(row, *, is_slow):
@@ -371,7 +372,7 @@ def rows(*, variants_are_slow: bool = True, options: bool = False):
 
 
 def split_real(args):
-    """Which arguments are real, and a way to put new ones in their place."""
+    """The real arguments, and a function that replaces them."""
     real = [i for i, a in enumerate(args) if jnp.issubdtype(jax.tree.leaves(a)[0].dtype, jnp.floating)]
 
     def fill(reals):
@@ -391,7 +392,7 @@ def cotangent(fun, args):
 
 @partial(jax.jit, static_argnums=0)
 def gradients(fun, args, g):
-    """The output of `fun` and the gradients of its real arguments, compiled."""
+    """The output of `fun` and the gradients with respect to its real arguments, compiled."""
     reals, fill = split_real(args)
     out, pull = jax.vjp(lambda *reals: fun(*fill(reals)), *reals)
     return out, pull(g)

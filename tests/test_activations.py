@@ -1,4 +1,4 @@
-"""What the activations promise beyond their gradients: limits, tails, kinks, options."""
+"""Properties of the activations beyond their gradients: limits, tails, kinks, options."""
 
 import functools
 import math
@@ -52,7 +52,7 @@ def test_far_right_they_are_the_identity(name, x):
 
 @pytest.mark.parametrize("x", [-1.0, -3.0, -5.0])
 def test_gelu_keeps_the_digits_of_its_left_tail(x):
-    """As x (1 + erf(x/√2)) / 2 in float32 it would have lost all but one of them at -5."""
+    """Computed as x (1 + erf(x/√2)) / 2 in float32, it would lose all but one of its digits at -5."""
     exact = x * 0.5 * math.erfc(-x / math.sqrt(2))
     np.testing.assert_allclose(ops.gelu(jnp.float32(x), approximate=False), exact, rtol=2e-6)
     u = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
@@ -117,7 +117,7 @@ def test_dropout_drops_that_share_and_keeps_the_mean(rate):
     x = jnp.full(40_000, 3.0)
     out, slope = value_and_slope(functools.partial(ops.dropout, rate=rate, key=jax.random.key(0)), x)
     assert abs(float(jnp.mean(out == 0)) - rate) < 0.01
-    np.testing.assert_allclose(out, x * slope)  # the same mask, forward and backward
+    np.testing.assert_allclose(out, x * slope)  # the same mask in both passes
     np.testing.assert_allclose(slope[slope != 0], 1 / (1 - rate) if rate < 1 else 0)
 
 
@@ -143,7 +143,7 @@ def test_dropout_refuses_a_wrong_rate_and_a_missing_key(options, error, message)
 def test_dropout_and_leaky_relu_compute_in_float32_whatever_the_dtype():
     x = jnp.full(64, 1.4609375, jnp.bfloat16)
     out = ops.dropout(x, rate=0.1, key=jax.random.key(0))
-    assert float(out.max()) == float(jnp.bfloat16(1.4609375 / 0.9))  # not 1.4609375 times a rounded 1 / 0.9
+    assert float(out.max()) == float(jnp.bfloat16(1.4609375 / 0.9))  # not multiplied by a rounded 1 / 0.9
     small = ops.dropout(jnp.full(400_000, 0.01, jnp.float16), rate=0.99999, key=jax.random.key(0))
     assert np.isfinite(small).all()
 

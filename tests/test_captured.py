@@ -1,4 +1,4 @@
-"""Values that a loss captures: compiled programs are reused only as long as they are the same."""
+"""Values that a loss captures: a compiled program is reused only while they are unchanged."""
 
 import gc
 import types
@@ -30,7 +30,7 @@ def test_a_loss_that_is_an_object_or_a_method_is_compiled_once():
     optimizer, data, scaled = optax.sgd(0.1), make_data(48), Scaled()
     options = {"epochs": 3, "batch_size": 4, "every": 3, "on_steps": lambda state: None}
     _, one = train.fit(scaled, optimizer, make_state(optimizer), data, **options)
-    assert scaled.traces <= 2  # the check of its metrics, and the program
+    assert scaled.traces <= 2  # one to check its metrics, and one to compile
     _, two = train.fit(scaled.loss, optimizer, make_state(optimizer), data, **options)
     scaled.scale = 10.0
     _, ten = train.fit(scaled.loss, optimizer, make_state(optimizer), data, **options)
@@ -97,7 +97,7 @@ def test_a_second_evaluation_uses_what_the_function_captures_now(change, monkeyp
 
     before = train.evaluate(weighted_loss, params, data)
     assert train.evaluate(weighted_loss, params, data) == before
-    assert len(traces) == 3  # once compiled, and once traced for each call
+    assert len(traces) == 3  # compiled once, and traced once for each call
     change(monkeypatch, captured)
     after = train.evaluate(weighted_loss, params, data)
     assert after == train.evaluate(lambda *args: weighted_loss(*args), params, data) != before

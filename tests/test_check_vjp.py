@@ -1,4 +1,4 @@
-"""check_vjp passes every rule of this library, says what it did, and refuses bad use."""
+"""check_vjp passes every rule of this library, reports what it did, and rejects invalid arguments."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ def drawing(row):
 
 @rows(options=True)
 def test_every_rule_of_the_table_passes_what_every_rule_must(row):
-    # What an option changes is the numbers; digits are left to test_multiprecision.py.
+    # Options change only the numbers. test_multiprecision.py tests the accuracy.
     numbers = ["multiprecision", "interleaved", "vmap_equals_loop", "scan_and_checkpoint"] if row in OPTIONS else []
     assert_vjp(row.fun, drawing(row), skip=["second_order", "extremes", "meshes", *numbers])
 
@@ -32,7 +32,7 @@ def test_every_rule_of_the_table_passes_what_every_rule_must(row):
 def test_every_rule_of_the_table_passes_every_group(row):
     if row.variant:
         pytest.skip("the groups are left to the row with more options")
-    # The extremes need the reference, and have a test of their own; so have the checks of no group.
+    # The extremes need the reference and have their own test; the checks outside the groups have another.
     assert_vjp(row.fun, drawing(row), only=["second_order", "sizes", "meshes"])
 
 
@@ -100,7 +100,7 @@ def test_a_finding_tells_argument_index_values_error_and_how_to_see_it_again():
 
 
 def pasted(finding):
-    """The finding that the code in a finding finds again."""
+    """The finding of the code that reproduces a finding."""
     *imports, call = finding.reproduce.splitlines()
     names = {}
     exec("\n".join(imports), names)
@@ -153,7 +153,7 @@ def test_static_arguments_keywords_closures_and_partials_are_held_fixed():
 
 
 def test_a_reference_replaces_an_oracle_in_doubt():
-    """A straight-through estimator: wrong by its own function, right by the one that it stands for."""
+    """A straight-through estimator: wrong for its own function, right for the one that it stands in for."""
     rounded = jax.custom_vjp(lambda x: jnp.round(x))
     rounded.defvjp(lambda x: (jnp.round(x), None), lambda _, g: (g,))
     assert not check_vjp(rounded, "n d").ok
@@ -230,7 +230,7 @@ def test_bad_use_gets_a_clear_error(call, error, message):
 
 
 def test_a_rule_that_lays_dw_as_its_operands_and_not_as_w_is_found():
-    """They differ where the columns of x are divided and the rows of w are not, and where weights are fully sharded."""
+    """They differ if x is sharded by columns but w is not sharded by rows, and if the weights are fully sharded."""
 
     def laid_by_operands(residuals, g):
         x, *_ = residuals

@@ -1,4 +1,4 @@
-"""What check_vjp says of small rules: right ones that are hard to judge, and wrong ones that are easy to miss."""
+"""The verdicts of check_vjp on small rules: right ones that are hard to judge, wrong ones that are easy to miss."""
 
 import importlib
 import math
@@ -332,7 +332,7 @@ def test_the_draws_are_not_those_of_a_generator_of_the_same_seed():
     made = rule(fun, lambda x: (jnp.sin(x), x), lambda x, g: (g * jnp.cos(x),))
     check_vjp(made, lambda rng: (rng.standard_normal((4, 6)),), only="zero_cotangent")
     drawn = np.random.default_rng([0, 0]).standard_normal((4, 6)).astype(np.float32)
-    np.testing.assert_array_equal(x, drawn)  # NumPy takes these two seeds for one
+    np.testing.assert_array_equal(x, drawn)  # NumPy treats these two seeds as the same
     from fcfunc.testing import _draw
 
     ours = _draw.Shapes("4 6").draw(np.random.default_rng([_draw.STREAM, 0, 0]), {})[0]
@@ -348,7 +348,7 @@ def test_a_dtype_that_fails_when_the_function_is_compiled_is_not_one_of_the_rule
 
 
 def test_a_rule_is_not_held_to_slopes_where_the_function_jumps():
-    assert check_vjp(jnp.linalg.pinv, "5 3", only="kinks").ok  # with equal columns the rank drops
+    assert check_vjp(jnp.linalg.pinv, "5 3", only="kinks").ok  # equal columns reduce the rank
 
 
 @pytest.mark.parametrize(
@@ -451,7 +451,7 @@ def test_labels_of_eight_bits_must_give_the_gradient_of_thirty_two():
 
 
 def high_level_sine(scale):
-    """Sine as a primitive of `jax.experimental.hijax`, its gradient times a number."""
+    """Sine as a primitive of `jax.experimental.hijax`, with its gradient multiplied by `scale`."""
     hijax: Any = importlib.import_module("jax.experimental.hijax")
 
     class Sine(hijax.HiPrim):
@@ -542,7 +542,7 @@ def test_a_rule_may_be_finite_where_automatic_differentiation_gives_nan():
 
 
 def bisected(a, low, high):
-    """The root of x³ + x = a, by bisection: no derivative of a step of it says anything."""
+    """The root of x³ + x = a, by bisection: the derivative of a step carries no information."""
 
     def halved(_, bounds):
         low, high = bounds
@@ -858,7 +858,7 @@ def test_arguments_of_two_precisions_are_taken_as_jax_takes_them():
 
 
 def solved_to_the_dtype(a):
-    """`x = tanh(x) / 2 + a`, iterated until it stays."""
+    """Iterates `x = tanh(x) / 2 + a` until it converges."""
 
     def going(c):
         step = jnp.max(jnp.abs(c[0] - c[1]), initial=0)
@@ -942,7 +942,7 @@ def test_an_integer_output_is_compared_under_differentiation():
     def by(factor):
         return rule(largest, lambda x: ((largest(x)[0], factor * largest(x)[1]), (largest(x)[1], x)), bwd)
 
-    assert check_vjp(by(1), "n 5", only="forward_output").status == "inconclusive"  # a comparison, but of no gradient
+    assert check_vjp(by(1), "n 5", only="forward_output").status == "inconclusive"  # it compares, but not gradients
     assert "integer output 0" in check_vjp(by(0), "n 5", only="forward_output").findings[0].message
 
 

@@ -1,4 +1,4 @@
-"""What was saved comes back to the bit, on any number of devices, or an error says why not."""
+"""A saved state is restored bit for bit, on any number of devices, or an error says why not."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def make_state(dims=(16, 64, 8), optimizer=OPTIMIZER, mesh=None, mode="fsdp", dt
 
 
 def moved(state, step):
-    """Another state of the same run: every number changed, at another step."""
+    """Another state of the same run, with every number changed, at a different step."""
     change = lambda a: a if jnp.issubdtype(a.dtype, jax.dtypes.prng_key) else a + jnp.ones((), a.dtype)
     return jax.tree.map(change, state)._replace(step=state.step + step)
 
@@ -155,7 +155,7 @@ def test_a_file_that_is_cut_off_or_missing_is_named_and_the_damaged_checkpoint_s
     manifest.write_bytes(manifest.read_bytes() + b" ")
     for step in (3, 4):
         checkpoint.save(tmp_path, moved(make_state(), step), keep=1)
-    assert checkpoint.steps(tmp_path) == [2, 4]  # the damaged one is for a person to look at
+    assert checkpoint.steps(tmp_path) == [2, 4]  # the damaged one is kept for inspection
 
 
 def test_what_killed_saves_left_is_ignored_and_removed_by_the_next_and_nothing_else(tmp_path):
@@ -180,7 +180,7 @@ def test_a_checkpoint_that_cannot_be_removed_is_a_warning_and_the_new_one_is_who
     shutil.move(tmp_path / "1", tmp_path / "elsewhere")
     (tmp_path / "1").symlink_to(tmp_path / "elsewhere")
     checkpoint.save(tmp_path, moved(make_state(), 2), keep=1)
-    assert checkpoint.steps(tmp_path) == [1, 2]  # what a person has moved is left to that person
+    assert checkpoint.steps(tmp_path) == [1, 2]  # a checkpoint that the user has moved is left alone
 
     def fails(path, *_, **__):
         raise PermissionError("in use")
@@ -249,7 +249,7 @@ def test_a_newer_format_is_an_error_that_says_so(tmp_path):
 
 @pytest.mark.parametrize("how", ["full", "forbidden"])
 def test_a_failed_save_is_an_error_that_names_it_and_leaves_the_one_before(tmp_path, how):
-    """In a process of its own, which may write small files only, or none in this folder."""
+    """Runs in a separate process, which can write only small files, or no files in this folder."""
     folder = tmp_path / "run"
     state = moved(make_state(), 1)
     checkpoint.save(folder, state)

@@ -1,4 +1,4 @@
-"""Networks of other libraries: drawn networks in both directions, and modules that were not made here."""
+"""Networks of other libraries: random networks in both directions, and modules that were not made here."""
 
 import os
 
@@ -28,12 +28,12 @@ def standard_promotion():
 
 
 def drawn(seed: int, library: str):
-    """A random network with random parameters and running statistics, and rows to try it on."""
+    """A random network with random parameters and running statistics, and inputs to try it on."""
     return drawn_network(np.random.default_rng([seed, LIBRARIES.index(library)]))
 
 
 def there(library, net, params, state):
-    """A module of a library with these parameters."""
+    """Converts a network to a module of another library."""
     if library == "flax":
         return convert.to_flax(net, params, state)
     if library == "nnx":
@@ -49,7 +49,7 @@ def back(library, module):
 
 
 def outputs_and_gradients(library, module, x, g):
-    """What a module computes for prediction, and the gradients of `sum(g * outputs)` by x and by its parameters."""
+    """The predictions of a module, and the gradients of `sum(g * outputs)` with respect to x and its parameters."""
     if library == "torch":
         import torch
 
@@ -92,7 +92,7 @@ def outputs_and_gradients(library, module, x, g):
 
 
 def sizes(gradients):
-    """The gradients in an order that does not depend on names and layouts: by size and norm."""
+    """The size and norm of each gradient, in an order that does not depend on names and layouts."""
     return sorted((a.size, float(np.linalg.norm(a))) for a in gradients if a.size)
 
 
@@ -490,7 +490,7 @@ class TestKeras:
         layers = [keras.Input((6, 5)), keras.layers.Flatten(), keras.layers.Dense(4, "relu"), keras.layers.Dense(2)]
         assert convert.from_keras(keras.Sequential(layers))[0].dims == (30, 4, 2)
 
-    @pytest.mark.filterwarnings("ignore:__array__ implementation")  # of Keras
+    @pytest.mark.filterwarnings("ignore:__array__ implementation")  # from Keras
     def test_a_saved_model_with_the_tanh_gelu_is_loaded_as_the_docs_say(self, tmp_path):
         import keras
 
@@ -576,7 +576,7 @@ class TestSklearn:
         x = np.random.default_rng(0).standard_normal((60, 4)).astype(np.float32)
         model = MLPClassifier((6, 6), max_iter=1, random_state=0, **options)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of convergence
+            warnings.simplefilter("ignore")  # about convergence
             model.fit(x, np.arange(60) % 3)
         net, params, state = convert.from_sklearn(model)
         if state:

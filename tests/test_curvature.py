@@ -1,4 +1,4 @@
-"""Curvature against the explicit Hessian, and the explicit Jacobians, of the same network in float64."""
+"""Curvature, compared with the explicit Hessian and Jacobians of the same network in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ def close(got, expected):
 
 
 def compiled(of, net, params, x, *args, **options):
-    """Compiled as one program, which takes less time than its operations one by one."""
+    """Compiles `of` as one program, which takes less time than running its operations one by one."""
     return jax.jit(lambda params: of(net, params, x, *args, **options))(params)
 
 
@@ -27,7 +27,7 @@ def like(params, seed):
 
 
 def explicit_ggn(net, params, x, loss_fn):
-    """`Σᵢ Jᵢᵀ Hᵢ Jᵢ` of the flattened parameters, by `jax.jacfwd` of the plain network and `jax.hessian`."""
+    """`Σᵢ Jᵢᵀ Hᵢ Jᵢ` for the flattened parameters, with `jax.jacfwd` of the plain network and `jax.hessian`."""
     plain = fcfunc.mlp(**{**vars(net), "ops": "reference"})
     flat, unravel = ravel_pytree(params)
 
@@ -94,7 +94,7 @@ def test_kronecker_factors_are_the_means_and_sums_of_their_definition(x64, norm)
     for layer, of in zip(found, gradients, strict=True):
         h = of["w"].inputs
         close(layer["w"].inputs, jnp.mean(h[:, :, None] * h[:, None, :], axis=0))
-        close(layer["w"].cotangents, layer["b"].matrix)  # the bias sees the cotangents alone
+        close(layer["w"].cotangents, layer["b"].matrix)  # the bias depends on the cotangents only
 
 
 def test_for_one_example_the_kronecker_product_is_the_block(x64):

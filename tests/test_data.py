@@ -1,4 +1,4 @@
-"""The readers on good files and on bad ones; the split; the standardizer."""
+"""The readers on valid and invalid files, the split, and the standardizer."""
 
 import gzip
 import os
@@ -230,7 +230,7 @@ def test_split_takes_the_rows_of_a_data_frame_in_any_order_of_its_index():
 
 
 def test_rare_classes_go_to_different_parts():
-    y = np.arange(100)  # one example each
+    y = np.arange(100)  # one example per class
     parts = data.split(y, (0.5, 0.5), seed=0, stratify=y)
     assert [len(part) for part in parts] == [50, 50]
 

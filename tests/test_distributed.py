@@ -1,4 +1,4 @@
-"""Real processes over loopback: the same numbers as on one device, and what happens when one is killed."""
+"""Real processes over loopback: they give the numbers of one device, and a run with a killed process resumes."""
 
 import os
 import re
@@ -39,7 +39,7 @@ def test_two_processes_of_four_devices_take_the_steps_of_one_device_in_every_mod
 
 
 def processes_of(launcher):
-    """The ids of the processes that a launcher started, by the number of each."""
+    """The ids of the processes that a launcher started, by process number."""
     found = {}
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
@@ -72,7 +72,7 @@ def test_a_run_of_which_a_process_was_killed_resumes_on_other_devices(tmp_path):
         launcher.kill()
     assert launcher.returncode == 3
     assert errors.strip().splitlines()[-1] == "error: lost process 1 (SIGKILL); continue with --resume"
-    assert took < 30  # what docs/guides/multiple-devices.md promises; it is a second on an idle machine
+    assert took < 30  # as docs/guides/multiple-devices.md promises; an idle machine takes a second
     env.pop("XLA_FLAGS")
     resumed = subprocess.run([*run, "--resume"], capture_output=True, text=True, env=env, timeout=240)
     assert resumed.returncode == 0, resumed.stderr
@@ -107,4 +107,4 @@ def test_sigterm_saves_within_the_epoch_and_ends_with_a_status_of_its_own(tmp_pa
 @pytest.mark.slow
 def test_runs_killed_at_random_moments_resume_to_the_same_bits(capfd):
     assert kill_and_resume.main(["--kills", "2", "--at-once", "2"]) == 0
-    assert "2 of 2 runs end with the bits of the uninterrupted one" in capfd.readouterr().out
+    assert "2 of 2 resumed runs end bit-for-bit identical to the uninterrupted run" in capfd.readouterr().out

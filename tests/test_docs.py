@@ -1,4 +1,4 @@
-"""Every example in a docstring and every Python block in the README and the docs runs and prints what it says."""
+"""Docstring examples and Python blocks in the README and the docs run and print the output that they show."""
 
 import doctest
 import importlib
@@ -24,7 +24,7 @@ MODULES = [importlib.import_module(m.name) for m in pkgutil.walk_packages(fcfunc
 PAGES = [ROOT / "README.md", *(p for p in sorted((ROOT / "docs").rglob("*.md")) if "_build" not in p.parts)]
 BLOCK = r"```(?:python|{code-cell} python3)\n(?:---\n.*?---\n)?(.*?)```"
 RUN_ELSEWHERE = {"gallery": "`make docs`", "published-rules.md": "packages that are not installed here"}
-"""Folders and pages whose blocks are not run here, and where they are or why not."""
+"""Folders and pages whose blocks are not run here, and where they are run or why they are not."""
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
@@ -49,14 +49,14 @@ def test_python_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
         pytest.importorskip("torch", reason="torch is not installed; `make docs` runs this page")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plt, "show", plt.close)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # as a reader would run them
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # as readers run them
         names = {}
         for block in re.findall(BLOCK, page.read_text(), re.DOTALL):
             exec(compile(block, str(page), "exec"), names)
 
 
 def public_functions():
-    """The functions that the namespaces list, and the methods of a network."""
+    """Yields the functions in the `__all__` of each namespace, and the methods of a network."""
     for module in NAMESPACES:
         for name in getattr(module, "__all__", []):
             if inspect.isfunction(getattr(module, name)):

@@ -1,4 +1,4 @@
-"""Each example's learned or compared number, and the classifier script as a person meets it."""
+"""The results of each example, and the classifier script as users run it."""
 
 import importlib.util
 import json
@@ -171,7 +171,7 @@ def test_the_users_csv_is_classified_by_the_names_of_its_classes(run, tmp_path):
 
 
 def houses(rows=300, seed=0):
-    """A table as people have them: numbers and names, some missing, and a price that depends on all of them."""
+    """A realistic table: numbers and names, some of them missing, and a price that depends on all columns."""
     rng = np.random.default_rng(seed)
     area, city, age = (
         rng.uniform(40, 200, rows),
@@ -233,7 +233,7 @@ def test_the_users_npz_is_learned_as_a_regression_in_its_own_unit(run, tmp_path)
         "--data", "my.npz", "--dims", "3,16,1", "--optimizer", "sgd", "--activation", "tanh", "--epochs", "100"
     )
     assert status == 0
-    assert 0.5 < float(out.split("test RMSE ")[1].split()[0]) < 4  # the noise is 1, the spread of y 37
+    assert 0.5 < float(out.split("test RMSE ")[1].split()[0]) < 4  # the noise is 1, and the spread of y is 37
     params, _ = params_file.load(tmp_path / "runs" / "my" / "params.safetensors")
     assert {"mean", "scale"} == params["input"].keys() == params["target"].keys()
 
@@ -362,7 +362,7 @@ def test_help_reads_well(run, capsys):
 def test_the_sweep_finds_a_learning_rate_that_recognises_the_digits_and_draws(tmp_path, capsys):
     figures = sweep.main(["--seeds", "2", "--rates", "3", "--epochs", "8", "--out", str(tmp_path)])
     assert figures["accuracy"] > 0.94
-    assert 0.05 < figures["rate"] < 0.2  # between one that is too small and one that is too large
+    assert 0.05 < figures["rate"] < 0.2  # between a rate that is too small and one that is too large
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
     assert len(re.findall(r"^ +\d\.\d{4} ", capsys.readouterr().out, re.MULTILINE)) == 3
 

@@ -1,4 +1,4 @@
-"""Exported networks, as other programs compute them."""
+"""Exported networks, run by other programs."""
 
 import subprocess
 import sys
@@ -68,7 +68,7 @@ def test_standardization_and_softmax_are_part_of_the_file(write, read, tmp_path)
     write(tmp_path / "net", net, params, standardizer=scaled, final_activation="softmax")
     expected = jax.nn.softmax(net.apply(params, scaled(x)))
     np.testing.assert_allclose(read(tmp_path / "net", x), expected, rtol=1e-5, atol=1e-6)
-    one_by_one = np.concatenate([read(tmp_path / "net", row[None]) for row in x[:5]])  # another program in XLA
+    one_by_one = np.concatenate([read(tmp_path / "net", row[None]) for row in x[:5]])  # a different XLA program
     np.testing.assert_allclose(one_by_one, expected[:5], rtol=1e-5, atol=1e-6)
 
 

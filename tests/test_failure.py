@@ -1,4 +1,4 @@
-"""What fit does about a number that is not finite."""
+"""How fit handles non-finite numbers."""
 
 import chex
 import jax
@@ -14,7 +14,7 @@ from tests.rules import slow
 
 
 def reciprocal(params, batch, key):
-    """A loss that is infinite where a parameter meets a zero of the batch."""
+    """A loss that divides by the first feature, and so is non-finite if that is zero."""
     loss, metrics = loss_fn(params, batch, key)
     return loss + jnp.mean(1 / batch.x[:, 0] * params[0]["b"][0]), metrics
 
@@ -69,7 +69,7 @@ def test_fit_stops_at_the_step_that_a_guard_lets_through():
     assert int(state.opt_state.total_notfinite) == 3
     assert int(state.step) == 39
     assert np.isfinite(history["loss"]).all()
-    data.x[:, 0] = 0.0  # every step now
+    data.x[:, 0] = 0.0  # now every step is non-finite
     with pytest.raises(train.NonFiniteError, match=r"was not finite at step 2") as caught:
         train.fit(reciprocal, guarded, make_state(guarded), data, epochs=3, batch_size=4)
     chex.assert_trees_all_equal(caught.value.state.params, make_state(guarded).params)
@@ -96,7 +96,7 @@ def test_the_history_leaves_out_the_steps_that_a_guard_skips():
 @pytest.mark.slow
 @pytest.mark.parametrize("every", [slow(None), 1])
 def test_a_bad_step_is_found_among_steps_that_a_guard_skips(every):
-    """One step has a finite loss and no gradient, and is skipped; another a loss that is not finite and a gradient."""
+    """One step has a finite loss and a NaN gradient, and is skipped; another has a NaN loss and a finite gradient."""
 
     @jax.custom_jvp
     def no_gradient(x, here):

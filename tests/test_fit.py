@@ -1,4 +1,4 @@
-"""fit: the history, early stopping, resuming, and what it refuses before it runs."""
+"""fit: the history, early stopping, resuming, and the arguments that it rejects before it runs."""
 
 import chex
 import jax
@@ -29,7 +29,7 @@ def test_fit_learns_and_records_every_epoch():
     np.testing.assert_array_equal(history["epoch"], range(1, 31))
     assert seen == history["step"].tolist() == list(range(4, 121, 4))
     assert history["loss"][-1] < 0.5 * history["loss"][0]
-    assert history["validation_accuracy"][-1] > 0.7  # three clusters that overlap
+    assert history["validation_accuracy"][-1] > 0.7  # three overlapping clusters
     assert (history["epochs"], history["kept_epoch"], int(state.step)) == (30, 30, 120)
 
 
@@ -193,7 +193,7 @@ def test_the_examples_of_a_bad_step_are_named_in_the_order_given():
 
 
 def falling(params, batch, key):
-    """A loss of 1, 1/2, 1/4, ... in successive epochs of one step, whose parameter counts the epochs."""
+    """A loss of 1, 1/2, 1/4, ... in successive epochs of one step; the parameter counts the epochs."""
     return 0.5**params - jax.lax.stop_gradient(0.0 * params) + 0.0 * jnp.sum(batch)
 
 
@@ -212,7 +212,7 @@ def test_patience_waits_for_a_training_loss_that_is_better_by_the_tolerance(prog
         state, history = train.fit(falling, COUNT, state, jnp.ones(4), **options)
     else:
         state, history = jax.jit(train.make_fit(falling, COUNT, **options))(state, jnp.ones(4))
-    # Of 1, 0.5, 0.25, 0.125, 0.0625, ... the fourth is the last that is better by 0.1, the second by 0.3.
+    # In 1, 0.5, 0.25, 0.125, 0.0625, ... the fourth is the last to improve by 0.1, and the second by 0.3.
     assert (int(history["epochs"]), int(history["kept_epoch"]), float(state.params)) == (epochs,) * 3
 
 
@@ -283,7 +283,7 @@ def test_data_frames_are_trained_on_as_their_numbers():
 
 
 class Tensor:
-    """Converts to NumPy as a tensor of PyTorch does: not while it records gradients."""
+    """Converts to NumPy as a PyTorch tensor does: not if it requires a gradient."""
 
     def __init__(self, values, requires_grad=False):
         self.values, self.requires_grad = values, requires_grad
@@ -351,7 +351,7 @@ def test_a_run_repeats_to_the_bit():
         state, _ = train.fit(dropped, optimizer, make_state(optimizer), data, epochs=2, batch_size=4)
         return state.params, train.evaluate(dropped, state.params, data)
 
-    chex.assert_trees_all_equal(run(), run())  # traced and compiled anew: the function is another one
+    chex.assert_trees_all_equal(run(), run())  # traced and compiled again, because the function is a new one
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""A short run of the readers' fuzzer, and that it sees a reader that lets something through."""
+"""A short run of the fuzzer for the readers, and a test that it detects a reader that lets something through."""
 
 import random
 import subprocess
@@ -13,7 +13,7 @@ from proofs import fuzz
 
 
 def test_malformed_files_are_refused_within_the_limits_of_memory_and_time():
-    """In a process of its own, whose memory it limits."""
+    """Runs in a separate process with limited memory."""
     command = [sys.executable, "-m", "proofs.fuzz", "--files", "1500", "--seed", "7"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert result.returncode == 0, result.stdout + result.stderr

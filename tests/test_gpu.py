@@ -1,4 +1,4 @@
-"""What only a GPU can show."""
+"""Tests that need a GPU."""
 
 import functools
 import os
@@ -63,7 +63,7 @@ def test_an_epoch_of_a_donated_state_never_holds_the_parameters_twice_over():
     held = device.memory_stats()["bytes_in_use"]
     state, _ = jax.block_until_ready(epoch(state, data))
     assert device.memory_stats()["bytes_in_use"] <= held
-    assert device.memory_stats()["peak_bytes_in_use"] <= 3.5 * size  # with the first copy and one set of gradients
+    assert device.memory_stats()["peak_bytes_in_use"] <= 3.5 * size  # includes the first copy and one set of gradients
 
 
 def test_a_gradient_in_bfloat16_errs_no_more_than_its_eight_bits():
@@ -72,11 +72,11 @@ def test_a_gradient_in_bfloat16_errs_no_more_than_its_eight_bits():
     with jax.default_matmul_precision("highest"):
         exact = jax.jit(jax.grad(loss_fn))(params, batch, None)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(exact), strict=True):
-        assert np.linalg.norm(a - b) <= 0.05 * np.linalg.norm(b)  # masks of ReLU turn over too
+        assert np.linalg.norm(a - b) <= 0.05 * np.linalg.norm(b)  # some ReLU masks flip too
 
 
 def test_runs_repeat_to_the_bit_where_xla_is_asked_to():
-    """A whole epoch in each of two processes with the flag: XLA chooses its kernels once for each."""
+    """Runs an epoch in two processes with the flag, because XLA chooses its kernels once per process."""
     program = (
         "import hashlib, jax, numpy, optax, tests.test_gpu as t\n"
         "params, data = t.make([100, 300, 10], 640)\n"

@@ -1,4 +1,4 @@
-"""Hostile inputs give what is right, or NaN in loss and gradient, or an error, as docs/background/hostile-inputs.md."""
+"""Hostile inputs give the right result, NaN in loss and gradient, or an error: docs/background/hostile-inputs.md."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Laplace approximations against Bayesian linear regression in closed form, and against explicit covariances."""
+"""Laplace approximations, compared with Bayesian linear regression in closed form and explicit covariances."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def linear(x64):
 
 
 def posterior_of(of, net, params, x, loss_fn, **options):
-    """Compiled as one program, which takes less time than its operations one by one."""
+    """Compiles `of` as one program, which takes less time than running its operations one by one."""
     return jax.jit(lambda params: of(net, params, x, loss_fn, **options))(params)
 
 
@@ -66,7 +66,7 @@ def test_the_evidence_of_a_linear_model_is_that_of_the_gaussian_of_its_measureme
     )
     covariance = 0.25 * jnp.eye(10) + phi @ phi.T / delta  # of y, with the parameters integrated out
     expected = jax.scipy.stats.multivariate_normal.logpdf(y, jnp.zeros(10), covariance)
-    left_out = -10 / 2 * jnp.log(2 * jnp.pi * 0.25)  # the constant of the likelihood, which the losses leave out
+    left_out = -10 / 2 * jnp.log(2 * jnp.pi * 0.25)  # the constant of the likelihood, which the losses omit
     close(laplace.log_marginal_likelihood(posterior) + left_out, expected)
 
 
@@ -141,13 +141,13 @@ def test_samples_have_the_covariance_of_the_posterior(x64, of):
     params, x, labels = made(net)
     posterior = posterior_of(
         of, net, params, x, cross_entropy(labels), prior_precision=1e4
-    )  # narrow: the network is linear in it
+    )  # so narrow that the network is nearly linear in it
     keys = jax.random.split(jax.random.key(0), 20_000)
     drawn = jax.jit(jax.vmap(laplace.sample, in_axes=(0, None)))(keys, posterior)
     new = jnp.asarray(np.random.default_rng(1).standard_normal((1, 2)))
     outputs = jax.jit(jax.vmap(net.apply, in_axes=(0, None)))(drawn, new)[:, 0]
     covariance = predicted(net, posterior, new)[1][0]
-    # the standard error of a variance from n samples is sqrt(2 / n) of it: 1 %
+    # The relative standard error of a variance estimated from n samples is sqrt(2 / n), here 1%.
     np.testing.assert_allclose(jnp.cov(outputs.T), covariance, rtol=0.06, atol=0.03 * float(jnp.max(covariance)))
 
 
@@ -193,7 +193,7 @@ def test_probabilities_do_not_depend_on_what_is_added_to_all_logits():
     logits, covariance = jnp.array([20.0, 20.0, 18.0]), jnp.diag(jnp.array([8.0, 0.0, 1.0]))
     got = laplace.probabilities(logits, covariance)
     np.testing.assert_allclose(got, laplace.probabilities(logits - 20, covariance), rtol=1e-5)
-    together = laplace.probabilities(logits, 8 * jnp.ones((3, 3)))  # no difference of logits varies
+    together = laplace.probabilities(logits, 8 * jnp.ones((3, 3)))  # the differences of the logits have no variance
     np.testing.assert_allclose(together, jax.nn.softmax(logits), rtol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""The chunked output layer is the dense one: at any chunk, size, logits and labels; and it holds no logits."""
+"""The chunked output layer equals the dense one for any chunk, size, logits and labels, and stores no logits."""
 
 import functools
 
@@ -53,7 +53,7 @@ def test_logits_of_ten_thousand_are_no_less_exact(chunk_size, x64):
     chunked = functools.partial(losses.linear_softmax_cross_entropy, chunk_size=chunk_size)
     wide = [a.astype(jnp.float64) for a in (x, w, b)]
     truth = jax.grad(total, argnums=(1, 2, 3))(dense, *wide)
-    for f in (chunked, dense):  # both within the rounding of the logits
+    for f in (chunked, dense):  # both are within the rounding error of the logits
         grads = jax.grad(total, argnums=(1, 2, 3))(f, x, w, b)
         chex.assert_trees_all_close(jax.tree.map(lambda a: a.astype(jnp.float64), grads), truth, rtol=1e-2, atol=1e-2)
     loss = losses.linear_softmax_cross_entropy(x, w, b, labels, chunk_size=chunk_size)
@@ -61,12 +61,12 @@ def test_logits_of_ten_thousand_are_no_less_exact(chunk_size, x64):
 
 
 def test_a_short_last_chunk_adds_no_column():
-    """A padded column that is not masked adds exp(0) to the sum, and shows where the logits are of order 1."""
+    """A padded column that is not masked adds exp(0) to the sum, which is visible if the logits are small."""
     x, w, b, labels = draw(4, 3, 5, scale=0.1)
     np.testing.assert_allclose(
         losses.linear_softmax_cross_entropy(x, w, b, labels, chunk_size=4), dense(x, w, b, labels), rtol=1e-6
     )
-    far_below = b - 50  # where exp(0) would be all there is
+    far_below = b - 50  # so that exp(0) would dominate the sum
     np.testing.assert_allclose(
         losses.linear_softmax_cross_entropy(x, w, far_below, labels, chunk_size=4),
         dense(x, w, far_below, labels),
@@ -114,7 +114,7 @@ def test_a_row_that_does_not_count_leaks_nothing_not_even_into_the_weights(hosti
 @pytest.mark.slow
 def test_a_class_masked_by_a_bias_of_minus_infinity_stays_out():
     x, w, b, labels = draw(4, 3, 9)
-    b = b.at[:4].set(-jnp.inf)  # the whole first chunk
+    b = b.at[:4].set(-jnp.inf)  # all of the first chunk
     assert_equal(x, w, b, labels % 5 + 4, chunk_size=4)
 
 

@@ -1,4 +1,4 @@
-"""The layer rule saves what it says, and a stacked network needs the memory and the code that this promises."""
+"""The layer rule saves the documented residuals, and stacked networks keep the promised memory and code size."""
 
 import functools
 
@@ -19,7 +19,7 @@ NAMES = sorted(set(ACTIVATIONS) - {"gelu_exact"})
 
 
 def saved_bytes(*args, **options):
-    """What the rule of a layer saves beside its own arguments."""
+    """The bytes that the rule of a layer saves in addition to its arguments."""
     _, (_, _, _, saved) = jax.eval_shape(functools.partial(ops.layer_fwd, **options), *args)
     return saved.size * saved.dtype.itemsize
 
@@ -103,7 +103,7 @@ def test_the_gradient_of_eight_layers_needs_less_memory_than_by_autodiff(activat
             x, _ = layer(x, p)
         return jnp.sum(x**2)
 
-    net = fcfunc.mlp([512] * 10, activation=activation)  # whose features are the eight layers
+    net = fcfunc.mlp([512] * 10, activation=activation)  # its features are the output of the eight hidden layers
 
     def by_rules(params, x):
         return jnp.sum(net.features(params, x) ** 2)
@@ -142,7 +142,7 @@ def test_only_square_layers_that_are_alike_are_stacked():
         return [p["w"].shape for p in fcfunc.stack(fcfunc.mlp(dims, **options).init(jax.random.key(0)))]
 
     assert shapes([3, 4, 2]) == [(3, 4), (4, 2)]
-    assert shapes([4, 4, 4]) == [(4, 4), (4, 4)]  # the last layer stays apart
+    assert shapes([4, 4, 4]) == [(4, 4), (4, 4)]  # the last layer stays separate
     assert shapes([4, 4, 4, 5, 5, 5, 4]) == [(2, 4, 4), (4, 5), (2, 5, 5), (5, 4)]
     assert shapes([4, 4, 4, 4], norm="layer_norm") == [(2, 4, 4), (4, 4)]
 

@@ -1,4 +1,4 @@
-"""Loggers as callbacks: what each has written is what `fit` returned."""
+"""Loggers as callbacks: each writes the history that `fit` returns."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 
 from examples import loggers
 
-pytestmark = pytest.mark.filterwarnings("default")  # of the loggers' own dependencies
+pytestmark = pytest.mark.filterwarnings("default")  # for the dependencies of the loggers
 
 
 def test_json_lines_hold_the_history(tmp_path):

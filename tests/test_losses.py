@@ -1,4 +1,4 @@
-"""What the losses promise beyond their gradients: values, shifts, labels that are impossible or ignored, errors."""
+"""Properties of the losses beyond their gradients: values, shifts, impossible and ignored labels, errors."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ PAIRED = [losses.softmax_cross_entropy, losses.sigmoid_binary_cross_entropy, los
 
 @pytest.fixture
 def scores():
-    return jax.nn.softmax(jax.random.normal(jax.random.key(0), (5, 4)), axis=-1)  # also probabilities
+    return jax.nn.softmax(jax.random.normal(jax.random.key(0), (5, 4)), axis=-1)  # valid as probabilities too
 
 
 def loss_and_gradient(loss, scores, labels, **options):
@@ -47,7 +47,7 @@ def test_l2_penalty_leaves_biases_out():
 @pytest.mark.parametrize("shift", [1e8, -1e8, 3e37])
 def test_a_shift_of_all_logits_changes_neither_loss_nor_gradient(shift):
     logits, labels = jnp.array([[0.0, 16.0, -32.0], [8.0, 8.0, 8.0]]), jnp.array([0, 2])
-    shifted = logits + shift  # rounded here, in the inputs, and only here
+    shifted = logits + shift  # the only rounding: in the inputs
     exact = shifted - shifted.max(axis=-1, keepdims=True)
     for got, expected in zip(
         loss_and_gradient(losses.softmax_cross_entropy_with_integer_labels, shifted, labels),
@@ -194,7 +194,7 @@ def arguments(loss, n=5, classes=4):
 
 
 def of_rows(loss, mask):
-    """A number per row in the shape that the loss takes it."""
+    """Broadcasts one number per row to the shape that the loss takes."""
     return jnp.broadcast_to(mask[:, None], (5, 4)) if loss is WEIGHABLE[2] else mask
 
 
@@ -395,7 +395,7 @@ def test_targets_that_lie_otherwise_than_the_outputs_are_taken_on_an_explicit_me
 
 
 def unmasked(logits, labels, mask, **options):
-    """The loss of each row on its own, of the logits that are not masked alone."""
+    """The loss of each row, computed separately from only the logits that are not masked."""
     rows = [
         losses.softmax_cross_entropy(logits[i : i + 1, m], labels[i : i + 1, m], **options)[0] if m.any() else 0.0
         for i, m in enumerate(np.asarray(mask))

@@ -1,4 +1,4 @@
-"""make_fit: a whole run as a pure function."""
+"""`make_fit`: a whole training run as a pure function."""
 
 import operator
 
@@ -44,7 +44,7 @@ def test_a_whole_fit_as_one_program_is_the_fit_of_the_host(patience):
 
 
 def make_sweep():
-    """A member of a sweep, and the states and histories of two seeds and three learning rates."""
+    """Returns one member of a sweep, and the states and histories for two seeds and three learning rates."""
     optimizer = lambda rate: optax.inject_hyperparams(optax.sgd)(learning_rate=rate)
     data, validation_data = make_data(50), make_data(30, 1)
     run = train.make_fit(loss_fn, optimizer(0.1), epochs=10, batch_size=8, patience=2)
@@ -119,6 +119,6 @@ def test_a_score_that_is_never_finite_does_not_bring_the_initial_parameters_back
         end, history = train.fit(loss, optimizer, state, data, validation_data=data, **options)
     else:
         end, history = train.make_fit(loss, optimizer, **options)(state, data, data)
-    kept = 1 if score == jnp.inf else 2  # the first of equals; the last, if none can be judged
+    kept = 1 if score == jnp.inf else 2  # the first of equal scores; the last epoch if every score is NaN
     assert (int(history["epochs"]), int(history["kept_epoch"])) == (kept + (score == jnp.inf) * 2, kept)
     assert float(end.params["w"][0]) > 0

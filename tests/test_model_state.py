@@ -1,4 +1,4 @@
-"""What a loss carries from step to step besides the parameters."""
+"""Model state: values that a loss carries from step to step in addition to the parameters."""
 
 import chex
 import jax

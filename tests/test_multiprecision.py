@@ -1,4 +1,4 @@
-"""Gradients against differences in 200 digits, and the interpreter of jaxprs that computes them."""
+"""Gradients against 200-digit finite differences, and the jaxpr interpreter that computes them."""
 
 import math
 import sys
@@ -153,7 +153,7 @@ def test_every_rule_is_equal_to_sixty_digits_or_names_its_rounded_constants(row)
     draw = lambda rng, n, d: row.draw(int(rng.integers(2**31)), n, d, np.float32)
     report = check_vjp(row.fun, draw, only=["multiprecision", "second_multiprecision"])
     assert report.ok, report
-    undefined = row.name == "log_softmax-where"  # its masked outputs are -inf, and so is every sum of outputs
+    undefined = row.name == "log_softmax-where"  # masked outputs are -inf, so every sum of outputs is -inf
     for result in report.results[undefined:]:
         assert result.status == "passed"
         digits, rounded = int(result.reason.split()[2]), 7 if "compute_dtype" in row.name else 15

@@ -1,4 +1,4 @@
-"""The mutants of proofs/mutation.py: every line has a row, and a mutant is found and leaves no trace."""
+"""Mutation testing in proofs/mutation.py: rows execute every line; mutants are detected and leave no trace."""
 
 import ast
 
@@ -26,7 +26,7 @@ def test_every_line_of_every_rule_is_executed_by_some_row():
     ("change", "verdict", "by"),
     [
         ("`1 - y` to `1 + y`", "killed", "oracle"),
-        ("`upcast(y)` to `y`", "equivalent", mutation.SAME),  # it is saved in at least float32
+        ("`upcast(y)` to `y`", "equivalent", mutation.SAME),  # y is saved in at least float32
     ],
 )
 def test_the_verdict_on_a_mutant_of_sigmoid(change, verdict, by):

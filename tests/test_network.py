@@ -1,4 +1,4 @@
-"""The network as a value, init and apply: options, shapes, the reference implementation, errors that name the layer."""
+"""Networks, `init` and `apply`: options, shapes, the reference implementation, and errors that name the layer."""
 
 import dataclasses
 import functools
@@ -273,7 +273,7 @@ def test_residual_connections_are_added_where_widths_are_equal(x):
     for p in params[:-1]:
         y = jnp.tanh(h @ p["w"])
         h = h + y if h.shape == y.shape else y
-    expected = h @ params[-1]["w"]  # no connection around the last layer
+    expected = h @ params[-1]["w"]  # no residual connection around the last layer
     np.testing.assert_allclose(net.apply(params, x), expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(net.apply(fcfunc.stack(params), x), expected, rtol=1e-4, atol=1e-5)
 
@@ -302,7 +302,7 @@ def test_each_hidden_layer_drops_its_own_elements_stacked_or_not():
     kept = run(identity)
     np.testing.assert_array_equal(run(fcfunc.stack(identity)), kept)
     assert set(np.unique(kept)) == {0.0, 8.0}
-    assert 1 <= int(jnp.sum(kept == 8)) <= 15  # an eighth of 50; with one mask used three times it would be half
+    assert 1 <= int(jnp.sum(kept == 8)) <= 15  # about 1/8 of 50; reusing one mask for all layers would keep about 1/2
 
 
 def test_params_of_another_network_are_refused(x):
@@ -426,7 +426,7 @@ def test_rules_and_reference_agree_on_every_kind_of_network(norm, residual, drop
 
     gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
     tolerance = 1e-4 if compute_dtype is None else 5e-2
-    # All together: the gradient of a bias before a batch norm is 0, and what is left of it is rounding.
+    # Compare norms over all leaves: the gradient of a bias before batch norm is 0 up to rounding error.
     for ours, theirs in zip(*(gradient(params, net) for net in nets), strict=True):
         chex.assert_type(jax.tree.leaves(ours), jnp.float32)
         ours, theirs = ravel_pytree(ours)[0], ravel_pytree(theirs)[0]

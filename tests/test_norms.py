@@ -1,4 +1,4 @@
-"""Normalization against NumPy in float64, its running statistics, its hostile inputs and its errors."""
+"""Normalization: comparison with NumPy in float64, running statistics, hostile inputs, and errors."""
 
 import chex
 import jax

@@ -1,4 +1,4 @@
-"""What the operations promise beyond their gradients: residuals, conventions, errors."""
+"""Properties of the operations other than their gradients: residuals, conventions, and errors."""
 
 import chex
 import jax
@@ -42,7 +42,7 @@ def test_affine_sums_long_bfloat16_columns_in_float32():
     x, w, b = jnp.ones((4096, 1), jnp.bfloat16), jnp.ones((1, 1), jnp.bfloat16), jnp.ones(1, jnp.bfloat16)
     _, pull = jax.vjp(ops.affine, x, w, b)
     _, dw, db = pull(jnp.ones((4096, 1), jnp.bfloat16))
-    assert float(dw[0, 0]) == float(db[0]) == 4096  # a sum kept in bfloat16 stops at 256
+    assert float(dw[0, 0]) == float(db[0]) == 4096  # a sum accumulated in bfloat16 would stop at 256
 
 
 @pytest.mark.parametrize("in_axes", [(0, None), (None, 0), (0, 0)])

@@ -1,4 +1,4 @@
-"""optax's own tests of its losses, from the installed package, pass with fcfunc's functions in place of optax's."""
+"""Runs the loss tests of the installed Optax package on the losses of fcfunc."""
 
 import functools
 import re
@@ -41,12 +41,12 @@ REPLACED = {
     [slow(case) if re.search("PolyLoss|Focal|test_axes", case.id()) else case for case in CASES],
     ids=[case.id().removeprefix("optax.losses.") for case in CASES],
 )
-@pytest.mark.filterwarnings("default")  # optax's tests hand float64 to JAX, which warns
+@pytest.mark.filterwarnings("default")  # Optax's tests pass float64 arrays to JAX, which warns
 def test_it_passes_with_the_losses_of_fcfunc(case, monkeypatch):
     for module, functions in REPLACED.items():
         for name, function in functions.items():
             monkeypatch.setattr(module, name, function)
-    # A custom_vjp function has no forward mode, which check_grads tries by default.
+    # check_grads also tests forward mode by default, which custom_vjp functions do not support.
     check_grads = functools.partial(classification.jaxtest.check_grads, modes=["rev"])
     monkeypatch.setattr(classification.jaxtest, "check_grads", check_grads)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

@@ -1,4 +1,4 @@
-"""What importing the package does, and what a release is made of."""
+"""Importing the package, missing extras, and the contents of a release."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Parameters alone in a file come back to the bit with their configuration, or an error says why not."""
+"""Parameter files: parameters and config load bit for bit, or an error says why they do not."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def test_one_bit_turned_over_is_an_error_or_changes_nothing_that_is_read(tmp_pat
         else:
             chex.assert_trees_all_equal(params, PARAMS)
             assert config == {"activation": "relu"}
-    assert refused > 490  # the rest are in the padding of the header
+    assert refused > 490  # the other flips hit the padding of the header
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_files_that_are_none_or_too_large_are_refused(tmp_path):
 
 
 def test_numbers_of_64_bits_stay_as_they_are():
-    """Every torch model with batch norm has an int64 counter."""
+    """Every PyTorch model with batch norm has an int64 counter."""
     counter, mean = np.array([2**40 + 1]), np.array([1 / 3])
     with tempfile.TemporaryDirectory() as folder:
         save_file({"norm.tracked": counter, "layer.weight": np.ones(2, np.float32), "mean": mean}, f"{folder}/p")

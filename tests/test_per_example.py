@@ -1,4 +1,4 @@
-"""Gradients of single examples in factors, against `vmap(grad)` of the same network in float64."""
+"""Factored per-example gradients against `vmap(grad)` of the same network in float64."""
 
 import itertools
 import re
@@ -20,7 +20,7 @@ ACTIVATIONS = ("relu", "gelu", ("elu", 0.5), "tanh", "silu", jnp.sin)
 
 
 def made(net, *, seed=0, batch=BATCH, stacked=False):
-    """Parameters without zeros, inputs and labels."""
+    """Returns parameters with no zeros, inputs, and labels."""
     rng = np.random.default_rng(seed)
     params = jax.tree.map(
         lambda a: jnp.asarray(a + 0.3 * rng.standard_normal(a.shape)),
@@ -36,7 +36,7 @@ def cross_entropy(labels):
 
 
 def by_vmap(net, params, x, loss_fn, **options):
-    """The losses and every example's whole gradient, one example after the other."""
+    """Returns the loss and the full gradient of every example, computed with `vmap`."""
 
     def loss_of(params, i):
         return loss_fn(net.apply(params, x, **options))[i]
@@ -71,7 +71,7 @@ networks = pytest.mark.parametrize(
     ("norm", "residual", "bias", "activation"),
     [slow(*case) if i % 3 else case for i, case in enumerate(NETWORKS)],
 )
-"""Every norm with every activation, with and without residuals and biases."""
+"""Every norm with every activation, with and without residual connections and biases."""
 
 
 @pytest.mark.parametrize("stacked", [False, True], ids=["", "stacked"])
@@ -104,7 +104,7 @@ def test_the_losses_of_this_package_are_sums_over_examples(x64, loss_fn):
 
 @pytest.fixture
 def example(x64):
-    """The parameters, factored gradients, and the matrix of all gradients, of one network with everything."""
+    """Returns parameters, factored gradients, and the matrix of all gradients, for a network with every option."""
     net = fcfunc.mlp([3, 5, 5, 5, 4], norm="layer_norm", residual=True)
     params, gradients, expected = check(net, stacked=True)
     return params, gradients, flat(expected)
@@ -356,6 +356,6 @@ def test_on_a_mesh_each_device_keeps_its_examples_and_one_sum_follows(kind):
     assert "all-gather" not in program
     assert "all-to-all" not in program
     sums = re.findall(r"= (.*?) all-reduce", program)
-    # the gradients, each leaf once: [fan_in, fan_out] of the weights and [fan_out] of the biases
+    # Each gradient leaf is all-reduced once: weights of shape [fan_in, fan_out] and biases of shape [fan_out].
     shapes = re.findall(r"f32\[([\d,]*)\]", " ".join(sums))
     assert sorted(shapes) == sorted(",".join(map(str, a.shape)) for a in jax.tree.leaves(params))

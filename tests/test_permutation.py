@@ -1,4 +1,4 @@
-"""The order of an epoch: every example once, and no order likelier than another."""
+"""The order of an epoch: each example appears once, and all orders are equally likely."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ def draws(n, count, seed=0):
 
 
 def deviation(observed, expected):
-    """By how many standard deviations Pearson's chi-square is from what a uniform draw has on average."""
+    """Returns how many standard deviations Pearson's chi-square is from its mean under uniform draws."""
     free = observed.size - 1
     return abs(np.sum((observed - expected) ** 2 / expected) - free) / math.sqrt(2 * free)
 

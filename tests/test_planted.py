@@ -1,4 +1,4 @@
-"""check_vjp finds every planted bug, and names it."""
+"""`check_vjp` finds and names every planted bug."""
 
 import pytest
 
@@ -26,7 +26,7 @@ def test_a_planted_bug_is_found_by_a_check_that_names_it(bug):
     ids=[rule.name for rule in RIGHT],
 )
 def test_the_same_rules_without_a_bug_pass(rule):
-    # The textbook rules are written for arrays of rank 2, one device and labels that are classes.
+    # The textbook rules support only rank-2 arrays, a single device, and integer class labels.
     require = ("second_order", "sizes") if rule.name == "cross_entropy" else ("second_order", "extremes", "sizes")
     report = check_vjp(rule.fun, rule.args, require=require, skip=("ranks", "meshes"), **rule.options)
     assert report.ok, report

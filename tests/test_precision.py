@@ -1,4 +1,4 @@
-"""Mixed precision: what the products are made of, where it is rounded, and how far it is from a float64 truth."""
+"""Mixed precision: dtypes of the matmuls, where values are rounded, and the error relative to float64."""
 
 import functools
 import re
@@ -30,7 +30,7 @@ def loss_fn(params, batch, key, *, losses=losses, **options):
 
 
 def products(jaxpr):
-    """Every `dot_general` of a jaxpr and of those inside it: the dtypes of operands and result."""
+    """Yields the dtypes of operands and result for every `dot_general` in a jaxpr and its nested jaxprs."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             yield tuple(v.aval.dtype.name for v in (*eqn.invars, *eqn.outvars))
@@ -52,7 +52,7 @@ def test_every_product_of_a_bfloat16_step_has_bfloat16_operands_and_a_float32_su
     step, state = step_and_state(activation=activation, compute_dtype="bfloat16")
     found = list(products(jax.make_jaxpr(step)(state, batch(0)).jaxpr))
     recomputed = 2 if activation == "gelu" else 0  # each hidden layer's pre-activation, in the backward pass
-    assert len(found) >= 3 + 5 + recomputed  # forward; backward, and a dx that no one needs
+    assert len(found) >= 3 + 5 + recomputed  # 3 forward; 5 backward, plus possibly an unused dx
     assert set(found) == {("bfloat16", "bfloat16", "float32")}
 
 
@@ -68,7 +68,7 @@ def test_so_they_reach_the_compiler_on_every_platform(platform):
 
 
 def test_in_the_compiled_program_every_operand_is_bfloat16_or_widened_from_it():
-    """XLA's CPU backend widens operands for the products it has no kernel for; that changes no number."""
+    """XLA's CPU backend widens the operands of matmuls it has no kernel for, which is exact."""
     step, state = step_and_state(compute_dtype="bfloat16")
     text = step.lower(state, batch(0)).compile().as_text()
     found = list(dot_operands(text))
@@ -78,7 +78,7 @@ def test_in_the_compiled_program_every_operand_is_bfloat16_or_widened_from_it():
 
 
 def dot_operands(text):
-    """Of each operand of each `dot` in a compiled program: its dtype, and the dtype it was converted from."""
+    """Yields the dtype of each `dot` operand in a compiled program, and the dtype it was converted from."""
     definitions, callers, computation, roots = {}, {}, "", {}
     for line in text.splitlines():
         header = re.match(r"(?:ENTRY )?%(\S+) \(", line)
@@ -96,7 +96,7 @@ def dot_operands(text):
             callers[called] = (computation, operands)
 
     def origin(computation, name):
-        """The dtype before the last conversion, through fusions and their parameters."""
+        """Returns the dtype before the last conversion, looking through fusions and their parameters."""
         dtype, opcode, operands, rest = definitions[computation, name]
         if opcode == "parameter" and computation in callers:
             outer, arguments = callers[computation]
@@ -132,7 +132,7 @@ def test_outputs_are_float32_and_the_features_bfloat16():
 
 
 def test_a_cotangent_is_rounded_to_the_operands_dtype():
-    """With operands that are bfloat16 numbers already, that rounding is the only one."""
+    """The operands are already exact in bfloat16, so no other value is rounded."""
     x, w = (jax.random.normal(jax.random.key(s), (40, 40)).astype(jnp.bfloat16).astype(jnp.float32) for s in (0, 1))
     b, g = jnp.zeros(40), jax.random.normal(jax.random.key(2), (40, 40))
     _, exact = jax.vjp(ops.affine, x, w, b)
@@ -192,5 +192,5 @@ def test_the_gradient_is_no_more_than_twice_as_inaccurate_as_automatic_different
     (median, of_element, of_array), auto = errors["rule"], [2 * max(error, 0.5) for error in errors["autodiff"]]
     assert median <= auto[0]
     assert of_array <= auto[2]
-    if dtype != "float32" and not entry.row.startswith(("layer-", "linear_")):  # those round a cotangent on purpose
+    if dtype != "float32" and not entry.row.startswith(("layer-", "linear_")):  # these round a cotangent on purpose
         assert of_element <= auto[1]

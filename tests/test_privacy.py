@@ -1,4 +1,4 @@
-"""Private steps: what an example can change, how batches are drawn, and ε against a closed form."""
+"""Private training steps: the influence of one example, batch sampling, and ε against a closed form."""
 
 import math
 
@@ -73,7 +73,7 @@ def test_in_bfloat16_an_example_moves_the_sum_by_no_more_than_the_norm():
         return jnp.linalg.norm(ravel_pytree(per_example.clipped_sum(one, 0.25))[0])
 
     norms = norm_of_one(jnp.arange(64))
-    assert (norms > 0.24).all()  # all are clipped
+    assert (norms > 0.24).all()  # every gradient is clipped
     assert (norms <= 0.25).all()
 
 
@@ -84,7 +84,7 @@ def test_the_noise_has_the_standard_deviation_of_the_norm_times_the_multiplier()
     drawn = jnp.stack([noise(seed) for seed in range(200)])
     np.testing.assert_allclose(jnp.std(drawn), 0.5 * 3 / 4, rtol=0.03)
     assert abs(float(jnp.mean(drawn))) < 0.01
-    correlation = np.corrcoef(drawn.T) - np.eye(drawn.shape[1])  # no two parameters share their noise
+    correlation = np.corrcoef(drawn.T) - np.eye(drawn.shape[1])  # no two parameters share noise
     assert np.abs(correlation).max() < 0.4
 
 
@@ -138,10 +138,10 @@ def test_examples_are_included_independently_with_the_rate():
     counts = np.zeros((5000, 40))
     rows, columns = np.nonzero(batches.included)
     np.add.at(counts, (rows, np.asarray(batches.examples)[rows, columns]), 1)
-    assert counts.max() == 1  # none twice
+    assert counts.max() == 1  # no example appears twice
     np.testing.assert_allclose(counts.mean(0), 0.3, atol=0.03)  # four standard errors
     assert np.abs(np.corrcoef(counts.T) - np.eye(40)).max() < 0.07
-    np.testing.assert_allclose(counts.sum(1).var(), 40 * 0.3 * 0.7, rtol=0.1)  # of the binomial distribution
+    np.testing.assert_allclose(counts.sum(1).var(), 40 * 0.3 * 0.7, rtol=0.1)  # binomial variance
 
 
 @pytest.mark.parametrize(("count", "rate"), [(60_000, 256 / 60_000), (1000, 0.05), (40, 0.3), (10, 1.0), (1, 0.5)])
@@ -154,7 +154,7 @@ def test_the_capacity_of_a_batch_is_exceeded_with_a_probability_below_1e_12(coun
 
 @pytest.mark.parametrize(("steps", "sigma"), [(1, 1.0), (10, 4.0), (100, 20.0)])
 def test_without_sampling_epsilon_is_that_of_the_gaussian_mechanism_in_closed_form(steps, sigma):
-    # Balle and Wang 2018: k steps with noise σ are one step with noise σ / √k
+    # Balle and Wang (2018): k steps with noise σ are equivalent to one step with noise σ / √k.
     s = sigma / math.sqrt(steps)
     phi = lambda z: math.erfc(-z / math.sqrt(2)) / 2
     delta_at = lambda eps: phi(1 / (2 * s) - eps * s) - math.exp(eps) * phi(-1 / (2 * s) - eps * s)
@@ -216,7 +216,7 @@ def test_numbers_out_of_range_are_refused(call, message):
 
 
 def test_an_example_is_clipped_where_the_square_of_a_factor_underflows():
-    # |h|² is 0 in float32, and |h| |g| is 37.8
+    # |h|² underflows to 0 in float32, but |h| |g| is 37.8.
     outer = per_example.Outer(jnp.full((1, 784), 9e-20), jnp.full((1, 1), 1.5e19))
     total = per_example.clipped_sum([{"w": outer}], 1.0)
     np.testing.assert_allclose(jnp.linalg.norm(total[0]["w"]), 1, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""The progress bar of fit."""
+"""The progress bar of `fit`."""
 
 import io
 import re
@@ -34,7 +34,7 @@ def test_the_bar_moves_within_an_epoch_and_the_numbers_are_those_without_it(on_a
     monkeypatch.setattr(ProgressBar, "to_step", lambda bar, step: (moves.append(int(step)), to_step(bar, step)))
     monkeypatch.setattr(ProgressBar, "handle", lambda bar: handle(bar) | {"every": jnp.int32(5)})
     state, history = train.fit(loss_fn, optimizer, make_state(optimizer), data, progress=True, **options)
-    assert sorted(moves) == list(range(5, 40, 5))  # 13 steps an epoch, the last a short one
+    assert sorted(moves) == list(range(5, 40, 5))  # 13 steps per epoch, the last on a short batch
     chex.assert_trees_all_equal(state.params, expected.params)
     assert history["epochs"] == 3
 
@@ -52,7 +52,7 @@ def test_the_estimate_of_the_bar_leaves_compilation_out(monkeypatch):
         bar.to_step(2)
         drawn = bar.bar.format_dict
     assert (drawn["n"], drawn["initial"], drawn["elapsed"]) == (0.5, 0.25, 0.5)
-    assert "0.50/10 [00:00<00:19" in terminal.getvalue()  # 9.5 epochs at half a second for a quarter of one
+    assert "0.50/10 [00:00<00:19" in terminal.getvalue()  # 9.5 epochs left, at 0.5 seconds per quarter epoch
 
 
 def test_outside_of_a_terminal_each_epoch_is_a_line_with_the_digits_of_small_numbers(capsys):

@@ -1,6 +1,6 @@
-"""Every rule of the table against its reference, against finite differences, and at extremes.
+"""Every rule in the table against its reference, against finite differences, and on extreme inputs.
 
-What transformations do to it is left to `check_vjp`, in test_check_vjp.py.
+Behavior under JAX transformations is tested with `check_vjp` in test_check_vjp.py.
 """
 
 import chex
@@ -19,7 +19,7 @@ SIZES = [(4, 3), slow(1, 1), slow(1, 5), slow(7, 1), slow(33, 17)]
 
 
 def scalar(fun, args):
-    """A scalar function of the real arguments, weighted at random so that no two outputs cancel."""
+    """Returns a scalar function of the real arguments, with random weights so that no two outputs cancel."""
     reals, fill = split_real(args)
 
     g = cotangent(fun, args)
@@ -106,7 +106,7 @@ def squares(tree):
 @rows()
 @pytest.mark.parametrize("value", [0.0, slow(-0.0), slow(1e30), slow(-1e30), np.inf, slow(-np.inf), np.nan])
 def test_extreme_inputs_give_what_the_reference_gives_and_stay_in_their_row(row, value):
-    """Where the loss is NaN so is a gradient; a NaN or infinity in one row leaves the other rows alone."""
+    """Outputs and gradients match the reference; a NaN or infinity in one row does not affect other rows."""
     if row.name in ("l2_penalty", "softmax-axis=0", "log_softmax-axis=0", "batch_norm"):
         pytest.skip("its rows are not independent")
     args = row.draw(0, 4, 3, jnp.float32)
@@ -133,5 +133,5 @@ def test_relu_has_derivative_zero_at_zero():
 
 def test_svm_has_derivative_zero_at_its_kink():
     svm = next(row.fun for row in RULES if row.name == "multiclass_svm")
-    scores = jnp.array([[1.0, 0.0, 0.5]])  # class 1 is exactly a margin below the right class 0
+    scores = jnp.array([[1.0, 0.0, 0.5]])  # class 1 is exactly one margin below the correct class 0
     np.testing.assert_array_equal(jax.grad(lambda s: svm(s, jnp.array([0]))[0])(scores), [[-1, 0, 1]])

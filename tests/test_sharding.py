@@ -1,4 +1,4 @@
-"""Training on meshes is training on one device: the numbers, the layouts, what is communicated and what is kept."""
+"""Training on a mesh matches training on one device: results, layouts, collectives, and memory."""
 
 import functools
 import re
@@ -36,7 +36,7 @@ def loss_fn(params, batch, key, net=None):
 
 
 def placed(mode, kind, data, params=None):
-    """Params and data on a mesh of 4 x 2, or of 8 where nothing is divided over the layers."""
+    """Returns params and data on a 4 x 2 mesh, or on a mesh of 8 devices for modes without tensor parallelism."""
     params = fcfunc.init(jax.random.key(0), DIMS) if params is None else params
     mesh = sharding.make_mesh(model=2 if "tensor" in mode else 1, axis_type=kind)
     specs = sharding.param_specs(params, mesh, mode)
@@ -72,7 +72,7 @@ def test_a_step_is_that_of_one_device_and_the_state_stays_where_it_lies(kind, mo
 @pytest.mark.parametrize("kind", SOME_KINDS)
 @pytest.mark.parametrize("mode", [slow(mode) if mode != "fsdp+tensor" else mode for mode in sharding.MODES])
 def test_the_whole_epoch_and_fit_run_unchanged_on_a_mesh(kind, mode):
-    optimizer, data = optax.adam(1e-3), make_data(88)  # batches of 32, and one of 24
+    optimizer, data = optax.adam(1e-3), make_data(88)  # two batches of 32 and one of 24
 
     def run(params, data):
         state = train.init_state(params, optimizer, jax.random.key(1))
@@ -189,7 +189,7 @@ def test_data_parallel_steps_communicate_one_fused_sum_of_the_gradients(kind, ac
     sizes = [leaf.size for leaf in jax.tree.leaves(params)]
     [(what, elements)] = compiled_collectives(compiled)
     assert what == "all-reduce"
-    assert sorted(elements) == sorted([*sizes, 1, 1])  # and the means of the loss and the accuracy
+    assert sorted(elements) == sorted([*sizes, 1, 1])  # plus the mean loss and accuracy
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
@@ -205,13 +205,13 @@ def test_fully_sharded_steps_gather_each_weight_and_leave_no_gradient_whole(accu
 
 
 def test_tensor_parallel_steps_gather_no_weight_and_sum_activations_once_for_two_layers():
-    """Columns, then rows: one sum forward, after the rows, and one backward, before the columns."""
+    """A column-parallel, then a row-parallel layer: one sum after the pair forward, one before the pair backward."""
     compiled, _ = compiled_step("tensor")
     exchanged = compiled_collectives(compiled)
     rows, devices = 32 // 4, 2
     assert {what for what, _ in exchanged} == {"all-reduce", "all-gather"}
     gathered = [elements for what, elements in exchanged if what == "all-gather"]
-    assert gathered == [[rows * devices]] * 2  # the accuracy's best class of each device, and its logit
+    assert gathered == [[rows * devices]] * 2  # for the accuracy: each device's best class and its logit
     activations = [elements for what, elements in exchanged if what == "all-reduce" and rows * DIMS[2] in elements]
     assert len(activations) == 2
 
@@ -221,8 +221,8 @@ def test_accumulated_parts_are_summed_before_anything_is_communicated():
     assert [what for what, _ in compiled_collectives(four)] == ["all-reduce"]
     assert sorted(compiled_collectives(four)[0][1]) == sorted(compiled_collectives(one)[0][1])
     others, entry = four.as_text().split("\nENTRY ")
-    assert re.search(r" while\(", others + entry)  # the loop over the parts calls computations of its own,
-    assert re.search(r" all-reduce\(", entry)  # and the sum is not in one of them
+    assert re.search(r" while\(", others + entry)  # the loop over microbatches calls its own computations,
+    assert re.search(r" all-reduce\(", entry)  # and the all-reduce is not in any of them
     assert "all-reduce" not in others
 
 
@@ -240,7 +240,7 @@ def test_the_memory_of_the_state_per_device_falls_as_the_mode_promises(mode, sha
 
 @pytest.mark.slow
 def test_scanned_layers_that_are_fully_sharded_are_gathered_one_at_a_time():
-    """All of them gathered would be eight weights; one and its gradient, forward and backward, are some three."""
+    """Gathering all layers would take eight weights; one at a time, with its gradient, takes about three."""
     compiled, params = compiled_step("fsdp", dims=[512] * 9 + [8], stacked=True)
     weight = 4 * 512 * 512
     local = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 8
@@ -374,7 +374,7 @@ def test_on_one_device_accumulated_parts_are_the_batch(accumulate):
 
 
 def test_each_part_and_device_draws_its_own_dropout():
-    """The loss is the mean of one draw per example, so that its spread tells how many draws there were."""
+    """The loss is the mean of one draw per example, so its spread shows the number of independent draws."""
     draws = lambda params, batch, key: jnp.mean(params["a"] * 0 + jax.random.normal(key, batch.shape))
     params, data = {"a": jnp.zeros(())}, np.zeros(64, np.float32)
     step = train.make_train_step(draws, optax.sgd(0.1), accumulate=4)

@@ -1,4 +1,4 @@
-"""The scikit-learn estimators: against scikit-learn's own, in its tools, and by its checks."""
+"""The estimators against those of scikit-learn, inside its tools, and under its estimator checks."""
 
 import functools
 import warnings
@@ -32,7 +32,7 @@ def scaled(loaded):
 
 
 def problem(kind):
-    """Inputs, targets and the options that belong to them."""
+    """Returns inputs and targets of the given kind."""
     if kind == "multilabel":
         x, y = make_multilabel_classification(60, 5, n_classes=3, random_state=0)
         return x / 10, y
@@ -51,7 +51,7 @@ KINDS = ("binary", "three classes", "multilabel", *REGRESSION)
 
 
 def pair(kind, **options):
-    """Our estimator and scikit-learn's."""
+    """Returns our estimator and scikit-learn's."""
     if kind in REGRESSION:
         loss = "poisson" if kind == "counts" else "squared_error"
         return MLPRegressor(loss=loss, **options), theirs.MLPRegressor(loss=loss, **options)
@@ -77,13 +77,13 @@ def test_the_same_options_train_the_network_of_scikit_learn(kind, solver, weight
     ours, sklearns = pair(kind, hidden_layer_sizes=(9, 6), learning_rate_init=rates[solver], **options)
     weights = {"sample_weight": np.random.default_rng(0).uniform(0.5, 2, len(x))} if weighted else {}
     ours.fit(x, y, **weights), sklearns.fit(x, y, **weights)
-    # optax adds epsilon to another form of Adam's denominator.
+    # Optax adds epsilon at a different place in Adam's denominator.
     tolerance = {"rtol": 1e-3, "atol": 1e-4} if solver == "adam" else {"rtol": 1e-5, "atol": 1e-8}
     np.testing.assert_allclose(outputs(ours, x), outputs(sklearns, x), **tolerance)
     if kind not in REGRESSION:
         np.testing.assert_array_equal(ours.predict(x), sklearns.predict(x))
     assert (ours.n_iter_, ours.out_activation_) == (sklearns.n_iter_, sklearns.out_activation_)
-    if kind not in ("two outputs", "counts"):  # which sums over outputs here, and leaves a constant out
+    if kind not in ("two outputs", "counts"):  # our loss sums over outputs, and omits a constant
         np.testing.assert_allclose(ours.loss_, sklearns.loss_, rtol=1e-4)
 
 
@@ -106,7 +106,7 @@ def test_the_held_out_examples_are_those_of_scikit_learn(kind):
     options = {"early_stopping": True, "shuffle": False, "random_state": 1, "solver": "sgd", "max_iter": 5}
     ours, sklearns = pair(kind, **options)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of convergence
+        warnings.simplefilter("ignore")  # ConvergenceWarning
         ours.fit(x, y), sklearns.fit(x, y)
     np.testing.assert_allclose(ours.validation_scores_, sklearns.validation_scores_, rtol=1e-6)
     np.testing.assert_allclose(ours.coefs_[0], sklearns.coefs_[0], rtol=1e-6, atol=1e-8)

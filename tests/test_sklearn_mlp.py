@@ -1,4 +1,4 @@
-"""scikit-learn's own tests of its multilayer perceptrons, run on ours."""
+"""Runs scikit-learn's own tests of its multilayer perceptrons on ours."""
 
 import unittest.mock
 
@@ -14,7 +14,7 @@ PRIVATE = {
     "test_learning_rate_warmstart": "reads _optimizer.learning_rate",
     "test_adaptive_learning_rate": "reads _optimizer.learning_rate",
 }
-"""Tests that read private attributes, and which ones; tests/test_sklearn.py compares the same behavior."""
+"""Tests that use private attributes, and which ones. tests/test_sklearn.py covers the same behavior."""
 
 with unittest.mock.patch.multiple(sklearn.neural_network, **OURS):
     from sklearn.neural_network.tests import test_mlp

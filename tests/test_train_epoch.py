@@ -1,4 +1,4 @@
-"""An epoch as one program, and evaluation."""
+"""An epoch as a single compiled program, and evaluation."""
 
 import chex
 import jax
@@ -17,7 +17,7 @@ from tests.helpers import compilations, loss_fn, make_data, make_state
     ("n", "batch_size", "sizes"), [(12, 4, [4, 4, 4]), (10, 4, [4, 4, 2]), (3, 3, [3]), (5, 4, [4, 1])]
 )
 def test_an_epoch_uses_every_example_once_and_counts_the_short_batch(n, batch_size, sizes):
-    """The loss is linear in a weight per example, so that the step of SGD records what was in the batch."""
+    """The loss is linear in one weight per example, so each SGD step records which examples were in the batch."""
     data = {"index": jnp.arange(n)}
 
     def record(params, batch, key):
@@ -79,7 +79,7 @@ def test_a_run_of_a_thousand_steps_is_traced_and_compiled_once():
         for _ in range(9):
             state, _ = epoch(state, data)
     assert int(state.step) == 1000
-    assert sorted(traces) == [2, 4]  # once for full batches, once for the short one, in one program
+    assert sorted(traces) == [2, 4]  # once for full batches and once for the short one, in the same program
     assert not compiled
 
 

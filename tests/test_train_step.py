@@ -1,4 +1,4 @@
-"""A step of training: the update, donation, and what it refuses."""
+"""The training step: updates, donation, and errors."""
 
 import chex
 import jax

@@ -1,4 +1,4 @@
-"""Networks inside other libraries of JAX, as the table in docs/guides/importing-and-exporting.md says."""
+"""Networks inside other JAX libraries, as listed in docs/guides/importing-and-exporting.md."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ import pytest
 import fcfunc
 from fcfunc import curvature, losses
 
-pytestmark = pytest.mark.filterwarnings("default")  # of the libraries' own dependencies
+pytestmark = pytest.mark.filterwarnings("default")  # dependencies of these libraries emit warnings
 
 NET = fcfunc.mlp([4, 8, 3], activation="tanh", norm="layer_norm")
 

@@ -1,4 +1,4 @@
-"""Every public function is given wrong arguments of each kind: the error is of one class, and its text names them."""
+"""Calls every public function with each kind of wrong argument and checks the error class and message."""
 
 import inspect
 import re
@@ -28,7 +28,7 @@ from fcfunc import (
 
 FAST = {f"testing.{name}": {"only": ("oracle",)} for name in ("check_vjp", "assert_vjp")}
 UNCHECKED = {"digits"}
-"""Public functions that take no argument. The halves of rules, `_fwd` and `_bwd`, get what the whole has checked."""
+"""Public functions without arguments. `_fwd` and `_bwd` are excluded too: the full rule checks their arguments."""
 
 X, W, B = np.ones((4, 3), np.float32), np.ones((3, 5), np.float32), np.ones(5, np.float32)
 LABELS, MASK, ROWS = np.array([0, 1, 2, 0]), np.ones(4, bool), np.ones(4, np.float32)
@@ -124,7 +124,7 @@ def seven(_):
 
 ALONE = [text, nothing, integers, complex_numbers]
 TOGETHER = [*ALONE, other_dtype, wider]
-BIASES = [kind for kind in TOGETHER if kind is not nothing]  # None stands for no bias
+BIASES = [kind for kind in TOGETHER if kind is not nothing]  # None means no bias
 LABELED = [text, floats, column]
 MASKED = [text, integers, wider]
 WEIGHED = [text, integers, wider]
@@ -523,7 +523,7 @@ CALLS = {
     ),
     "testing.assert_vjp": ({"fun": ops.relu, "args": (X,)}, {"fun": [text, nothing], "args": [seven]}),
 }
-"""Of each public function: right arguments by name, and which of them are made wrong in which ways."""
+"""For each public function: valid arguments by name, and the ways in which each argument is made invalid."""
 
 MODULES = {
     module.__name__.rpartition(".")[2]: module
@@ -544,11 +544,11 @@ MODULES = {
     )
 }
 HOLDERS = MODULES | {"net": NET, "normed_net": NORMED_NET}
-"""What the functions of the table belong to."""
+"""Modules and networks that hold the functions in the table."""
 
 
 def public_functions():
-    """Each public function once, by the first module that has it."""
+    """Maps each public function to its name in the first module that exports it."""
     found = {}
     for name, module in MODULES.items():
         for attribute in module.__all__:
@@ -568,7 +568,7 @@ def test_every_public_function_is_in_the_table():
         "export",
         "reference",
         "sklearn",
-    }  # one checks nothing, one is tested by scikit-learn's checks
+    }  # `reference` checks nothing; scikit-learn's checks cover `sklearn`
 
 
 def test_every_method_of_a_network_is_in_the_table():
@@ -599,7 +599,7 @@ def call(name, arguments, tmp_path):
 def test_a_wrong_argument_is_an_error_that_names_it(name, right, argument, value, error, tmp_path):
     arguments = {**right, argument: value}
     if argument in ("path", "folder") and value is None:
-        arguments[argument] = 3.5  # None stands for a file of the test
+        arguments[argument] = 3.5  # `call` replaces None with a temporary path
     with pytest.raises(error) as caught:
         call(name, arguments, tmp_path)
     assert type(caught.value) in (TypeError, ValueError, FileNotFoundError)

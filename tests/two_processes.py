@@ -1,6 +1,6 @@
 """One of two processes of four virtual devices each: `python -m tests.two_processes COORDINATOR ID`.
 
-It trains in every mode beside the other one, and on a device of its own alone, and prints what differs.
+It trains in every mode together with the other process, and checks the results against training on one local device.
 """
 
 import os
@@ -27,7 +27,7 @@ def loss_fn(params, batch, key):
 
 
 def run(params, data, accumulate=1):
-    """The params after one step of SGD at rate 1, which is the gradient, and after two epochs of `fit`."""
+    """Returns the params after one SGD step at rate 1, the params after two epochs of `fit`, and validation losses."""
     optimizer = optax.sgd(1.0)
     state = train.init_state(params, optimizer, jax.random.key(1))
     step = train.make_train_step(loss_fn, optimizer, accumulate=accumulate)
