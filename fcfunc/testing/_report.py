@@ -526,11 +526,9 @@ def _importable(value: Any, role: str, lines: list[str]) -> str:
             lines += [f"from {source} import {name}"] if source != "__main__" else []
             return name
     described = getattr(value, "__name__", type(value).__name__)
-    try:
-        line = inspect.getsourcelines(inspect.unwrap(value))[1]
-        described += f", line {line} of {module}"
-    except (TypeError, OSError, ValueError):
-        pass
+    code = getattr(inspect.unwrap(value), "__code__", None)
+    if code is not None and module is not None:
+        described += f", line {code.co_firstlineno} of {module}"
     lines.append(f"# {role}: {described}")
     return role
 
