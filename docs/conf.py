@@ -37,7 +37,6 @@ extensions = [
     "sphinx_design",
 ]
 exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
-nitpicky = False
 
 html_theme = "furo"
 html_title = f"fcfunc {release}"
