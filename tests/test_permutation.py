@@ -62,6 +62,23 @@ def test_orders_of_different_keys_overlap_no_more_than_chance():
     assert abs(np.mean(shared) - 1) < 0.6
 
 
+def test_orders_of_consecutive_epochs_are_unrelated():
+    key, epochs, n = jax.random.key(5), np.arange(2000), 100
+    orders = np.asarray(jax.vmap(lambda epoch: permutation(key, n, epoch=epoch))(epochs))
+    m, of = 10, lambda order: order * 10 // n
+    pairs = np.bincount((of(orders[:-1]) * m + of(orders[1:])).reshape(-1), minlength=m * m)
+    assert deviation(pairs, (len(epochs) - 1) * n / m**2) < 4.5
+    assert abs(np.mean(orders[:-1] == orders[1:]) * n - 1) < 4.5 / math.sqrt(len(epochs) - 1)
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_every_word_of_the_key_counts(impl):
+    words = jax.random.key_data(jax.random.key(0, impl=impl))
+    of = lambda words: np.asarray(permutation(jax.random.wrap_key_data(words, impl=impl), 1437))
+    for i in range(len(words)):
+        assert np.mean(of(words) == of(words.at[i].add(1))) < 0.01
+
+
 def test_the_order_is_the_same_compiled_and_under_vmap():
     key = jax.random.key(3)
     eager = permutation(key, 1437)

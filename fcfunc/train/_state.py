@@ -85,8 +85,3 @@ def step_key(state: TrainState) -> jax.Array:
 def epoch_start(state: TrainState) -> jax.Array:
     """The first step of the epoch that the next step belongs to."""
     return jnp.where(state.epoch_position == 0, state.step, state.epoch_start)
-
-
-def order_key(state: TrainState) -> jax.Array:
-    """The key for the order of the epoch that the next step belongs to."""
-    return jax.random.fold_in(jax.random.split(state.key)[1], epoch_start(state))
