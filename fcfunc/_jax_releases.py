@@ -1,21 +1,12 @@
-"""Differences between the supported JAX releases, 0.10 to 0.12. No other module checks the installed release."""
+"""Differences between the jaxprs of the supported JAX releases, 0.10 to 0.12."""
 
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.extend.core as jex
 
 ClosedJaxpr: Any = getattr(jex, "ClosedJaxpr", jex.Jaxpr)
 """Before JAX 0.12, this class wraps a `Jaxpr` and the values of its constants; in 0.12, the two classes are one."""
-
-
-def quick_options() -> dict[str, Any]:
-    """Options of `jax.jit` for a program that runs once or twice: XLA compiles it in half the time."""
-    if jax.default_backend() != "cpu":
-        return {}
-    options: dict[str, Any] = {"xla_backend_optimization_level": 0}
-    return options | ({"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {})
 
 
 def is_jaxpr(param: Any) -> bool:

@@ -21,6 +21,7 @@ import numpy as np
 
 from fcfunc import _arguments, _layout, ops, per_example, reference
 from fcfunc._arguments import as_array
+from fcfunc._compiler_options import quick_options
 from fcfunc._rule import sum_dtype, upcast
 from fcfunc.ops._layer import packed_layer
 
@@ -187,7 +188,7 @@ class Network:
         # One compiled program starts in a third of the time that separate operations take. Under a caller's jit, the
         # caller's program contains it. A caller's initializer may not be hashable.
         compiled = not _layout.is_tracer(key) and all(isinstance(f, Hashable) for f in (w_init, b_init))
-        return (_compiled_init if compiled else _init)(key, shapes, w_init, b_init, jnp.dtype(param_dtype))
+        return (_compiled_init() if compiled else _init)(key, shapes, w_init, b_init, jnp.dtype(param_dtype))
 
     def apply(self, params: Params, x: jax.Array, *, key: jax.Array | None = _MISSING) -> jax.Array:
         """Computes the outputs of the network.
@@ -679,8 +680,9 @@ def _init(key, shapes, w_init, b_init, param_dtype):
     return params
 
 
-# At this lower optimization level, XLA compiles the random draws in half the time, and they run as fast.
-_compiled_init = jax.jit(_init, static_argnums=(1, 2, 3, 4), compiler_options={"xla_backend_optimization_level": 1})
+@functools.cache
+def _compiled_init():
+    return jax.jit(_init, static_argnums=(1, 2, 3, 4), compiler_options=quick_options(level=1))
 
 
 def _hidden_layer(

@@ -122,3 +122,60 @@ def test_a_score_that_is_never_finite_does_not_bring_the_initial_parameters_back
     kept = 1 if score == jnp.inf else 2  # the first of equal scores; the last epoch if every score is NaN
     assert (int(history["epochs"]), int(history["kept_epoch"])) == (kept + (score == jnp.inf) * 2, kept)
     assert float(end.params["w"][0]) > 0
+
+
+def make_members(optimizer, count):
+    keys = jax.random.split(jax.random.key(3), count)
+    return jax.vmap(lambda key: train.init_state(fcfunc.init(key, DIMS), optimizer, key))(keys)
+
+
+def without_key(state):
+    return state._replace(key=0)
+
+
+@pytest.mark.parametrize(("members", "at_once"), [(6, 3), (7, 4), (2, 8), (5, 1)])
+def test_each_member_of_a_population_is_trained_as_it_would_be_alone(members, at_once):
+    optimizer, options = optax.adam(3e-2), {"epochs": 6, "batch_size": 8, "patience": 1}
+    data, validation_data = make_data(50), make_data(30, 1)
+    states = make_members(optimizer, members)
+    run = train.make_fit(loss_fn, optimizer, members_at_once=at_once, **options)
+    found, histories = jax.jit(run)(states, data, validation_data)
+    alone = jax.jit(train.make_fit(loss_fn, optimizer, **options))
+    member_of = lambda tree, i: jax.tree.map(lambda a: a[i], tree)
+    for i in range(members):
+        expected, history = alone(member_of(states, i), data, validation_data)
+        member = member_of(found, i)
+        chex.assert_trees_all_close(without_key(member), without_key(expected), rtol=1e-5, atol=1e-6)
+        assert histories["epochs"][i] == history["epochs"]
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("kind", ["Explicit", slow("Auto")])
+def test_members_that_are_sharded_are_trained_on_their_own_devices(kind, compiled):
+    if kind == "Auto" and compiled:
+        pytest.skip("inside jit, an Auto mesh does not show the sharding")
+    mesh = jax.make_mesh((4,), ("members",), axis_types=(jax.sharding.AxisType[kind],))
+    optimizer, data = optax.sgd(0.1), make_data(24)
+    states = make_members(optimizer, 8)
+    run = train.make_fit(loss_fn, optimizer, epochs=2, batch_size=8, members_at_once=2)
+    expected, _ = run(states, data)
+    each = jax.NamedSharding(mesh, jax.P("members"))
+    found, histories = (jax.jit(run) if compiled else run)(jax.device_put(states, each), data)
+    chex.assert_trees_all_close(without_key(found), without_key(expected), rtol=1e-5, atol=1e-6)
+    assert found.params[0]["w"].sharding.is_equivalent_to(each, 3)
+    assert histories["loss"].sharding.is_equivalent_to(each, 2)
+    if compiled:
+        text = str(jax.jit(run).lower(jax.device_put(states, each), data).compile().as_text())
+        assert "all-reduce" not in text
+        assert "all-gather" not in text
+
+
+def test_a_population_without_an_axis_of_members_is_rejected():
+    optimizer = optax.sgd(0.1)
+    run = train.make_fit(loss_fn, optimizer, epochs=1, batch_size=8, members_at_once=2)
+    with pytest.raises(ValueError, match=r"leading axis of members, as from jax.vmap of init_state, got a step of"):
+        run(make_state(optimizer), make_data(8))
+    with pytest.raises(TypeError, match="state must be a TrainState"):
+        run(None, make_data(8))
+    with pytest.raises(ValueError, match="members_at_once"):
+        train.make_fit(loss_fn, optimizer, epochs=1, batch_size=8, members_at_once=0)

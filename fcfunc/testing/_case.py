@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fcfunc._arguments import first_line
-from fcfunc._jax_releases import quick_options
+from fcfunc._compiler_options import quick_options
 from fcfunc.testing import _oracle
 
 INSIDE = re.compile(r"[/\\](jax[/\\]_src|fcfunc[/\\](testing|_rule)|contextlib\.py|functools\.py)")

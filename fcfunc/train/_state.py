@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fcfunc import _arguments
+from fcfunc import _arguments, _layout
 from fcfunc.train._mesh import on_mesh_of, replicate_unplaced
 
 
@@ -68,13 +68,20 @@ def init_state(
         _arguments.array("init_state", **{f"params{jax.tree_util.keystr(path)}": leaf})
     with on_mesh_of(params):
         opt_state = optimizer.init(params)
-    state = TrainState(params, opt_state, jnp.int32(0), key, model_state, jnp.int32(0), jnp.int32(0))
+    zero = jax.device_put(np.int32(0))
+    state = TrainState(params, opt_state, zero, key, model_state, zero, zero)
     return replicate_unplaced(copy_state(state), state.params)
 
 
 def copy_state(state: TrainState) -> TrainState:
     """A copy of a state in new buffers, which no step from another state donates."""
-    return jax.tree.map(jnp.copy, state)
+
+    def copy(a):
+        # `jnp.copy` compiles a program for each shape, which takes longer than importing fcfunc.
+        local = isinstance(a, jax.Array) and not _layout.is_tracer(a) and a.is_fully_addressable
+        return jax.device_put(a, a.sharding, may_alias=False) if local else jnp.copy(a)
+
+    return jax.tree.map(copy, state)
 
 
 def step_key(state: TrainState) -> jax.Array:
