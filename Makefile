@@ -4,7 +4,7 @@ VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: train test test-all test-lowest test-peers bench docs docs-serve docs-test lint dist clean
+.PHONY: train test test-all test-lowest test-peers bench bench-gpu docs docs-serve docs-test lint dist clean
 
 train: $(STAMP)
 	@$(BIN)/python -m examples.train_classifier $(ARGS)
@@ -32,6 +32,12 @@ test-lowest: $(STAMP)
 bench: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --editable ".[bench]"
 	@$(BIN)/python -m benchmarks.training $(ARGS)
+
+# On a GPU: installs JAX for its driver, runs the tests marked gpu, measures, and writes docs/background/benchmarks-gpu.md.
+bench-gpu: $(STAMP)
+	@extra=$$($(BIN)/python -m benchmarks.accelerator --extra) && \
+	  if [ -n "$$extra" ]; then $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$$extra]"; fi
+	@$(BIN)/python -m benchmarks.accelerator $(ARGS)
 
 # Builds the site in docs/_build/html, executes every cell, and treats warnings as errors.
 docs: $(VENV)/.docs

@@ -4,7 +4,9 @@ Every peer gets the same data, batch size, optimizer and learning rate, does its
 its documentation, with the data in memory, no loader, and one compiled step if the library has a compiler.
 """
 
+import functools
 import itertools
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -109,8 +111,28 @@ def _stepwise(task: Task, carry, step, logits):
     return epochs, lambda: np.mean(np.argmax(logits(box[0], jnp.asarray(task.x_test)), -1) == task.y_test)
 
 
-def with_plain_jax(task: Task):
-    """Plain JAX and optax: a jitted step that donates, in a Python loop."""
+def _scanned(task: Task, carry, step, logits):
+    """The same step under `lax.scan`: an epoch with its shuffle is one compiled program."""
+    box, data, key = [carry], (jnp.asarray(task.x), jnp.asarray(task.y)), jax.random.key(1)
+    whole = len(task.x) - len(task.x) % task.batch_size
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def epoch(carry, x, y, key):
+        places = jax.random.permutation(key, len(x))[:whole].reshape(-1, task.batch_size)
+        return jax.lax.scan(lambda carry, places: (step(carry, x, y, places), None), carry, places)[0]
+
+    count = itertools.count()
+
+    def epochs(k):
+        for _ in range(k):
+            box[0] = epoch(box[0], *data, jax.random.fold_in(key, next(count)))
+        jax.block_until_ready(jax.tree.leaves(box[0]))
+
+    return epochs, lambda: np.mean(np.argmax(logits(box[0], jnp.asarray(task.x_test)), -1) == task.y_test)
+
+
+def _plain_jax(task: Task):
+    """Plain JAX and optax: `(carry, step, logits)`."""
     optimizer = task.optimizer
 
     def step(carry, x, y, places):
@@ -121,7 +143,18 @@ def with_plain_jax(task: Task):
 
     params = task.params
     carry = jax.tree.map(jnp.copy, (params, optimizer.init(params)))
-    return _stepwise(task, carry, jax.jit(step, donate_argnums=0), lambda c, x: plain_loss(c[0], x, task.y_test)[1])
+    return carry, step, lambda c, x: plain_loss(c[0], x, task.y_test)[1]
+
+
+def with_plain_jax(task: Task):
+    """Plain JAX: a jitted step that donates, in a Python loop."""
+    carry, step, logits = _plain_jax(task)
+    return _stepwise(task, carry, jax.jit(step, donate_argnums=0), logits)
+
+
+def with_plain_jax_scan(task: Task):
+    """Plain JAX: a scan over the steps."""
+    return _scanned(task, *_plain_jax(task))
 
 
 def with_flax(task: Task):
@@ -151,8 +184,39 @@ def with_flax(task: Task):
     return _stepwise(task, state, jax.jit(step, donate_argnums=0), logits)
 
 
-def with_equinox(task: Task):
-    """Equinox: `filter_jit` on a step, in a Python loop."""
+def with_flax_nnx_scan(task: Task):
+    """flax.nnx: split into a graph definition and a state, and scanned, as its performance guide advises."""
+    from flax import nnx
+
+    class Network(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.layers = nnx.List([nnx.Linear(*widths, rngs=rngs) for widths in itertools.pairwise(task.dims)])
+
+        def __call__(self, x):
+            for layer in self.layers[:-1]:
+                x = nnx.relu(layer(x))
+            return self.layers[-1](x)
+
+    network = Network()
+    for layer, p in zip(network.layers, task.params, strict=True):
+        layer.kernel[...], layer.bias[...] = p["w"], p["b"]
+    graph, state = nnx.split((network, nnx.Optimizer(network, task.optimizer, wrt=nnx.Param)))
+
+    def step(state, x, y, places):
+        network, optimizer = nnx.merge(graph, state)
+
+        def loss(network):
+            return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(network(x[places]), y[places]))
+
+        optimizer.update(network, nnx.grad(loss)(network))
+        return nnx.state((network, optimizer))
+
+    return _scanned(task, state, step, lambda state, x: nnx.merge(graph, state)[0](x))
+
+
+def _equinox(task: Task):
+    """Equinox: `(carry, step, logits)`."""
     import equinox as eqx
 
     keys = jax.random.split(jax.random.key(0), len(task.dims))
@@ -173,9 +237,8 @@ def with_equinox(task: Task):
     ]
     network = Network(layers)
 
-    @eqx.filter_jit(donate="all-except-first")
-    def step(data, carry, places):
-        (x, y), (network, opt_state) = data, carry
+    def step(carry, x, y, places):
+        network, opt_state = carry
 
         def loss(network):
             logits = jax.vmap(network)(x[places])
@@ -185,12 +248,51 @@ def with_equinox(task: Task):
         return eqx.apply_updates(network, updates), opt_state
 
     carry = network, optimizer.init(eqx.filter(network, eqx.is_inexact_array))
-    run = lambda carry, x, y, places: step((x, y), carry, jnp.asarray(places))  # noqa: E731
-    return _stepwise(task, carry, run, lambda carry, x: jax.vmap(carry[0])(x))
+    return carry, step, lambda carry, x: jax.vmap(carry[0])(x)
 
 
-def with_torch(task: Task):
-    """PyTorch: eager, with its own optimizers."""
+def with_equinox(task: Task):
+    """Equinox: `filter_jit` on a step, in a Python loop."""
+    import equinox as eqx
+
+    carry, step, logits = _equinox(task)
+    compiled = eqx.filter_jit(lambda data, carry, places: step(carry, *data, places), donate="all-except-first")
+    run = lambda carry, x, y, places: compiled((x, y), carry, jnp.asarray(places))  # noqa: E731
+    return _stepwise(task, carry, run, logits)
+
+
+def with_equinox_scan(task: Task):
+    """Equinox: a scan over the steps."""
+    return _scanned(task, *_equinox(task))
+
+
+def with_keras(task: Task):
+    """Keras on JAX: `fit`, with an epoch's steps in as few executions as it allows."""
+    os.environ["KERAS_BACKEND"] = "jax"
+    import keras
+
+    relu = ["relu"] * (len(task.dims) - 2) + [None]
+    network = keras.Sequential([keras.layers.Dense(n, f) for n, f in zip(task.dims[1:], relu, strict=True)])
+    network.build((None, task.dims[0]))
+    network.set_weights([np.asarray(p[name]) for p in task.params for name in ("w", "b")])
+    network.compile(
+        optimizer=keras.optimizers.Adam(task.rate, epsilon=1e-8) if task.adam else keras.optimizers.SGD(task.rate),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        steps_per_execution=min(len(task.x) // task.batch_size, 128),
+        jit_compile=True,
+    )
+
+    def epochs(k):
+        network.fit(task.x, task.y, batch_size=task.batch_size, epochs=k, verbose=0)
+
+    def accuracy():
+        return np.mean(np.argmax(network.predict(task.x_test, verbose=0), -1) == task.y_test)
+
+    return epochs, accuracy
+
+
+def with_torch(task: Task, *, compiled: bool = False):
+    """PyTorch: eager, with its own optimizers; or with the loss and the update compiled by `torch.compile`."""
     import torch
 
     torch.manual_seed(0)
@@ -201,8 +303,17 @@ def with_torch(task: Task):
         layers += [layer, torch.nn.ReLU()]
     network = torch.nn.Sequential(*layers[:-1])
     optimizer = (torch.optim.Adam if task.adam else torch.optim.SGD)(network.parameters(), lr=task.rate)
-    loss_fn = torch.nn.CrossEntropyLoss()
+    cross_entropy = torch.nn.CrossEntropyLoss()
     x, y = torch.from_numpy(task.x), torch.from_numpy(task.y.astype(np.int64))
+
+    def loss(x, y):
+        return cross_entropy(network(x), y)
+
+    def update():
+        optimizer.step()
+
+    if compiled:
+        loss, update = torch.compile(loss), torch.compile(update)
 
     def epochs(k):
         for _ in range(k):
@@ -210,8 +321,8 @@ def with_torch(task: Task):
             for start in range(0, len(order) - task.batch_size + 1, task.batch_size):
                 places = order[start : start + task.batch_size]
                 optimizer.zero_grad()
-                loss_fn(network(x[places]), y[places]).backward()
-                optimizer.step()
+                loss(x[places], y[places]).backward()
+                update()
 
     def accuracy():
         with torch.no_grad():
@@ -251,9 +362,14 @@ def with_sklearn(task: Task):
 PEERS: dict[str, Callable] = {
     "fcfunc": with_fcfunc,
     "bare scan": with_bare_scan,
-    "plain JAX": with_plain_jax,
-    "Flax": with_flax,
-    "Equinox": with_equinox,
+    "plain JAX, scan": with_plain_jax_scan,
+    "plain JAX, loop": with_plain_jax,
+    "Flax NNX, scan": with_flax_nnx_scan,
+    "Flax Linen, loop": with_flax,
+    "Equinox, scan": with_equinox_scan,
+    "Equinox, loop": with_equinox,
+    "Keras on JAX": with_keras,
     "PyTorch": with_torch,
+    "PyTorch, compiled": functools.partial(with_torch, compiled=True),
     "scikit-learn": with_sklearn,
 }

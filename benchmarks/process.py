@@ -1,12 +1,16 @@
 """One whole process per peer: import, load the data, train five epochs of Fashion-MNIST, print the accuracy.
 
     python -m benchmarks.process fcfunc        # or PyTorch, scikit-learn
+    python -m benchmarks.process stages        # fcfunc, with the seconds of each stage as JSON
 
 784-128-10, batches of 128, SGD at 0.1. Each process imports only what its peer needs.
 """
 
 import gzip
+import json
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
@@ -21,16 +25,23 @@ def read(name: str, skip: int):
         return np.frombuffer(f.read(), np.uint8, offset=skip)
 
 
-def by_fcfunc() -> float:
-    """fcfunc: the epoch as one program. Images stay bytes until a step uses them."""
+def by_fcfunc(stage: Callable = lambda name, results=None: None) -> float:
+    """fcfunc: the epoch as one program. Images stay bytes until a step uses them.
+
+    `stage(name, results)` is called at the end of each stage.
+    """
     import jax
     import jax.numpy as jnp
+
+    stage("import JAX")
     import optax
 
     import fcfunc
     from fcfunc import data, losses, train
 
+    stage("import Optax and fcfunc")
     training, test = data.fashion_mnist()
+    stage("read the images")
 
     def loss_fn(params, batch, key):
         x = batch.x.reshape(len(batch.x), -1).astype(jnp.float32) / 255
@@ -41,10 +52,31 @@ def by_fcfunc() -> float:
 
     optimizer = optax.sgd(RATE)
     state = train.init_state(fcfunc.init(jax.random.key(0), [784, 128, 10]), optimizer, jax.random.key(1))
+    stage("initialize", state)
     epoch = train.make_train_epoch(loss_fn, optimizer, BATCH)
-    for _ in range(EPOCHS):
+    for i in range(EPOCHS):
         state, _ = epoch(state, training)
-    return float(train.evaluate(loss_fn, state.params, test)["accuracy"])
+        stage("compile, and the first epoch" if i == 0 else "the other epochs", state)
+    accuracy = float(train.evaluate(loss_fn, state.params, test)["accuracy"])
+    stage("evaluate")
+    return accuracy
+
+
+def stages() -> dict[str, float]:
+    """The seconds of each stage of `by_fcfunc`, each run to its end before the next begins."""
+    seconds: dict[str, float] = {}
+    start = time.perf_counter()
+
+    def stage(name, results=None):
+        nonlocal start
+        if results is not None:
+            sys.modules["jax"].block_until_ready(results)
+        now = time.perf_counter()
+        seconds[name] = seconds.get(name, 0.0) + now - start
+        start = now
+
+    by_fcfunc(stage)
+    return seconds
 
 
 def by_torch() -> float:
@@ -89,4 +121,4 @@ def by_sklearn() -> float:
 PROCESSES = {"fcfunc": by_fcfunc, "PyTorch": by_torch, "scikit-learn": by_sklearn}
 
 if __name__ == "__main__":
-    print(f"test accuracy {PROCESSES[sys.argv[1]]():.4f}")
+    print(json.dumps(stages()) if sys.argv[1] == "stages" else f"test accuracy {PROCESSES[sys.argv[1]]():.4f}")

@@ -8,10 +8,13 @@ A turn runs every peer once. Each turn begins with a different peer, so that a d
 
 import argparse
 import functools
+import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -176,19 +179,45 @@ def table_of_training(name: str) -> list[str]:
     return lines
 
 
+def answer_of(peer: str, env: dict[str, str]) -> str:
+    """What `python -m benchmarks.process` prints for a peer."""
+    command = [sys.executable, "-m", "benchmarks.process", peer]
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | env).stdout
+
+
 def table_of_processes() -> list[str]:
-    """Whole processes: import, read data, train five epochs, print the accuracy."""
+    """Whole processes: import, read data, train five epochs, print the accuracy; and the stages of fcfunc's."""
     accuracies: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        cache = {
+            "JAX_COMPILATION_CACHE_DIR": folder,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+        answer_of("fcfunc", cache)
+        ways = {peer: (peer, {}) for peer in PROCESSES} | {CACHED: ("fcfunc", cache)}
 
-    def run(peer):
-        command = [sys.executable, "-m", "benchmarks.process", peer]
-        accuracies[peer] = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
+        def run(way):
+            accuracies[way] = answer_of(*ways[way]).split()[-1]
 
-    seconds = in_turns({peer: functools.partial(run, peer) for peer in PROCESSES}, 5, dict.fromkeys(PROCESSES, int))
+        seconds = in_turns({way: functools.partial(run, way) for way in ways}, 7, dict.fromkeys(ways, int))
     lines = ["", "## Whole process: import, read data, train 5 epochs on Fashion-MNIST, print the accuracy", ""]
-    lines += ["| | time relative to fcfunc | test accuracy |", "|---|---|---|"]
-    lines += [f"| {p} | {ratio(seconds[p], seconds['fcfunc'])} | {accuracies[p]} |" for p in PROCESSES]
-    return lines
+    lines += ["| | time relative to fcfunc | fcfunc relative to it | test accuracy |", "|---|---|---|---|"]
+    for way in ways:
+        forth, back = (ratio(seconds[way], seconds["fcfunc"]), ratio(seconds["fcfunc"], seconds[way]))
+        lines.append(f"| {way} | {forth} | {back} | {accuracies[way]} |")
+    for peer in ("scikit-learn", "PyTorch"):
+        cached = ratio(seconds[CACHED], seconds[peer])
+        lines += ["", f"With the cache, fcfunc relative to {peer}: {cached}."]
+    found = [json.loads(answer_of("stages", {})) for _ in range(5)]
+    lines += [
+        "",
+        "Seconds of each stage of fcfunc's process, the median of five:",
+        "",
+        "| stage | seconds |",
+        "|---|---|",
+    ]
+    return lines + [f"| {name} | {statistics.median(f[name] for f in found):.2f} |" for name in found[0]]
 
 
 def table_of_sweeps() -> list[str]:
@@ -222,6 +251,7 @@ def table_of_sweeps() -> list[str]:
     return lines + [f"| {name} | {ratio(seconds[name], seconds['fcfunc'])} |" for name in runs]
 
 
+CACHED = "fcfunc, with JAX's compilation cache from an earlier run"
 TABLES = {name: functools.partial(table_of_training, name) for name in ROWS}
 TABLES |= {"kernels": lambda: kernels.table({title: (make(), epochs) for title, make, epochs, *_ in ROWS.values()})}
 TABLES |= {"process": table_of_processes, "sweep": table_of_sweeps}
@@ -231,7 +261,7 @@ def versions() -> str:
     """The versions of all libraries that are compared."""
     from importlib.metadata import version
 
-    names = ("fcfunc", "jax", "optax", "flax", "equinox", "torch", "scikit-learn", "numpy")
+    names = ("fcfunc", "jax", "optax", "flax", "equinox", "keras", "torch", "scikit-learn", "numpy")
     return ", ".join(f"{name} {version(name)}" for name in names)
 
 
