@@ -11,6 +11,7 @@ import pytest
 
 import fcfunc
 from fcfunc import train
+from fcfunc.data import Dataset
 from tests.helpers import DIMS, loss_fn, make_data, make_state
 from tests.rules import slow
 
@@ -173,9 +174,39 @@ def test_members_that_are_sharded_are_trained_on_their_own_devices(kind, compile
 def test_a_population_without_an_axis_of_members_is_rejected():
     optimizer = optax.sgd(0.1)
     run = train.make_fit(loss_fn, optimizer, epochs=1, batch_size=8, members_at_once=2)
-    with pytest.raises(ValueError, match=r"leading axis of members, as from jax.vmap of init_state, got a step of"):
-        run(make_state(optimizer), make_data(8))
+    states = make_members(optimizer, 4)
     with pytest.raises(TypeError, match="state must be a TrainState"):
         run(None, make_data(8))
+    one = make_state(optimizer).params
+    for bad, message in (
+        (make_state(optimizer), r"state.params.* must have a leading axis of at least one member, got"),
+        (
+            states._replace(params=one),
+            r"state.params\[0\]\['b'\] must have a leading axis of 4 members, as step has, got",
+        ),
+        (jax.tree.map(lambda a: a[:0], states), "at least one member"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(bad, make_data(8))
     with pytest.raises(ValueError, match="members_at_once"):
         train.make_fit(loss_fn, optimizer, epochs=1, batch_size=8, members_at_once=0)
+
+
+def test_data_of_sharded_members_must_be_replicated_and_is_converted_as_usual():
+    optimizer, (x, y) = optax.sgd(0.1), make_data(24)
+    mesh = jax.make_mesh((4,), ("members",))
+    each = jax.NamedSharding(mesh, jax.P("members"))
+    run = train.make_fit(loss_fn, optimizer, epochs=1, batch_size=8, members_at_once=2)
+    states = jax.device_put(make_members(optimizer, 8), each)
+    _, history = run(states, Dataset(x, y.astype(np.int64) + 2**32))
+    assert np.isnan(history["loss"]).all()  # not the loss of the classes that remain after the integers have wrapped
+    with pytest.raises(ValueError, match="with sharded members, the data must be replicated"):
+        run(states, jax.device_put(Dataset(x, y), each))
+    with pytest.raises(ValueError, match=r"state.key must be sharded along the axis of members alone"):
+        run(states._replace(key=make_members(optimizer, 8).key), Dataset(x, y))
+
+
+def test_any_number_of_members_at_once_is_accepted():
+    optimizer, data = optax.sgd(0.1), make_data(8)
+    run = train.make_fit(loss_fn, optimizer, epochs=1, batch_size=8, members_at_once=10**15)
+    assert jax.eval_shape(run, make_members(optimizer, 3), data)[1]["loss"].shape == (3, 1)

@@ -64,7 +64,7 @@ def test_orders_of_different_keys_overlap_no_more_than_chance():
 
 def test_orders_of_consecutive_epochs_are_unrelated():
     key, epochs, n = jax.random.key(5), np.arange(2000), 100
-    orders = np.asarray(jax.vmap(lambda epoch: permutation(key, n, epoch=epoch))(epochs))
+    orders = np.asarray(jax.vmap(lambda epoch: permutation(key, n, salts=(epoch,)))(epochs))
     m, of = 10, lambda order: order * 10 // n
     pairs = np.bincount((of(orders[:-1]) * m + of(orders[1:])).reshape(-1), minlength=m * m)
     assert deviation(pairs, (len(epochs) - 1) * n / m**2) < 4.5

@@ -156,3 +156,21 @@ def test_a_loss_with_other_arguments_is_told_which_it_is_given():
     step = train.make_train_step(lambda params, batch: jnp.float32(0), optax.sgd(0.1))
     with pytest.raises(TypeError, match=r"loss_fn must accept \(params, batch, key\)"):
         step(make_state(optax.sgd(0.1)), make_data(8))
+
+
+def test_a_new_state_follows_the_data_to_its_device():
+    optimizer, data = optax.sgd(0.1), jax.device_put(make_data(16), jax.devices()[1])
+    state, _ = train.make_train_step(loss_fn, optimizer)(make_state(optimizer), data)
+    assert state.step.devices() == {jax.devices()[1]}
+    mesh = jax.make_mesh((2,), ("data",))
+    replicated = jax.device_put(make_data(16), jax.NamedSharding(mesh, jax.P()))
+    params = make_state(optimizer).params
+    make = jax.jit(lambda data: train.init_state(params, optimizer, jax.random.key(0)).params[0]["w"] + data[0][0, 0])
+    assert make(replicated).sharding.is_fully_replicated
+
+
+def test_the_states_that_init_state_makes_share_no_buffer():
+    params = fcfunc.init(jax.random.key(0), [4, 8, 3])
+    state = train.init_state(params, optax.sgd(0.1), jax.random.key(1))
+    leaves = [a for a in jax.tree.leaves((params, state)) if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key)]
+    assert len({a.unsafe_buffer_pointer() for a in leaves}) == len(leaves)

@@ -6,15 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from fcfunc import _arguments
-from fcfunc._arguments import count, examples, fitting_batch_size
+from fcfunc._arguments import as_array, count, examples, fitting_batch_size
+from fcfunc._stream import Stream, read_chunk
 from fcfunc.train._accumulate import mean_dtype
 from fcfunc.train._captured import FunctionId, cached_by_id, traced
-from fcfunc.train._mesh import Layouts, jit_on_mesh, shardings
-from fcfunc.train._permutation import permutation
+from fcfunc.train._chunks import chunks_of_stream
+from fcfunc.train._mesh import Layouts, jit_on_mesh, replicate_unplaced, shardings
+from fcfunc.train._order import batch_sizes, order_from
 from fcfunc.train._state import TrainState, epoch_start
 from fcfunc.train._step import step_of, uniform
 
@@ -43,7 +44,7 @@ def make_train_epoch(
     Returns:
       `epoch(state, data) -> (state, metrics)`; each metric has one entry per step. Every example is used once, in an
       order derived from the state's key and step, unless `shuffle=False`. If the state is in the middle of an epoch,
-      the rest of that epoch is abandoned.
+      the rest of that epoch is abandoned. If `data` is a `Stream`, each of its chunks is one compiled program.
 
     Raises:
       ValueError: `batch_size` or `accumulate` is below 1. While tracing: the data is empty or its arrays differ in the
@@ -68,7 +69,28 @@ def make_train_epoch(
     def train_epoch(state, data, layouts):
         return epoch(state._replace(epoch_position=jnp.zeros((), jnp.int32)), data, layouts)
 
-    return jit_on_mesh("make_train_epoch", train_epoch, donate=bool(donate))
+    in_memory = jit_on_mesh("make_train_epoch", train_epoch, donate=bool(donate))
+
+    @functools.lru_cache(maxsize=8)
+    def chunk_program(total):
+        steps = steps_of("make_train_epoch", step_of(loss_fn, optimizer), batch_size, accumulate, total=total)
+        return jit_on_mesh("make_train_epoch", steps, donate=bool(donate))
+
+    @functools.wraps(in_memory)
+    def epoch_of_data(state, data):
+        if not isinstance(data, Stream):
+            return in_memory(state, data)
+        size, parts = fitting_batch_size("make_train_epoch", batch_size, data.examples), []
+        state = state._replace(epoch_position=jnp.zeros((), jnp.int32))
+        for chunk in chunks_of_stream("make_train_epoch", data, state, size, shuffle=bool(shuffle)):
+            state = replicate_unplaced(state, chunk.data)
+            order = chunk.order(state, count("make_train_epoch", chunk.data), shuffle=bool(shuffle))
+            state, metrics = chunk_program(data.examples)(state, chunk.data, order=order)
+            # Wait, so that no more than two chunks are in memory.
+            parts.append(jax.device_get(metrics))
+        return state, jax.tree.map(lambda *m: jnp.concatenate(m), *parts)
+
+    return epoch_of_data
 
 
 def epoch_of(where: str, step: Callable, batch_size: int, accumulate: int, *, shuffle: bool) -> Callable:
@@ -85,15 +107,22 @@ def epoch_of(where: str, step: Callable, batch_size: int, accumulate: int, *, sh
 
 
 def steps_of(
-    where: str, step: Callable, batch_size: int, accumulate: int, *, record: Callable | None = None
+    where: str,
+    step: Callable,
+    batch_size: int,
+    accumulate: int,
+    *,
+    record: Callable | None = None,
+    total: int | None = None,
 ) -> Callable:
     """`steps(state, data, layouts, order) -> (state, metrics)`: part of an epoch, over the examples that `order` lists.
 
-    `record(before, after, metrics)` computes a value of each step that is returned next to its metrics.
+    `record(before, after, metrics)` computes a value of each step that is returned next to its metrics. `total` is the
+    number of examples of the epoch if `data` is a chunk of a stream.
     """
 
     def steps(state: TrainState, data: Any, layouts: Layouts, order: jax.Array):
-        n = count(where, data)
+        n = count(where, data) if total is None else total
         size = fitting_batch_size(where, batch_size, n)
         layouts.check_divides(f"{where}: batches", size, accumulate)
         state = state._replace(epoch_start=epoch_start(state))
@@ -110,13 +139,6 @@ def steps_of(
     return steps
 
 
-def order_from(state: TrainState, n: int, limit: int, shuffle: bool) -> jax.Array:
-    """The indices of the next `limit` examples of the state's epoch over n examples."""
-    with jax.named_scope("order"):
-        places = state.epoch_position + jnp.arange(limit, dtype=jnp.int32)
-        return permutation(state.key, n, places, epoch_start(state)) if shuffle else places
-
-
 def evaluate(
     loss_fn: Callable, params: Any, data: Any, *, batch_size: int = 1024, model_state: Any = ()
 ) -> dict[str, jax.Array]:
@@ -126,7 +148,7 @@ def evaluate(
       loss_fn: `(params, batch, key) -> loss` or `-> (loss, metrics)`, called with key None. It is compiled once for
         each function and each shape of the data.
       params: the parameters.
-      data: a pytree of arrays with a common leading axis, the examples.
+      data: a pytree of arrays with a common leading axis, the examples, or a `Stream` of them.
       batch_size: the largest number of examples that are evaluated at once, which bounds the memory. If the metrics are
         means over the batch, the result does not depend on it, apart from rounding.
       model_state: the `model_state` of the state, if the loss takes one; the new one that it returns is discarded.
@@ -143,12 +165,20 @@ def evaluate(
     """
     _arguments.function("evaluate", loss_fn=loss_fn)
     _arguments.positive("evaluate", batch_size=batch_size)
-    data = examples("evaluate", data)
-    count("evaluate", data)
     if isinstance(params, TrainState):
         raise TypeError("evaluate: params must be parameters, got a TrainState; pass state.params")
-    computed, _ = traced(uniform(loss_fn), params, data, None, model_state)
+    if not isinstance(data, Stream):
+        data = examples("evaluate", data)
+        count("evaluate", data)
+    computed, _ = traced(uniform(loss_fn), params, sample_of("evaluate", data, batch_size), None, model_state)
     return evaluate_compiled(FunctionId(loss_fn, computed), params, data, model_state, int(batch_size))
+
+
+def sample_of(where: str, data: Any, batch_size: int) -> Any:
+    """The data or, of a stream, the first batch: arrays with the dtypes and the shape of an example."""
+    if not isinstance(data, Stream):
+        return data
+    return jax.tree.map(as_array, read_chunk(where, data, 0, min(batch_size, data.examples)))
 
 
 def function_id(loss_fn: Callable, state: TrainState, data: Any, key: Any) -> tuple[FunctionId, dict]:
@@ -157,9 +187,20 @@ def function_id(loss_fn: Callable, state: TrainState, data: Any, key: Any) -> tu
     return FunctionId(loss_fn, computed), metrics
 
 
-def evaluate_compiled(loss_id: FunctionId, params: Any, data: Any, model_state: Any, batch_size: int = 1024):
+def evaluate_compiled(
+    loss_id: FunctionId, params: Any, data: Any, model_state: Any, batch_size: int = 1024
+) -> dict[str, jax.Array]:
     """`evaluate` without its checks, for a loss whose id is known."""
-    return _evaluation(loss_id, batch_size)(params, model_state, data, layouts=Layouts((), shardings(data)))
+    program = _evaluation(loss_id, batch_size)
+    if not isinstance(data, Stream):
+        return program(params, model_state, data, layouts=Layouts((), shardings(data)))
+    rows, shares = max(data.chunk_size // batch_size, 1) * batch_size, []
+    for start in range(0, data.examples, rows):
+        stop = min(start + rows, data.examples)
+        chunk = jax.tree.map(as_array, read_chunk("evaluate", data, start, stop))
+        means = program(params, model_state, chunk, layouts=Layouts((), shardings(chunk)))
+        shares.append({name: m * jnp.asarray((stop - start) / data.examples, m.dtype) for name, m in means.items()})
+    return jax.tree.map(lambda *parts: functools.reduce(jnp.add, parts), *shares)
 
 
 @cached_by_id
@@ -216,16 +257,11 @@ def num_steps(examples: int, *, epochs: int, batch_size: int) -> int:
     return int(epochs) * len(batch_sizes(int(examples), batch_size))
 
 
-def batch_sizes(n: int, batch_size: int) -> np.ndarray:
-    """The number of examples of each step of an epoch."""
-    full, rest = divmod(n, int(batch_size))
-    return np.array([batch_size] * full + [rest] * (rest > 0))
-
-
 def _is_small(params: Any) -> bool:
     """Whether a step is so short that the loop around it counts: two steps per iteration saved 3 to 9% of the time.
 
-    Three steps and more took longer than one. From about a hundred thousand parameters on, nothing was gained.
+    Three steps and more took longer than one. From about a hundred thousand parameters on, nothing was gained. The last
+    bits of a result then depend on how `every` and the chunks of a stream divide an epoch, but not on interruptions.
     """
     return sum(leaf.size for leaf in jax.tree.leaves(params)) <= 2**16
 

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from fcfunc._arguments import clipped
-from fcfunc.train._epoch import order_from
+from fcfunc.train._chunks import Chunk
 from fcfunc.train._mesh import shardings
 from fcfunc.train._state import TrainState
 from fcfunc.train._step import finite_guards, skipped_steps, uniform
@@ -62,12 +62,12 @@ def still_finite(before: TrainState, after: TrainState) -> jax.Array:
 
 
 def non_finite_error(
-    run_chunk, loss_fn, before: TrainState, data, sizes, epoch: int, history: dict, *, shuffle: bool
+    run_chunk, loss_fn, before: TrainState, chunk: Chunk, sizes, epoch: int, history: dict, *, shuffle: bool
 ) -> NonFiniteError:
     """The error that ends a run, found by repeating the last steps, of the given sizes, one by one.
 
     `run_chunk(probe, size, state) -> (state, metrics, skipped, ok)` takes one step with `size` examples; if `probe` is
-    None, it uses the run's own optimizer. `data` is as the caller passed it.
+    None, it uses the run's own optimizer. The data of `chunk` is as the caller passed it.
     """
     found = find_bad_step(run_chunk, before, sizes)
     if found is None:  # one by one, the steps are a different program, whose last bits may differ
@@ -77,12 +77,12 @@ def non_finite_error(
         )
         return NonFiniteError(message, before, int(before.step), np.arange(0), "loss", history)
     leaf, good, step = first_bad_leaf(run_chunk, found), found.before, int(found.before.step)
-    count = len(jax.tree.leaves(data)[0])
-    indices = np.asarray(order_from(good, count, int(found.size), shuffle))
+    places = np.asarray(chunk.order(good, int(found.size), shuffle=shuffle))
+    indices = places + chunk.first
     shown = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
     message = (
         f"fit: {leaf} was not finite at step {step} (epoch {epoch}), with a loss of {found.loss:.6g} on the examples "
-        f"{shown}; {_advice(loss_fn, good, data, indices)}. The exception's state is the one before this step"
+        f"{shown}; {_advice(loss_fn, good, chunk.data, places)}. The exception's state is the one before this step"
     )
     return NonFiniteError(message, good, step, indices, leaf, history)
 

@@ -14,22 +14,24 @@ import optax
 
 from fcfunc import _arguments
 from fcfunc._arguments import as_array, check_values, count, examples, fitting_batch_size, numeric_arrays
-from fcfunc._compiler_options import quick_options
+from fcfunc._layout import match_varying
+from fcfunc._stream import Stream
 from fcfunc.train._captured import FunctionId, cached_by_id, traced
+from fcfunc.train._chunks import Chunk, chunks_in_memory, chunks_of_stream, steps_of_epoch
 from fcfunc.train._early_stopping import Best, EarlyStopping, checked_early_stopping
 from fcfunc.train._epoch import (
-    batch_sizes,
     epoch_means,
     epoch_of,
     evaluate,
     evaluate_compiled,
     function_id,
-    order_from,
+    sample_of,
     steps_of,
 )
 from fcfunc.train._failure import non_finite_error, step_flags, still_finite
 from fcfunc.train._memory import check_memory
-from fcfunc.train._mesh import Layouts, jit_on_mesh, on_mesh_of, shardings
+from fcfunc.train._mesh import Layouts, jit_on_mesh, on_mesh_of, replicate_unplaced, shardings
+from fcfunc.train._order import batch_sizes
 from fcfunc.train._population import population_of
 from fcfunc.train._progress import ProgressBar, report
 from fcfunc.train._state import TrainState, copy_state
@@ -64,14 +66,17 @@ def make_fit(
 
     Args:
       loss_fn, optimizer, epochs, batch_size, accumulate, shuffle, eval_fn, monitor, mode, patience, tol: as for `fit`.
-      members_at_once: trains a population. `fit` then takes and returns states whose arrays have a leading axis of
-        members, as from `jax.vmap` of `init_state`, and trains this many of them at a time, all on the same data. On
-        two CPU cores 8 was fastest; with `jax.vmap`, which trains all at once, large populations leave the cache.
-        States sharded along the members' axis are trained each on its own device.
+      members_at_once: the largest number of members of a population to train together. `fit` then takes states whose
+        arrays have a leading axis of members, as from `jax.vmap` of `init_state`, and trains all of them on the same
+        data, in chunks. On two CPU cores, 8 is a good number for networks of up to ten thousand parameters;
+        `jax.vmap`, which trains all members together, is slower for large populations. If the states are sharded along
+        the axis of members, each device trains its own. Under `jax.jit` this needs a mesh with Explicit axes, as from
+        `jax.make_mesh`.
 
     Returns:
       `fit(state, data, validation_data=None) -> (state, history)`. The history is that of `fit`, without `step` and
-      `seconds`; its arrays have length `epochs` and are NaN for epochs that were not run. If the loss or an array of
+      `seconds`; its arrays have length `epochs` and are NaN for epochs that were not run. With `members_at_once`, the
+      arrays of the state and the history have a leading axis of members. If the loss or an array of
       the state becomes non-finite, the run ends and returns the state before that epoch, or the best epoch's model if
       `patience` is given. Each call begins a new epoch. The values of the data are not checked, and under `jax.jit`
       64-bit NumPy integers wrap around.
@@ -140,7 +145,8 @@ def make_fit(
         shapes = jax.eval_shape(one_epoch, state)[1]
         history = {name: jnp.full((epochs,), jnp.nan, m.dtype) for name, m in shapes.items()}
         start = _Run(state, history, jnp.int32(0), stopping.start(state), jnp.bool_(False))
-        run = jax.lax.while_loop(unfinished, next_epoch, start)
+        # Inside shard_map, what an epoch returns varies over the axes that its arguments vary over.
+        run = jax.lax.while_loop(unfinished, next_epoch, match_varying(start))
         numbers = {"epoch": jnp.arange(1, epochs + 1), "epochs": run.epoch, "kept_epoch": run.best.epoch}
         return stopping.restore(run.best, run.state), run.history | numbers
 
@@ -198,12 +204,13 @@ def fit(
       state: from `init_state` or from an earlier run. A state in the middle of an epoch resumes there, and the rest of
         that epoch is the first of `epochs`. The state is copied, not donated.
       data: the training examples, a pytree of arrays with a common leading axis. It is copied to the device once;
-        PyTorch tensors and DataFrames are converted.
+        PyTorch tensors and DataFrames are converted. Or a `Stream`, for data that is larger than memory: see
+        `fcfunc.stream`. The values of its chunks are checked when they are read for the first time.
       epochs: the number of passes over the data.
       batch_size: examples per step. If it exceeds the number of examples, they form one batch, with a warning.
       accumulate: as for `make_train_step`.
       shuffle: if False, use the examples of every epoch in the given order.
-      validation_data: examples that are evaluated after each epoch and never trained on.
+      validation_data: examples, or a `Stream`, that are evaluated after each epoch and never trained on.
       eval_fn: the loss function for the evaluation; None: `loss_fn` with key None.
       monitor: the metric that decides which epoch is best: "validation_loss", "training_loss" or one of these prefixes
         and the name of another metric. Without a prefix, it is the validation metric if there is `validation_data`.
@@ -258,55 +265,75 @@ def fit(
         raise ValueError("fit: every and on_steps must be given together, got only one of them")
     if every is not None:
         _arguments.positive("fit", every=every)
-    data = numeric_arrays("fit", data)
-    n = count("fit", data)
+    streamed = isinstance(data, Stream)
+    data = data if streamed else numeric_arrays("fit", data)
+    n = data.examples if streamed else count("fit", data)
     batch_size = fitting_batch_size("fit", batch_size, n)
-    if validation_data is not None:
+    if validation_data is not None and not isinstance(validation_data, Stream):
         validation_data = numeric_arrays("fit", validation_data, "validation_data")
         count("fit", validation_data, "validation_data")
     position = int(state.epoch_position)
     if not 0 <= position < n:
         raise ValueError(f"fit: the state is at example {position} of its epoch, but data has {n} examples")
-    check_memory("fit", data=data, validation_data=validation_data)
-    check_values(data, num_classes=num_classes, name="data")
-    given_data, data = data, jax.tree.map(as_array, data)
+    trees: dict[str, Any] = {"data": data, "validation_data": validation_data}
+    in_memory = {name: tree for name, tree in trees.items() if not isinstance(tree, Stream)}
+    check_memory("fit", **in_memory)
+    for name, tree in in_memory.items():
+        check_values(tree, num_classes=num_classes, name=name)
+    given_data, data = data, data if streamed else jax.tree.map(as_array, data)
     eval_id = None
     if validation_data is not None:
-        check_values(validation_data, num_classes=num_classes, name="validation_data")
-        validation_data = jax.tree.map(as_array, validation_data)
-        eval_id, metrics = function_id(eval_fn or loss_fn, state, validation_data, None)
+        if not isinstance(validation_data, Stream):
+            validation_data = jax.tree.map(as_array, validation_data)
+        eval_id, metrics = function_id(eval_fn or loss_fn, state, sample_of("fit", validation_data, 1024), None)
         _check_metrics("fit", metrics, stopping, "validation_")
-    loss_id, metrics = function_id(loss_fn, state, data, state.key)
+    sample = sample_of("fit", data, batch_size)
+    loss_id, metrics = function_id(loss_fn, state, sample, state.key)
     _check_metrics("fit", metrics, stopping, "")
     optimizer_id = FunctionId(optimizer, _traced_update(optimizer, state))
+    checked = set()
 
-    def run_chunk(probe, limit, state, **handle):
+    def check_once(chunk, first):
+        if first not in checked:
+            check_values(chunk, num_classes=num_classes, name=f"the stream's chunk at example {first}: data")
+            checked.add(first)
+
+    def chunks_of_epoch(state):
+        if not streamed:
+            return chunks_in_memory(data)
+        return chunks_of_stream("fit", data, state, batch_size, shuffle=bool(shuffle), check=check_once)
+
+    def run_chunk(chunk, probe, limit, state, **handle):
         """Trains on the next `limit` examples; returns the state, each step's metrics and skips, and if all are ok."""
         update = FunctionId(probe) if probe else optimizer_id
-        program = _chunk_program(loss_id, update, batch_size, int(accumulate))
-        order = order_program(n, int(limit), bool(shuffle))(state)
-        state, record = program(state, data, order=order, **handle)
+        program = _chunk_program(loss_id, update, batch_size, int(accumulate), n if streamed else None)
+        order = chunk.order(state, int(limit), shuffle=bool(shuffle))
+        state, record = program(state, chunk.data, order=order, **handle)
         return state, *jax.device_get(record)
 
-    steps, first_step = len(batch_sizes(n, batch_size)), int(state.epoch_start if position else state.step)
-    state, best, records = copy_state(state), stopping.start(state), []
+    records: list[dict[str, Any]] = []
+    steps, first_step = steps_of_epoch(data, n, batch_size), int(state.epoch_start if position else state.step)
+    state = replicate_unplaced(copy_state(state), sample)
+    best = stopping.start(state)
     with ProgressBar(epochs, steps, first_step) if progress else contextlib.nullcontext() as bar:
         for epoch in range(1, epochs + 1):
             start, chunks = time.perf_counter(), []
-            for sizes in _chunk_sizes(n, position, batch_size, every):
-                before = state
-                # Processes that share a program would disagree on how often to report.
-                reports = bar and bar.redraws and jax.process_count() == 1
-                handle = {"handle": bar.handle()} if bar and reports else {}
-                state, metrics, skipped, ok = run_chunk(None, sizes.sum(), before, **handle)
-                if not ok:
-                    history = _history(records, int(best.epoch))
-                    raise non_finite_error(
-                        run_chunk, loss_fn, before, given_data, sizes, epoch, history, shuffle=bool(shuffle)
-                    )
-                chunks.append((metrics, skipped, sizes))
-                if on_steps is not None:
-                    on_steps(state)
+            for chunk in chunks_of_epoch(state):
+                for sizes in _chunk_sizes(chunk, position, batch_size, every):
+                    before = state
+                    # Processes that share a program would disagree on how often to report.
+                    reports = bar and bar.redraws and jax.process_count() == 1
+                    handle = {"handle": bar.handle()} if bar and reports else {}
+                    state, metrics, skipped, ok = run_chunk(chunk, None, sizes.sum(), before, **handle)
+                    if not ok:
+                        history = _history(records, int(best.epoch))
+                        given = chunk.data if streamed else given_data
+                        part = chunk._replace(data=given)
+                        run = functools.partial(run_chunk, chunk)
+                        raise non_finite_error(run, loss_fn, before, part, sizes, epoch, history, shuffle=bool(shuffle))
+                    chunks.append((metrics, skipped, sizes))
+                    if on_steps is not None:
+                        on_steps(state)
             position = 0
             record: dict[str, Any] = {"epoch": epoch, "step": int(state.step), **_means_of_chunks(chunks)}
             scores = {}
@@ -331,7 +358,7 @@ def _is_true(value: Any) -> bool:
 
 
 @cached_by_id
-def _chunk_program(loss_fn, optimizer, batch_size, accumulate):
+def _chunk_program(loss_fn, optimizer, batch_size, accumulate, total):
     """Part of an epoch, as `fit` runs it. The state is not donated, since it is needed if the new one is non-finite."""
 
     def train_chunk(state, data, layouts, order, handle=None):
@@ -340,7 +367,7 @@ def _chunk_program(loss_fn, optimizer, batch_size, accumulate):
                 report(handle, after.step)
             return step_flags(before, after, metrics)
 
-        steps = steps_of("fit", step_of(loss_fn, optimizer), batch_size, accumulate, record=record)
+        steps = steps_of("fit", step_of(loss_fn, optimizer), batch_size, accumulate, record=record, total=total)
         after, (metrics, flags) = steps(state, data, layouts, order)
         ok = jnp.all(flags["finite"] | flags["skipped"]) & still_finite(state, after)
         return after, (metrics, flags["skipped"], ok)
@@ -348,23 +375,11 @@ def _chunk_program(loss_fn, optimizer, batch_size, accumulate):
     return jit_on_mesh("fit", train_chunk, donate=False)
 
 
-@functools.lru_cache(maxsize=32)
-def order_program(n: int, limit: int, shuffle: bool):
-    """`order_from` as a separate program, compiled once for all losses and, if it is small, with quick options."""
-    options = quick_options() if limit < 10**5 else {}
-    program = jax.jit(lambda state: order_from(state, n, limit, shuffle), compiler_options=options)
-
-    def order(state):
-        with on_mesh_of(state.step):
-            return program(state._replace(params=(), opt_state=(), model_state=()))
-
-    return order
-
-
-def _chunk_sizes(n: int, position: int, batch_size: int, every: int | None):
-    """The batch sizes of the rest of an epoch, split after every `every` steps counted from its beginning."""
-    sizes = batch_sizes(n - position, batch_size)
-    first = -(-position // batch_size)
+def _chunk_sizes(chunk: Chunk, position: int, batch_size: int, every: int | None):
+    """The batch sizes of the rest of a chunk, split after every `every` steps counted from the epoch's beginning."""
+    inside = max(position - chunk.used, 0)
+    sizes = batch_sizes(count("fit", chunk.data) - inside, batch_size)
+    first = chunk.steps + -(-inside // batch_size)
     cuts = [i for i in range(1, len(sizes)) if every and (first + i) % every == 0]
     return np.split(sizes, cuts)
 

@@ -1,6 +1,8 @@
 """A random permutation without a sort: each element is computed independently."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +12,11 @@ ROUNDS = {256: 12, 2**31: 4}
 six elements are not equally likely."""
 
 
-def permutation(key: jax.Array, n: int, places: jax.Array | None = None, epoch: jax.Array | int = 0) -> jax.Array:
+def permutation(key: jax.Array, n: int, places: jax.Array | None = None, salts: Sequence[Any] = ()) -> jax.Array:
     """A pseudo-random permutation of 0 to n − 1, int32; the work per element is proportional to the number of rounds.
 
-    Each pair of `key` and `epoch` has its own permutation. `places` selects which of its elements to compute, by
-    default all of them in order.
+    Each key, and each sequence of integers `salts` with it, has its own permutation. `places` selects which of its
+    elements to compute, by default all of them in order.
 
     A number is written as two digits, in bases a and b with a·b at least n. Each round adds to one digit a keyed hash
     of the other, and then vice versa. This is a Feistel network: each round can be inverted for any hash, so the result
@@ -26,7 +28,7 @@ def permutation(key: jax.Array, n: int, places: jax.Array | None = None, epoch: 
     """
     a, b = _bases(n)
     count = next(count for below, count in ROUNDS.items() if n < below)
-    keys = _round_keys(key, epoch, count)
+    keys = _round_keys(key, salts, count)
 
     def rounds(x):
         high, low = x // b, x % b
@@ -52,16 +54,16 @@ def _bases(n):
     return a, -(-n // a)
 
 
-def _round_keys(key, epoch, count):
-    """Two 32-bit keys for each round, hashed from the words of a random key and from the epoch.
+def _round_keys(key, salts, count):
+    """Two 32-bit keys for each round, hashed from the words of a random key and the salts.
 
     `jax.random.bits` could do the same, but XLA compiles JAX's generator as a loop on a CPU. Three such loops, to
     derive the epoch's key and these, took 9% of an epoch of the digits network.
     """
     # The increment of Weyl sequences, 2³² divided by the golden ratio, spreads the starting points.
     hashed = jnp.arange(1, 2 * count + 1, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
-    for word in (*jax.random.key_data(key).reshape(-1).astype(jnp.uint32), jnp.asarray(epoch).astype(jnp.uint32)):
-        hashed = _hash(hashed, word)
+    for word in (*jax.random.key_data(key).reshape(-1), *salts):
+        hashed = _hash(hashed, jnp.asarray(word).astype(jnp.uint32))
     # The barrier keeps XLA from computing them again for each element.
     return jax.lax.optimization_barrier(hashed.reshape(count, 2))
 

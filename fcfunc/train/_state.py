@@ -18,8 +18,8 @@ class TrainState(NamedTuple):
       params: the parameters, any pytree of arrays.
       opt_state: the optimizer's state.
       step: the number of steps taken, an int32 scalar.
-      key: the run's random key. It never changes: each step and each epoch derives its own key by `fold_in(key, step)`,
-        so a run that resumes from a saved state continues exactly as it would have.
+      key: the run's random key. It never changes: the key of each step and the order of each epoch are derived from it
+        and the step, so a run that resumes from a saved state continues exactly as it would have.
       model_state: other state that the loss carries from step to step; an empty pytree if there is none.
       epoch_position: the number of examples used so far in the current epoch, an int32 scalar; 0 between epochs. A step
         of `make_train_step` does not belong to an epoch and abandons the current one.
@@ -77,9 +77,10 @@ def copy_state(state: TrainState) -> TrainState:
     """A copy of a state in new buffers, which no step from another state donates."""
 
     def copy(a):
-        # `jnp.copy` compiles a program for each shape, which takes longer than importing fcfunc.
-        local = isinstance(a, jax.Array) and not _layout.is_tracer(a) and a.is_fully_addressable
-        return jax.device_put(a, a.sharding, may_alias=False) if local else jnp.copy(a)
+        # `jnp.copy` compiles a program for each shape, which takes longer than importing fcfunc. An array that is
+        # committed to its devices must stay so, and one that is not must remain free to follow the data.
+        committed = not isinstance(a, jax.Array) or _layout.is_tracer(a) or a.committed
+        return jnp.copy(a) if committed else jax.device_put(a, may_alias=False)
 
     return jax.tree.map(copy, state)
 
