@@ -11,7 +11,8 @@
 - `fcfunc.per_example` works with per-example gradients; `fcfunc.curvature`, `fcfunc.laplace` and `fcfunc.privacy`
   build on it.
 - `fcfunc.sharding` places arrays on several devices.
-- `fcfunc.data`, `fcfunc.params_file` and `fcfunc.checkpoint` read and write files.
+- `fcfunc.data`, `fcfunc.params_file` and `fcfunc.checkpoint` read and write files; `fcfunc.stream` reads data that is
+  larger than memory.
 - `fcfunc.sklearn` has scikit-learn estimators, `fcfunc.convert` exchanges networks with other libraries, and
   `fcfunc.export` writes them for programs without fcfunc.
 """
@@ -24,16 +25,29 @@ from fcfunc import losses, ops, per_example, reference, sharding, train
 from fcfunc.network import Network, apply, init, mlp, stack, unstack
 
 if TYPE_CHECKING:
-    from fcfunc import checkpoint, convert, curvature, data, export, laplace, params_file, privacy, sklearn, testing
+    from fcfunc import (
+        checkpoint,
+        convert,
+        curvature,
+        data,
+        export,
+        laplace,
+        params_file,
+        privacy,
+        sklearn,
+        stream,
+        testing,
+    )
 
 __all__ = [
     "Network", "apply", "checkpoint", "convert", "curvature", "data", "export", "init", "laplace", "losses", "mlp",
-    "ops", "params_file", "per_example", "privacy", "reference", "sharding", "sklearn", "stack", "testing", "train",
-    "unstack",
+    "ops", "params_file", "per_example", "privacy", "reference", "sharding", "sklearn", "stack", "stream", "testing",
+    "train", "unstack",
 ]  # fmt: skip
 
 LAZY = (
-    "checkpoint", "convert", "curvature", "data", "export", "laplace", "params_file", "privacy", "sklearn", "testing",
+    "checkpoint", "convert", "curvature", "data", "export", "laplace", "params_file", "privacy", "sklearn",
+    "stream", "testing",
 )  # fmt: skip
 """Modules imported on first use, because building and training a network does not need them."""
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fcfunc
-from fcfunc import curvature, losses
+from fcfunc import curvature, losses, stream
 
 pytestmark = pytest.mark.filterwarnings("default")  # dependencies of these libraries emit warnings
 
@@ -25,6 +25,21 @@ def standard_promotion():
 def problem():
     x = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
     return NET.init(jax.random.key(0)), jnp.asarray(x)
+
+
+def test_a_grain_data_set_is_a_stream():
+    import grain
+
+    class Source:
+        def __len__(self):
+            return 10
+
+        def __getitem__(self, i):
+            return {"x": np.full(2, i, np.float32)}
+
+    doubled = grain.MapDataset.source(Source()).map(lambda record: {"x": 2 * record["x"]})
+    found = stream.from_source(doubled).read(3, 5)
+    np.testing.assert_array_equal(found["x"], [[6, 6], [8, 8]])
 
 
 def test_jax_export_serializes_a_gradient():
