@@ -71,9 +71,9 @@ def make_train_epoch(
 
     in_memory = jit_on_mesh("make_train_epoch", train_epoch, donate=bool(donate))
 
-    @functools.lru_cache(maxsize=8)
-    def chunk_program(total):
-        steps = steps_of("make_train_epoch", step_of(loss_fn, optimizer), batch_size, accumulate, total=total)
+    @functools.cache
+    def chunk_program(size):
+        steps = steps_of("make_train_epoch", step_of(loss_fn, optimizer), size, accumulate)
         return jit_on_mesh("make_train_epoch", steps, donate=bool(donate))
 
     @functools.wraps(in_memory)
@@ -85,7 +85,7 @@ def make_train_epoch(
         for chunk in chunks_of_stream("make_train_epoch", data, state, size, shuffle=bool(shuffle)):
             state = replicate_unplaced(state, chunk.data)
             order = chunk.order(state, count("make_train_epoch", chunk.data), shuffle=bool(shuffle))
-            state, metrics = chunk_program(data.examples)(state, chunk.data, order=order)
+            state, metrics = chunk_program(size)(state, chunk.data, order=order, total=jnp.int32(data.examples))
             # Wait, so that no more than two chunks are in memory.
             parts.append(jax.device_get(metrics))
         return state, jax.tree.map(lambda *m: jnp.concatenate(m), *parts)
@@ -107,23 +107,17 @@ def epoch_of(where: str, step: Callable, batch_size: int, accumulate: int, *, sh
 
 
 def steps_of(
-    where: str,
-    step: Callable,
-    batch_size: int,
-    accumulate: int,
-    *,
-    record: Callable | None = None,
-    total: int | None = None,
+    where: str, step: Callable, batch_size: int, accumulate: int, *, record: Callable | None = None
 ) -> Callable:
-    """`steps(state, data, layouts, order) -> (state, metrics)`: part of an epoch, over the examples that `order` lists.
+    """`steps(state, data, layouts, order, total=None) -> (state, metrics)`: part of an epoch.
 
-    `record(before, after, metrics)` computes a value of each step that is returned next to its metrics. `total` is the
-    number of examples of the epoch if `data` is a chunk of a stream.
+    It takes the examples that `order` lists. If `data` is a chunk of a stream, `total` is the number of examples of the
+    whole epoch. `record(before, after, metrics)` computes a value of each step that is returned next to its metrics.
     """
 
-    def steps(state: TrainState, data: Any, layouts: Layouts, order: jax.Array):
-        n = count(where, data) if total is None else total
-        size = fitting_batch_size(where, batch_size, n)
+    def steps(state: TrainState, data: Any, layouts: Layouts, order: jax.Array, total: jax.Array | None = None):
+        n = count(where, data)
+        size = batch_size if total is not None else fitting_batch_size(where, batch_size, n)
         layouts.check_divides(f"{where}: batches", size, accumulate)
         state = state._replace(epoch_start=epoch_start(state))
 
@@ -132,7 +126,7 @@ def steps_of(
             after, metrics = step(before, layouts.gather_rows(data, indices), layouts, microbatches)
             return after, metrics if record is None else (metrics, record(before, after, metrics))
 
-        position = (state.epoch_position + len(order)) % n
+        position = (state.epoch_position + len(order)) % (n if total is None else total)
         state, metrics = _over_batches(on_batch, state, order, size, unroll=2 if _is_small(state.params) else 1)
         return state._replace(epoch_position=position), metrics
 

@@ -306,9 +306,10 @@ def fit(
     def run_chunk(chunk, probe, limit, state, **handle):
         """Trains on the next `limit` examples; returns the state, each step's metrics and skips, and if all are ok."""
         update = FunctionId(probe) if probe else optimizer_id
-        program = _chunk_program(loss_id, update, batch_size, int(accumulate), n if streamed else None)
+        program = _chunk_program(loss_id, update, batch_size, int(accumulate))
         order = chunk.order(state, int(limit), shuffle=bool(shuffle))
-        state, record = program(state, chunk.data, order=order, **handle)
+        total = {"total": np.int32(n)} if streamed else {}
+        state, record = program(state, chunk.data, order=order, **total, **handle)
         return state, *jax.device_get(record)
 
     records: list[dict[str, Any]] = []
@@ -358,17 +359,17 @@ def _is_true(value: Any) -> bool:
 
 
 @cached_by_id
-def _chunk_program(loss_fn, optimizer, batch_size, accumulate, total):
+def _chunk_program(loss_fn, optimizer, batch_size, accumulate):
     """Part of an epoch, as `fit` runs it. The state is not donated, since it is needed if the new one is non-finite."""
 
-    def train_chunk(state, data, layouts, order, handle=None):
+    def train_chunk(state, data, layouts, order, total=None, handle=None):
         def record(before, after, metrics):
             if handle is not None:
                 report(handle, after.step)
             return step_flags(before, after, metrics)
 
-        steps = steps_of("fit", step_of(loss_fn, optimizer), batch_size, accumulate, record=record, total=total)
-        after, (metrics, flags) = steps(state, data, layouts, order)
+        steps = steps_of("fit", step_of(loss_fn, optimizer), batch_size, accumulate, record=record)
+        after, (metrics, flags) = steps(state, data, layouts, order, total)
         ok = jnp.all(flags["finite"] | flags["skipped"]) & still_finite(state, after)
         return after, (metrics, flags["skipped"], ok)
 
