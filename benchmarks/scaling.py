@@ -144,8 +144,15 @@ def draw(found: dict[str, dict[str, list[Point]]], path: Path) -> None:
                 panel.plot([p.size for p in points], [p[value] for p in points], marker=marker, ms=4, label=label)
             points = lines[""]
             panel.plot([p.size for p in points], [p[limit] for p in points], "k--", lw=1, label="limit")
-            panel.set(xscale="log", yscale="log")
+            panel.set_xscale("log", base=2 if points[-1].size < 100 else 10)
+            panel.set_yscale("log")
+            panel.xaxis.set_major_formatter("{x:,.0f}")
+            panel.yaxis.set_major_formatter("{x:g}")
+            for line in (panel.xaxis, panel.yaxis):
+                line.set_minor_formatter("")
             panel.grid(alpha=0.3)
+        low, high = column[0].get_ylim()
+        column[0].set_ylim(min(low, high / 30), high)  # a constant time looks constant
         column[0].set_title(AXES[axis][1], fontsize=10)
         column[1].set_xlabel(axis)
         column[0].legend(fontsize=8)
@@ -175,10 +182,11 @@ NOTES = """
 
 - **Width.** From width 512 on, a step takes little more than its matmuls. Below, the calls of the kernels count.
 - **Depth.** Time and memory are proportional to the depth. Stacked layers (`fcfunc.stack`) compile in the same time at
-  any depth; without stacking, compilation time grows with the depth.
-- **Batch size.** Small batches are limited by reading the weights, large ones by arithmetic.
-- **Examples.** The time per step grows when the data leaves the processor's cache, because every batch collects random
-  rows from memory. The shuffle itself needs no memory that grows with the network.
+  any depth, but their steps take 1.4 times as long on a CPU, where the loop copies each layer's weights. Without
+  stacking, 64 layers compile in twice the time of 2.
+- **Batch size.** Small batches are limited by the calls of the kernels and by reading the weights, large ones by
+  arithmetic.
+- **Examples.** The time per step does not depend on the number of examples, nor does the memory besides the data.
 """
 
 

@@ -41,8 +41,9 @@ cores ({machine}), Python {python}: {versions}. Nothing here was measured on a G
 Times are ratios: the time of a peer divided by the time of fcfunc. Each is the median over alternating runs, with
 the lowest and the highest. The data, batches, optimizer, learning rate and initial parameters are the same for all,
 except that scikit-learn draws its own initial parameters. The accuracy is measured after all turns, when each peer
-has trained for the same number of epochs. The peers are in `benchmarks/peers.py`, each with the
-loop that its documentation shows: one step per batch, compiled except in PyTorch, and scikit-learn's own `fit`.
+has trained for the same number of epochs. The peers are in `benchmarks/peers.py`. A "loop" compiles one step, as the
+documentation of most libraries shows; a "scan" compiles an epoch with its shuffle. Keras runs up to 128 steps per
+execution, "PyTorch, compiled" compiles the loss with its gradient and the update, and scikit-learn runs its own `fit`.
 
 Two rows are bounds, not peers. "bare scan" is plain JAX without a shuffle. "matmuls" are the matmuls of the steps
 alone, at the same shapes and in the same run.
@@ -57,31 +58,34 @@ NOTES = """
   gradients. "between" is the time when no kernel runs: the runtime's own work from one kernel to the next. In the
   wide network, this time still belongs to a matmul: the runtime splits the gradient of the first weights into parts
   for its thread pool, and the profile shows no event for the time before its update.
-- **Headroom.** In the smallest network, three fifths of a step are spent outside matmul kernels and between kernels.
-  Only fewer or larger kernels would help, which depends on XLA's fusion and not on this library. From the digits
-  network on, the matmuls are the larger part. The shuffle and the gather, 1 to 12%, are what could still be saved.
 - **Bounds.** No program can be faster than the "matmuls" row. The difference between it and "bare scan" is the rest
   of the arithmetic, the update, and the time that XLA's CPU runtime spends between the kernels of a step. The
-  difference between "bare scan" and fcfunc is the shuffle and the gather of each batch. The two rows also
-  bound the gain over a loop that dispatches one step at a time, which runs the same kernels and overlaps dispatch
-  with execution.
+  difference between "bare scan" and fcfunc is the shuffle and the gather of each batch.
+- **Smallest network.** Half of a step is spent outside matmul kernels. Two steps per iteration of the loop save 3 to
+  9% in networks of up to 65,536 parameters; three or more take longer than one. One update for all leaves
+  (`optax.flatten`) saves another 5% here and nothing in the digits network, so it is left to the user. XLA's options
+  for the scheduler, fusions and copies made no difference outside the noise.
+- **Fashion-MNIST.** The gap to "bare scan" is the gather: batches of random rows from 188 MB. Per epoch it took 35 ms
+  for random rows and 12 ms for rows in sequence. Collecting the next batch during a step took 1.07 to 1.29 times as
+  long, collecting all batches at once 1.3 to 1.4 times; indices without a sign and huge pages made no difference.
 - **Shuffle.** The order of an epoch is computed element by element by a keyed bijection (`train/_permutation.py`).
   It takes 0.4 ms for 54,000 examples and 1.5 ms for a million. Sorting took 18.4 and 478 ms, measured side by side.
+  Its keys are hashed from the words of the run's key: JAX's generator, which XLA compiles as a loop on a CPU, took a
+  tenth of an epoch of the digits network.
 - **ReLU masks.** The mask of a ReLU layer is packed into bits only where the output of the layer is not kept anyway,
   such as under a scan over layers. Packing took 7 to 9% of a step of the digits network.
-- **Whole process**, measured separately: importing JAX 0.3 s, importing fcfunc and Optax 0.1 s, reading and
-  unpacking the images 0.2 s, initial parameters 0.25 s, tracing and compiling the epoch 0.55 s, five epochs 0.5 s,
-  evaluation 0.2 s. The initial parameters are made by one program, compiled at XLA's lower optimization level. As
-  separate operations they took 0.85 s.
-- **Compilation cache.** With JAX's persistent compilation cache (`JAX_COMPILATION_CACHE_DIR=folder
-  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1`), a second process took
-  1.77 s instead of 2.47 s.
+- **Start-up.** Of the whole process, importing JAX, reading the images and the matmuls of five epochs cannot be
+  shortened here. Compiling the epoch takes half a second on both cores, a third of it for the shorter last batch;
+  compiling that batch in a second thread saved nothing. Making the initial parameters was shortened from 0.45 to 0.3 s
+  by leaving out XLA's fusion emitters, and the copy of the state from 0.11 s to 0.002 s by a transfer that compiles
+  nothing (2026-11-27).
+- **Compilation cache.** The last row of the whole process uses JAX's persistent compilation cache
+  (`JAX_COMPILATION_CACHE_DIR=folder JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
+  JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1`).
 - **Images** stay bytes on the device until a step converts them, with `batch.x.astype(jnp.float32) / 255` in the
-  loss function.
-- **GPUs.** On a GPU, `python -m benchmarks.accelerator` measures bfloat16 networks as shares of the GPU's own matmul
-  rate, rules against autodiff, a scan against a loop, the two output layers, the dtypes of the matmuls in the
-  compiled program, and the cost of bit-for-bit reproducible execution. `pytest -m gpu -n 0` runs the tests that need
-  a GPU.
+  loss function. This takes no longer than training on float32.
+- **Other sizes** are on the pages [Scaling](scaling.md) and [Populations](populations.md), and `make bench-gpu`
+  measures a GPU: [Benchmarks on a GPU](benchmarks-gpu.md).
 """
 
 

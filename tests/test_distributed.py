@@ -35,7 +35,7 @@ def test_two_processes_of_four_devices_take_the_steps_of_one_device_in_every_mod
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], outputs
     for output in outputs:
-        assert len(re.findall("as on one device", output)) == 5, output
+        assert len(re.findall("as on one device", output)) == 6, output
 
 
 def processes_of(launcher):

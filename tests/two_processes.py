@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType
 
 import fcfunc
-from fcfunc import losses, sharding, train
+from fcfunc import losses, sharding, stream, train
 
 DIMS = [16, 64, 32, 8]
 
@@ -53,6 +53,31 @@ def main():
         for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6, err_msg=f"{mode} {kind}")
         print(f"{mode} {kind.name}: as on one device", flush=True)
+    check_stream(params, data)
+
+
+def check_stream(params, data):
+    """Trains on chunks of which each process reads its half."""
+    mesh, optimizer, reads = sharding.make_mesh(), optax.sgd(0.1), []
+
+    def read(start, stop):
+        reads.append(stop - start)
+        return jax.tree.map(lambda a: a[start:stop], data)
+
+    def fitted(params, rows):
+        state = train.init_state(params, optimizer, jax.random.key(1))
+        return train.fit(loss_fn, optimizer, state, rows, epochs=2, batch_size=16)[0].params
+
+    rows = stream.Stream(64, 32, read)
+    expected = jax.tree.map(np.asarray, fitted(params, rows))
+    reads.clear()
+    replicated = sharding.shard(params, sharding.param_specs(params, mesh, "data"), mesh)
+    got = fitted(replicated, stream.sharded(rows, jax.NamedSharding(mesh, jax.P("data"))))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a.addressable_data(0), b, rtol=1e-4, atol=1e-6)
+    # Two epochs of 64 examples, half of them in each process, and the first batch, which finds the shapes.
+    assert sum(reads) == 2 * 32 + 8, reads
+    print("a stream, of which each process reads half: as on one device", flush=True)
 
 
 if __name__ == "__main__":
