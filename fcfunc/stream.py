@@ -80,6 +80,7 @@ def from_safetensors(path: Any, *, chunk_size: int = CHUNK_SIZE) -> Stream:
       >>> from_safetensors(path).read(4, 6)["y"]
       array([4, 5])
     """
+    _arguments.positive("from_safetensors", chunk_size=chunk_size)
     safetensors = _arguments.library("from_safetensors", "safetensors", "safetensors")
     path = regular_file(path)
     try:
@@ -119,6 +120,7 @@ def from_table(
       Dataset(x=array([[2., 5.],
              [3., 6.]], dtype=float32), y=array([1, 1], dtype=int32))
     """
+    _arguments.positive("from_table", chunk_size=chunk_size)
     pyarrow = _arguments.library("from_table", "pyarrow", "pyarrow.parquet")
     path = regular_file(path)
     rows, schema, read_rows = (_parquet if Path(path).suffix == ".parquet" else _arrow)(path, pyarrow)
@@ -188,6 +190,9 @@ def sharded(stream: Stream, sharding: NamedSharding) -> Stream:
       >>> sharded(rows, NamedSharding(mesh, jax.P("data"))).read(0, 6).sharding.spec == jax.P("data")
       True
     """
+    for name, value, kind in (("stream", stream, Stream), ("sharding", sharding, NamedSharding)):
+        if not isinstance(value, kind):
+            raise TypeError(f"sharded: {name} must be a {kind.__name__}, got {type(value).__name__}")
 
     def read(start, stop):
         n = stop - start

@@ -22,6 +22,7 @@ from fcfunc import (
     per_example,
     privacy,
     sharding,
+    stream,
     testing,
     train,
 )
@@ -43,6 +44,7 @@ OPTIMIZER = optax.sgd(0.1)
 TRAIN_STATE = train.init_state(PARAMS, OPTIMIZER, KEY)
 DATA = (X, LABELS.astype(np.int32))
 MESH = sharding.make_mesh(model=2)
+STREAM = stream.from_arrays(DATA)
 
 
 def first_output(outputs):
@@ -482,6 +484,22 @@ CALLS = {
         {"data": X, "fractions": [0.5, 0.5], "seed": 0},
         {"data": [word, empty, seven], "fractions": [word, seven, nothing], "seed": [word, lambda _: (1.5, TypeError)]},
     ),
+    "stream.from_arrays": (
+        {"arrays": DATA, "chunk_size": 2},
+        {"arrays": [text, empty, lambda _: ((X, LABELS[:2]), ValueError)], "chunk_size": COUNT},
+    ),
+    "stream.from_source": ({"source": [1.0, 2.0], "chunk_size": 2}, {"source": [nothing, seven], "chunk_size": COUNT}),
+    **{
+        f"stream.{name}": (
+            {"path": None, "chunk_size": 10, **more},
+            {"path": [lambda _: ("/nowhere", FileNotFoundError), nothing, seven], "chunk_size": COUNT},
+        )
+        for name, more in {"from_safetensors": {}, "from_table": {"target": "y"}}.items()
+    },
+    "stream.sharded": (
+        {"stream": STREAM, "sharding": jax.NamedSharding(MESH, jax.P("data"))},
+        {"stream": [text, nothing], "sharding": [text, nothing]},
+    ),
     "data.standardizer": ({"x": X}, {"x": [text, nothing]}),
     "checkpoint.save": (
         {"folder": None, "state": TRAIN_STATE, "keep": 3, "score": 0.5},
@@ -539,6 +557,7 @@ MODULES = {
         per_example,
         privacy,
         sharding,
+        stream,
         testing,
         train,
     )

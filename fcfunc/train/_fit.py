@@ -68,10 +68,10 @@ def make_fit(
       loss_fn, optimizer, epochs, batch_size, accumulate, shuffle, eval_fn, monitor, mode, patience, tol: as for `fit`.
       members_at_once: the largest number of members of a population to train together. `fit` then takes states whose
         arrays have a leading axis of members, as from `jax.vmap` of `init_state`, and trains all of them on the same
-        data, in chunks. On two CPU cores, 8 was fastest for networks of a thousand parameters, and 4 for ten
-        thousand; `jax.vmap`, which trains all members together, is slower for large populations. If the states are sharded along
-        the axis of members, each device trains its own. Under `jax.jit` this needs a mesh with Explicit axes, as from
-        `jax.make_mesh`.
+        data, in chunks. On two CPU cores, 8 was fastest for networks of a thousand parameters, and 4 for ten thousand;
+        `jax.vmap`, which trains all members together, is slower for large populations. If the states are sharded
+        along the axis of members, each device trains its own. Under `jax.jit` this needs a mesh with Explicit axes, as
+        from `jax.make_mesh`.
 
     Returns:
       `fit(state, data, validation_data=None) -> (state, history)`. The history is that of `fit`, without `step` and
