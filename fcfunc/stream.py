@@ -6,6 +6,7 @@ each chunk in a random order; every epoch visits each example exactly once.
 """
 
 import math
+import mmap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -216,9 +217,8 @@ def _copied(a, start, stop):
     """Rows of an array, in memory; the pages of a memory-mapped file are released again."""
     copy = np.array(a[start:stop])
     mapped = getattr(a, "_mmap", None)
-    if mapped is not None and hasattr(mapped, "madvise"):
-        import mmap
-
+    # A copy-on-write map would lose what its owner has changed.
+    if mapped is not None and hasattr(mapped, "madvise") and getattr(a, "mode", "c") != "c":
         # Otherwise the whole file would count as memory of this process after one epoch.
         mapped.madvise(mmap.MADV_DONTNEED)
     return copy

@@ -172,6 +172,14 @@ def test_memory_mapped_files_are_read_as_written(tmp_path):
         assert not isinstance(found["x"], np.memmap)
 
 
+def test_a_copy_on_write_map_keeps_the_changes_of_its_owner(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros(8, np.float32))
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="c")
+    mapped[3] = 7
+    rows = stream.from_arrays(mapped)
+    assert rows.read(0, 8)[3] == rows.read(0, 8)[3] == mapped[3] == 7
+
+
 def test_safetensors_are_read_as_written(tmp_path):
     from safetensors.numpy import save_file
 
