@@ -15,7 +15,7 @@ from fcfunc.train._accumulate import mean_dtype
 from fcfunc.train._captured import FunctionId, cached_by_id, traced
 from fcfunc.train._chunks import chunks_of_stream
 from fcfunc.train._mesh import Layouts, jit_on_mesh, replicate_unplaced, shardings
-from fcfunc.train._order import batch_sizes, order_from
+from fcfunc.train._order import batch_sizes, even_size, order_from
 from fcfunc.train._state import TrainState, epoch_start
 from fcfunc.train._step import step_of, uniform
 
@@ -206,8 +206,7 @@ def _evaluation(loss_fn, batch_size):
         n = count("evaluate", data)
         size = min(batch_size, n)
         if not any(layouts.data):
-            # Prefer a slightly smaller batch size that divides the examples: one step to compile instead of two.
-            size = next((s for s in range(size, size // 2, -1) if n % s == 0), size)
+            size = even_size(n, size)
 
         def on_batch(_, indices):
             value, (metrics, _) = loss(params, layouts.gather_rows(data, indices), None, model_state)

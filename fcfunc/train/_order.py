@@ -41,6 +41,11 @@ def order_program(n: int, limit: int, shuffle: bool):
     return order
 
 
+def even_size(n: int, size: int) -> int:
+    """`size`, or a number down to half of it that divides n: all parts of n are then equal, and compiled once."""
+    return next((s for s in range(size, size // 2, -1) if n % s == 0), size)
+
+
 def batch_sizes(n: int, batch_size: int) -> np.ndarray:
     """The number of examples of each step of an epoch."""
     full, rest = divmod(n, int(batch_size))

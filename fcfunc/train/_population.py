@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 
 from fcfunc._arguments import examples
 from fcfunc._layout import ExampleAxes, example_axes, mesh_axes, shardings
+from fcfunc.train._order import even_size
 from fcfunc.train._state import TrainState
 
 
@@ -44,8 +45,7 @@ def _map_members(fun: Callable, states: TrainState, at_once: int) -> Any:
     members = len(states.step)
     if members <= at_once:
         return jax.vmap(fun)(states)
-    size = next((s for s in range(at_once, at_once // 2, -1) if members % s == 0), at_once)
-    return jax.lax.map(fun, states, batch_size=size)
+    return jax.lax.map(fun, states, batch_size=even_size(members, at_once))
 
 
 def _check_members(states: Any) -> None:

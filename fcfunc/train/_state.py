@@ -79,8 +79,8 @@ def copy_state(state: TrainState) -> TrainState:
     def copy(a):
         # `jnp.copy` compiles a program for each shape, which takes longer than importing fcfunc. An array that is
         # committed to its devices must stay so, and one that is not must remain free to follow the data.
-        committed = not isinstance(a, jax.Array) or _layout.is_tracer(a) or a.committed
-        return jnp.copy(a) if committed else jax.device_put(a, may_alias=False)
+        uncommitted = isinstance(a, jax.Array) and not _layout.is_tracer(a) and not a.committed
+        return jax.device_put(a, may_alias=False) if uncommitted else jnp.copy(a)
 
     return jax.tree.map(copy, state)
 
