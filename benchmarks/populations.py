@@ -27,7 +27,9 @@ from benchmarks.training import digits, small, versions
 from fcfunc import train
 
 PAGE = Path(__file__).parents[1] / "docs" / "background" / "populations.md"
-TASKS = {"4-32-32-2, batch 32, Adam": small, "64-128-10, batch 32, SGD": digits}
+TASKS = {"4-32-32-2, batch 32, Adam": (small, 8), "64-128-10, batch 32, SGD": (digits, 4)}
+"""Each task, and the number of members at once that was fastest for it."""
+
 MEMBERS = (1, 8, 64, 512, 4096)
 AT_ONCE = (1, 4, 8, 16)
 PYTORCH_MEMBERS = (1, 8, 64, 512)
@@ -50,15 +52,19 @@ def epochs_for(task: Task, members: int, updates: int) -> int:
     return max(1, round(updates / (members * (len(task.x) // task.batch_size))))
 
 
+def states_of(task: Task, members: int):
+    """The states of the members before their first step."""
+    make = lambda key: train.init_state(fcfunc.init(key, task.dims), task.optimizer, key)  # noqa: E731
+    return jax.jit(jax.vmap(make))(jax.random.split(jax.random.key(0), members))
+
+
 def with_fcfunc(task: Task, members: int, at_once: int | None, epochs: int) -> Callable:
     """A run of a population; `at_once` None: all of them under `jax.vmap`."""
     options = {"epochs": epochs, "batch_size": task.batch_size}
     fit = train.make_fit(classifier_loss, task.optimizer, **options, members_at_once=at_once)
     if at_once is None:
         fit = jax.vmap(fit, in_axes=(0, None))
-    keys = jax.random.split(jax.random.key(0), members)
-    make = lambda key: train.init_state(fcfunc.init(key, task.dims), task.optimizer, key)  # noqa: E731
-    states, data = jax.jit(jax.vmap(make))(keys), (jnp.asarray(task.x), jnp.asarray(task.y))
+    states, data = states_of(task, members), (jnp.asarray(task.x), jnp.asarray(task.y))
     run = jax.jit(lambda states: fit(states, data)[0])
     return lambda: jax.block_until_ready(run(states))
 
@@ -141,45 +147,46 @@ def table_of_layouts(task: Task, members: tuple[int, ...], updates: int) -> list
     return lines
 
 
-def table_of_peers(task: Task, members: tuple[int, ...], updates: int) -> list[str]:
-    """Updates per second of fcfunc with eight members at once, on one device and on one per core, and of PyTorch."""
+def table_of_peers(title: str, members: tuple[int, ...], updates: int) -> list[str]:
+    """Updates per second of fcfunc with some members at once, on one device and on one per core, and of PyTorch."""
+    make, at_once = TASKS[title]
+    task = make()
     lines = [
-        "| members | alone, one after the other | `members_at_once=8` | the same, a device per core | PyTorch |",
+        f"| members | one after the other | `members_at_once={at_once}` | the same, a device per core | PyTorch |",
         "|---" * 5 + "|",
     ]
     for count in members:
         epochs = epochs_for(task, count, updates)
         alone = epochs_for(task, 1, updates)
         runs = {"alone": (with_fcfunc(task, 1, None, alone), updates_of(task, 1, alone))}
-        runs["8"] = with_fcfunc(task, count, 8, epochs), updates_of(task, count, epochs)
+        runs["population"] = with_fcfunc(task, count, at_once, epochs), updates_of(task, count, epochs)
         if count in PYTORCH_MEMBERS:
             slow = max(1, epochs // 8)
             runs["torch"] = with_torch(task, count, slow), updates_of(task, count, slow)
         found = {name: f"{statistics.median(s):,.0f}" for name, s in speeds(runs, 3).items()}
-        found["devices"] = f"{on_devices(task, count, epochs):,.0f}" if count % (os.cpu_count() or 1) == 0 else ""
-        cells = [found.get(name, "") for name in ("alone", "8", "devices", "torch")]
+        found["devices"] = f"{on_devices(title, count, epochs):,.0f}" if count % (os.cpu_count() or 1) == 0 else ""
+        cells = [found.get(name, "") for name in ("alone", "population", "devices", "torch")]
         lines.append(f"| {count} | {' | '.join(cells)} |")
         print(lines[-1], flush=True)
     return lines
 
 
-def on_devices(task: Task, members: int, epochs: int) -> float:
+def on_devices(title: str, members: int, epochs: int) -> float:
     """Updates per second in a process that has one CPU device per core."""
     env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={os.cpu_count()}"}
-    name = next(title for title, make in TASKS.items() if make().dims == task.dims)
-    command = [sys.executable, "-m", "benchmarks.populations", "--sharded", json.dumps([name, members, epochs])]
+    command = [sys.executable, "-m", "benchmarks.populations", "--sharded", json.dumps([title, members, epochs])]
     folder = Path(__file__).parents[1]
     answer = subprocess.run(command, check=True, capture_output=True, text=True, env=env, cwd=folder)
     return float(answer.stdout)
 
 
-def sharded(name: str, members: int, epochs: int) -> float:
+def sharded(title: str, members: int, epochs: int) -> float:
     """Updates per second of a population whose members are sharded over all devices."""
-    task, mesh = TASKS[name](), jax.make_mesh((jax.device_count(),), ("members",))
-    fit = train.make_fit(classifier_loss, task.optimizer, epochs=epochs, batch_size=task.batch_size, members_at_once=8)
-    keys = jax.random.split(jax.random.key(0), members)
-    make = lambda key: train.init_state(fcfunc.init(key, task.dims), task.optimizer, key)  # noqa: E731
-    states = jax.device_put(jax.jit(jax.vmap(make))(keys), jax.NamedSharding(mesh, jax.P("members")))
+    make, at_once = TASKS[title]
+    task, mesh = make(), jax.make_mesh((jax.device_count(),), ("members",))
+    options = {"epochs": epochs, "batch_size": task.batch_size}
+    fit = train.make_fit(classifier_loss, task.optimizer, **options, members_at_once=at_once)
+    states = jax.device_put(states_of(task, members), jax.NamedSharding(mesh, jax.P("members")))
     data = jax.device_put((task.x, task.y), jax.NamedSharding(mesh, jax.P()))
     run = jax.jit(lambda states, data: fit(states, data)[0])
     runs = {"": (lambda: jax.block_until_ready(run(states, data)), updates_of(task, members, epochs))}
@@ -215,9 +222,9 @@ def main() -> None:
     page = INTRODUCTION.format(
         cores=os.cpu_count(), machine=platform.machine(), python=platform.python_version(), versions=versions()
     )
-    for title, make in TASKS.items():
+    for title, (make, _) in TASKS.items():
         table = "\n".join(table_of_layouts(make(), members, args.updates))
-        peers = "\n".join(table_of_peers(make(), members, args.updates))
+        peers = "\n".join(table_of_peers(title, members, args.updates))
         page += f"\n## {title}\n\nSpeed by the number of members that are trained at once:\n\n{table}\n"
         page += f"\nUpdates per second, of all members together:\n\n{peers}\n"
     if members == MEMBERS:
