@@ -4,7 +4,7 @@ VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: train test test-all test-lowest test-peers bench bench-gpu docs docs-serve docs-test lint dist clean
+.PHONY: train test test-all test-lowest test-peers bench bench-gpu docs docs-serve docs-test lint audit dist clean
 
 train: $(STAMP)
 	@$(BIN)/python -m examples.train_classifier $(ARGS)
@@ -61,6 +61,13 @@ lint: $(STAMP)
 	@$(BIN)/codespell
 	@$(BIN)/lint-imports --no-logo --no-cache
 	@$(BIN)/pyright --pythonpath $(BIN)/python
+
+# Looks for known vulnerabilities in the packages that fcfunc needs to run, if the database can be reached.
+audit: $(STAMP)
+	@$(PYTHON) -m venv .venv-audit
+	@.venv-audit/bin/python -m pip install --quiet --quiet --disable-pip-version-check pip-audit
+	@$(BIN)/python -m tests.requirements > .venv-audit/requirements.txt
+	@.venv-audit/bin/pip-audit --progress-spinner off --disable-pip --no-deps -r .venv-audit/requirements.txt
 
 # Reproducible: a commit gives the same bytes at any time and on any machine.
 dist: $(STAMP)

@@ -3,7 +3,7 @@
     python -m examples.train_distributed --processes 2 --mode fsdp
     srun python -m examples.train_distributed --cluster      # or mpirun; on Kubernetes, in each pod of an indexed Job
 
-Writes a checkpoint to --out after each epoch, and within the epoch with --save-every. `--resume` continues from the
+Writes checkpoints to --out after each epoch, and within the epoch with --save-every. `--resume` continues from the
 last one, on the same or a different number of devices. After SIGTERM the run is saved and exits with status 4.
 See docs/guides/multiple-devices.md.
 """
@@ -100,20 +100,15 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         name: getattr(args, name) for name in ("data", "epochs", "batch_size", "accumulate", "learning_rate", "seed")
     }
     config |= {"dims": dims, "examples": whole}
-    if args.resume:
-        saved = checkpoint.restore(args.out, state)
-        if saved.config != config:
-            other = ", ".join(
-                f"{k} {saved.config.get(k)}, not {v}" for k, v in config.items() if saved.config.get(k) != v
-            )
-            raise ValueError(f"--resume: {args.out} is from a different run: {other}")
-        state = saved.state
-        say(f"resumed at step {saved.step}, saved on {saved.devices} devices, resumes on {jax.device_count()}")
-    elif checkpoint.steps(args.out):
+    saved = checkpoint.steps(args.out)
+    if args.resume and not saved:
+        raise FileNotFoundError(f"--resume: {args.out} holds no checkpoint")
+    if saved and not args.resume:
         raise ValueError(f"--out {args.out}: holds checkpoints; use --resume, or choose another folder")
+    if saved:
+        say(f"resumes from step {saved[-1]}")
 
-    def on_steps(state):
-        checkpoint.save(args.out, state, config=config)
+    def on_steps(state):  # after each save
         terminate = bool(asked)
         if jax.process_count() > 1:  # either all processes end, or none
             terminate = bool(multihost_utils.process_allgather(np.array(terminate)).any())
@@ -121,14 +116,12 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             raise Terminated(f"terminated; saved at step {int(state.step)}, resume with --resume")
 
     def on_epoch(state, record):
-        epoch = record["step"] // steps
-        say(f"epoch {epoch}/{args.epochs}  loss {record['loss']:.4f}  accuracy {record['accuracy']:.4f}")
+        say(f"epoch {record['epoch']}/{args.epochs}  loss {record['loss']:.4f}  accuracy {record['accuracy']:.4f}")
 
-    done = int(state.step) // steps
-    if done < args.epochs:
-        options = {"epochs": args.epochs - done, "batch_size": args.batch_size, "accumulate": args.accumulate}
-        options |= {"every": args.save_every or steps, "on_steps": on_steps, "on_epoch": on_epoch}
-        state, _ = train.fit(loss_fn, optimizer, state, training, num_classes=10, **options)
+    options = {"epochs": args.epochs, "batch_size": args.batch_size, "accumulate": args.accumulate}
+    options |= {"every": args.save_every or steps, "on_steps": on_steps, "on_epoch": on_epoch}
+    options |= {"saver": checkpoint.Saver(args.out, config=config, share=args.save_share)}
+    state, _ = train.fit(loss_fn, optimizer, state, training, num_classes=10, **options)
     figures = {name: float(np.asarray(m)) for name, m in train.evaluate(loss_fn, state.params, test).items()}
     say(f"test accuracy {figures['accuracy']:.4f}")
     return figures
@@ -193,6 +186,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="STEPS",
         help="save, and check for SIGTERM, also every STEPS steps within an epoch (default: only at its end)",
     )
+    add("--save-share", type=float, default=0.05, help="the largest part of the time spent on saving, in one process "
+        "(default: 0.05)")  # fmt: skip
     add("--resume", action="store_true", help="continue from the last checkpoint")
     add("--processes", type=int, default=1, help="number of processes, started here unless --process-id is given")
     add("--process-id", type=int, help="index of this process, 0 to N - 1, if you start them yourself")

@@ -18,9 +18,23 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fcfunc import checkpoint
+from fcfunc.checkpoint import _manifest
 
 ROOT = Path(__file__).parents[1]
-RUN = ["--data", "digits", "--dims", "64,128,10", "--batch-size", "32", "--epochs", "5", "--save-every", "7"]
+RUN = [
+    "--data",
+    "digits",
+    "--dims",
+    "64,128,10",
+    "--batch-size",
+    "32",
+    "--epochs",
+    "5",
+    "--save-every",
+    "7",
+    "--save-share",
+    "1",
+]
 
 
 def start(out: Path, *more: str) -> subprocess.Popen:
@@ -39,7 +53,7 @@ def finished(process: subprocess.Popen) -> str:
 
 def digest(out: Path) -> dict[str, str]:
     """The SHA-256 of each array of the last checkpoint."""
-    path = out / str(checkpoint.steps(out)[-1]) / checkpoint.MANIFEST
+    path = out / str(checkpoint.steps(out)[-1]) / _manifest.MANIFEST
     arrays = json.loads(path.read_text().partition("\n")[2])["arrays"]
     return {name: array["sha256"] for name, array in arrays.items()}
 

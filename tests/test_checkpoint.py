@@ -18,6 +18,7 @@ from jax.sharding import AxisType
 
 import fcfunc
 from fcfunc import checkpoint, sharding, train
+from fcfunc.checkpoint import _manifest
 from tests.rules import slow
 
 OPTIMIZER = optax.adam(1e-3)
@@ -144,14 +145,14 @@ def test_a_file_that_is_cut_off_or_missing_is_named_and_the_damaged_checkpoint_s
         with pytest.raises(ValueError, match=re.escape(f"{path}: damaged")):
             checkpoint.restore(tmp_path, make_state())
         path.unlink()
-        if path.name == checkpoint.MANIFEST:
+        if path.name == _manifest.MANIFEST:
             assert checkpoint.steps(tmp_path) == [1]
         else:
             with pytest.raises(ValueError, match=re.escape(f"{path}: damaged; the file is missing")):
                 checkpoint.restore(tmp_path, make_state())
         path.write_bytes(content)
     assert checkpoint.restore(tmp_path, make_state(), step=1).step == 1
-    manifest = tmp_path / "2" / checkpoint.MANIFEST
+    manifest = tmp_path / "2" / _manifest.MANIFEST
     manifest.write_bytes(manifest.read_bytes() + b" ")
     for step in (3, 4):
         checkpoint.save(tmp_path, moved(make_state(), step), keep=1)
@@ -162,7 +163,7 @@ def test_what_killed_saves_left_is_ignored_and_removed_by_the_next_and_nothing_e
     checkpoint.save(tmp_path, moved(make_state(), 1))
     for name in (".2.unfinished", ".3.unfinished"):
         shutil.copytree(tmp_path / "1", tmp_path / name)
-    (tmp_path / ".3.unfinished" / checkpoint.MANIFEST).unlink()
+    (tmp_path / ".3.unfinished" / _manifest.MANIFEST).unlink()
     (tmp_path / "4").mkdir()
     (tmp_path / "2024").mkdir()
     (tmp_path / "2024" / "arrays_of_mine.npz").write_text("precious")
@@ -213,10 +214,10 @@ def test_a_checkpoint_that_cannot_be_removed_is_a_warning_and_the_new_one_is_who
 )
 def test_a_manifest_that_somebody_wrote_is_held_against_what_is_there(tmp_path, change, message):
     checkpoint.save(tmp_path, moved(make_state(), 1))
-    path = tmp_path / "1" / checkpoint.MANIFEST
+    path = tmp_path / "1" / _manifest.MANIFEST
     manifest = json.loads(path.read_bytes().partition(b"\n")[2])
     change(manifest)
-    path.write_bytes(checkpoint._bytes(manifest))
+    path.write_bytes(_manifest.encoded(manifest))
     with pytest.raises(ValueError, match=message):
         checkpoint.restore(tmp_path, make_state())
 
@@ -240,9 +241,9 @@ def test_empty_arrays_and_numbers_too_large_are_laid_or_refused(tmp_path):
 
 def test_a_newer_format_is_an_error_that_says_so(tmp_path):
     checkpoint.save(tmp_path, moved(make_state(), 1))
-    path = tmp_path / "1" / checkpoint.MANIFEST
+    path = tmp_path / "1" / _manifest.MANIFEST
     manifest = json.loads(path.read_bytes().partition(b"\n")[2]) | {"format": 2}
-    path.write_bytes(checkpoint._bytes(manifest))
+    path.write_bytes(_manifest.encoded(manifest))
     with pytest.raises(ValueError, match=r"manifest.json: format 2 needs a newer fcfunc; this one reads format 1"):
         checkpoint.restore(tmp_path, make_state())
 

@@ -126,7 +126,8 @@ def test_two_runs_of_two_epochs_equal_one_of_four():
         ({"patience": 3, "monitor": "f1"}, "monitor 'f1' is not among the metrics: loss, accuracy"),
         ({"tol": 0.1}, "tol must be finite and at least 0, and tol above 0 needs patience"),
         ({"tol": -0.1, "patience": 3}, "tol must be finite and at least 0"),
-        ({"every": 2}, "every and on_steps must be given together"),
+        ({"every": 2}, "every needs on_steps or saver"),
+        ({"on_steps": print}, "on_steps needs every"),
         ({"validation_data": make_data(0)}, "validation_data must hold at least one example"),
         (
             {"validation_data": make_data(5), "patience": 2, "monitor": "f1"},

@@ -505,6 +505,15 @@ CALLS = {
         {"folder": None, "state": TRAIN_STATE, "keep": 3, "score": 0.5},
         {"folder": [nothing, seven], "state": [text, nothing, seven], "keep": COUNT, "score": [word]},
     ),
+    "checkpoint.Saver": (
+        {"folder": None, "config": None, "keep": 3, "share": 0.5},
+        {
+            "folder": [nothing, seven],
+            "config": [lambda _: (print, TypeError)],
+            "keep": COUNT,
+            "share": [word, lambda _: (0.0, ValueError), lambda _: (1.5, ValueError)],
+        },
+    ),
     "checkpoint.restore": (
         {"folder": None, "like": TRAIN_STATE, "step": None},
         {"folder": [lambda _: ("/nowhere", FileNotFoundError), nothing, seven], "step": [word]},

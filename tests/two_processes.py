@@ -1,4 +1,4 @@
-"""One of two processes of four virtual devices each: `python -m tests.two_processes COORDINATOR ID`.
+"""One of two processes of four virtual devices each: `python -m tests.two_processes COORDINATOR ID FOLDER`.
 
 It trains in every mode together with the other process, and checks the results against training on one local device.
 """
@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType
 
 import fcfunc
-from fcfunc import losses, sharding, stream, train
+from fcfunc import checkpoint, losses, sharding, stream, train
 
 DIMS = [16, 64, 32, 8]
 
@@ -54,6 +55,8 @@ def main():
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6, err_msg=f"{mode} {kind}")
         print(f"{mode} {kind.name}: as on one device", flush=True)
     check_stream(params, data)
+    check_non_finite(params, data, process)
+    check_resuming(params, mine, sys.argv[3])
 
 
 def check_stream(params, data):
@@ -78,6 +81,50 @@ def check_stream(params, data):
     # Two epochs of 64 examples, half of them in each process, and the first batch, which finds the shapes.
     assert sum(reads) == 2 * 32 + 8, reads
     print("a stream, of which each process reads half: as on one device", flush=True)
+
+
+def check_non_finite(params, data, process):
+    """An example of the second process makes the loss NaN, which ends both with the same error."""
+    mesh, optimizer = sharding.make_mesh(), optax.sgd(0.1)
+    x, y = data[0].copy(), data[1]
+    x[50, 0] = 1e30
+    mine = jax.tree.map(lambda a: a[32 * process : 32 * (process + 1)], (x, y))
+    state = train.init_state(sharding.shard(params, jax.P(), mesh), optimizer, jax.random.key(1))
+    nan_loss = lambda p, batch, key: loss_fn(p, batch, key) + jnp.sum(jnp.where(batch[0] > 1e29, jnp.nan, 0.0))
+    with pytest.raises(train.NonFiniteError) as raised:
+        train.fit(nan_loss, optimizer, state, sharding.global_batch(mine, mesh), epochs=2, batch_size=16)
+    said = np.frombuffer(str(raised.value).encode().ljust(400)[:400], np.uint8)
+    messages = multihost_utils.process_allgather(said)
+    assert (messages == messages[0]).all(), str(raised.value)
+    assert 50 in raised.value.indices, raised.value
+    print("the same error in both processes", flush=True)
+
+
+def check_resuming(params, mine, folder):
+    """A run with patience that both processes interrupt, and resume to the same bits and the same history."""
+    mesh = sharding.make_mesh()
+    data, optimizer = sharding.global_batch(mine, mesh), optax.adam(0.1)
+    params = sharding.shard(params, sharding.param_specs(params, mesh, "fsdp"), mesh)
+    options = {"epochs": 6, "batch_size": 16, "every": 3, "validation_data": data, "patience": 2}
+
+    def fit(on_steps, **more):
+        state = train.init_state(params, optimizer, jax.random.key(1))
+        return train.fit(loss_fn, optimizer, state, data, on_steps=on_steps, **options, **more)
+
+    def interrupt(state):
+        if int(state.step) == 11:
+            raise KeyboardInterrupt
+
+    saver = checkpoint.Saver(folder)
+    with pytest.raises(KeyboardInterrupt):
+        fit(interrupt, saver=saver)
+    assert checkpoint.steps(folder)[-1] == 11
+    (state, history), (whole, expected) = fit(lambda state: None, saver=saver), fit(lambda state: None)
+    for a, b in zip(*multihost_utils.process_allgather((state.params, whole.params), tiled=True), strict=True):
+        np.testing.assert_array_equal(a["w"], b["w"])
+    for name in expected.keys() - {"seconds"}:
+        np.testing.assert_array_equal(history[name], expected[name], err_msg=name)
+    print("an interrupted run: as the uninterrupted one", flush=True)
 
 
 if __name__ == "__main__":

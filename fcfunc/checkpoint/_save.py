@@ -1,13 +1,6 @@
-"""Saving and restoring a run: the whole `TrainState`, and the configuration that made it.
-
-The arrays are written and read by orbax-checkpoint (the extra `checkpoint`). This module adds a manifest, which is
-written last: the name, shape, dtype and SHA-256 of every array, the size and SHA-256 of every file, and a SHA-256 of
-itself. All are verified when a checkpoint is restored. A folder without a manifest is not a checkpoint.
-"""
+"""Writing and reading a checkpoint: orbax's files, and the manifest."""
 
 import contextlib
-import hashlib
-import json
 import logging
 import os
 import shutil
@@ -21,14 +14,18 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from fcfunc import _arguments, _files
-
-__all__ = ["Checkpoint", "restore", "save", "steps"]
-
-FORMAT = 1
-"""The format of the manifest; a higher number was written by a newer release."""
-
-ARRAYS, MANIFEST = "arrays", "manifest.json"
-"""The contents of a checkpoint's folder: orbax's files, and the manifest, which is written last."""
+from fcfunc.checkpoint._manifest import (
+    ARRAYS,
+    FORMAT,
+    MANIFEST,
+    check_files,
+    check_matches,
+    content,
+    encoded,
+    hashes_of_files,
+    read_manifest,
+    sha256,
+)
 
 
 class Checkpoint(NamedTuple):
@@ -77,24 +74,53 @@ def save(folder: Any, state: Any, *, config: Any = None, keep: int = 3, score: f
     _arguments.positive("checkpoint.save", keep=keep)
     if score is not None and not np.isfinite(_arguments.number("checkpoint.save", score=score)):
         raise ValueError(f"checkpoint.save: score must be finite, got {score}")
+    return write(local(folder), snapshot_of(state, _files.plain(config, "checkpoint.save: config")), keep, score)
+
+
+class Snapshot(NamedTuple):
+    """What a checkpoint holds.
+
+    Attributes:
+      step: its number.
+      arrays: by name; of random keys, their data.
+      keys: the implementation of each random key, by name.
+      devices: the number of devices that the arrays are on.
+      config: plain data.
+    """
+
+    step: int
+    arrays: dict
+    keys: dict
+    devices: int
+    config: Any
+
+
+def snapshot_of(state: Any, config: Any) -> Snapshot:
+    """The content of a checkpoint of a state and plain data; the arrays stay on their devices."""
     step = _step_of(state)
     arrays, keys = _named(state)
+    devices = len(set().union(*(a.sharding.device_set for a in arrays.values())))
+    return Snapshot(step, arrays, keys, devices, config)
+
+
+def write(folder: Path, snapshot: Snapshot, keep: int, score: float | None = None) -> Path:
+    """Writes a checkpoint, and removes old ones; see `save`."""
+    step, arrays, keys, devices, config = snapshot
     described = {
-        name: {"shape": list(a.shape), "dtype": str(a.dtype), "sha256": _sha256(a)} for name, a in arrays.items()
+        name: {"shape": list(a.shape), "dtype": str(a.dtype), "sha256": sha256(a)} for name, a in arrays.items()
     }
     manifest = {
         "format": FORMAT,
         "step": step,
         "score": None if score is None else float(score),
-        "devices": len(set().union(*(a.sharding.device_set for a in arrays.values()))),
+        "devices": devices,
         "keys": keys,
         "arrays": described,
-        "config": _files.plain(config, "checkpoint.save: config"),
+        "config": config,
     }
-    folder = _local(folder)
     where, unfinished = folder / str(step), folder / f".{step}.unfinished"
     last = max(steps(folder), default=-1)
-    if step == last and _content(_manifest(where)) == _content(manifest):
+    if step == last and content(read_manifest(where)) == content(manifest):
         return where
     if step <= last:
         raise ValueError(
@@ -111,7 +137,8 @@ def save(folder: Any, state: Any, *, config: Any = None, keep: int = 3, score: f
             checkpointer.save(unfinished / ARRAYS, args=ocp.args.StandardSave(full))
         with _all_or_none():
             if first:
-                _files.write_synced(unfinished / MANIFEST, _bytes(manifest | {"files": _hashes(unfinished, kept=True)}))
+                files = hashes_of_files(unfinished, kept=True)
+                _files.write_synced(unfinished / MANIFEST, encoded(manifest | {"files": files}))
                 os.rename(unfinished, where)
                 _sync(folder)
     with _all_or_none():
@@ -147,7 +174,7 @@ def restore(folder: Any, like: Any, *, step: int | None = None) -> Checkpoint:
       >>> restored.config, int(restored.state.step)
       ({'dims': [2, 3]}, 0)
     """
-    folder = _local(folder)
+    folder = local(folder)
     if step is not None:
         _arguments.integer("checkpoint.restore", step=step)
     found = steps(folder)
@@ -159,9 +186,9 @@ def restore(folder: Any, like: Any, *, step: int | None = None) -> Checkpoint:
     arrays, keys = _named(like)
     earlier = [other for other in found if other < step]
     with _append_to_error(f"; the previous checkpoint is step={earlier[-1]}" if earlier else ""):
-        manifest = _manifest(where)
-        _check_alike(where, manifest, arrays, keys)
-        _check_files(where, manifest["files"])
+        manifest = read_manifest(where)
+        check_matches(where, manifest, arrays, keys)
+        check_files(where, manifest["files"])
         full = {
             name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for name, a in arrays.items() if a.size
         }
@@ -173,7 +200,7 @@ def restore(folder: Any, like: Any, *, step: int | None = None) -> Checkpoint:
             except (ValueError, KeyError, TypeError) as e:
                 raise ValueError(f"{where}: its arrays cannot be read ({_arguments.first_line(e)})") from None
         for name, a in restored.items():
-            if _sha256(a) != manifest["arrays"][name]["sha256"]:
+            if sha256(a) != manifest["arrays"][name]["sha256"]:
                 raise ValueError(f"{where}: damaged; {name} differs from the saved array (SHA-256 mismatch)")
     return Checkpoint(_unnamed(like, restored), manifest["config"], step, manifest["devices"])
 
@@ -193,23 +220,28 @@ def steps(folder: Any) -> list[int]:
       >>> steps(tempfile.mkdtemp())
       []
     """
-    folder = _local(folder)
+    folder = local(folder)
     if not folder.is_dir():
         return []
     return sorted(int(d.name) for d in folder.iterdir() if _is_step(d) and (d / MANIFEST).is_file())
 
 
+def import_orbax() -> Any:
+    """The module `orbax.checkpoint`; ImportError says what to install."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its own deprecations
+        return _arguments.library("checkpoint", "orbax-checkpoint", "orbax.checkpoint").checkpoint
+
+
 @contextlib.contextmanager
 def _orbax():
-    ocp = _arguments.library("checkpoint", "orbax-checkpoint", "orbax.checkpoint").checkpoint
+    ocp = import_orbax()
     log = logging.getLogger("absl")
     level = log.level
     log.setLevel(logging.CRITICAL)  # each of orbax's threads would log the error that is raised here
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # orbax's own deprecations
-            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-                yield ocp, checkpointer
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            yield ocp, checkpointer
     finally:
         log.setLevel(level)
 
@@ -263,36 +295,6 @@ def _start(folder: Path, where: Path, unfinished: Path) -> None:
     unfinished.mkdir(exist_ok=True)
 
 
-def _hashes(where: Path, *, kept: bool = False) -> dict[str, dict]:
-    """The size and SHA-256 of every file of a checkpoint, by path; with `kept`, also flushes the files to disk."""
-    found = {}
-    for path in sorted(p for p in (where / ARRAYS).rglob("*") if p.is_file()):
-        with open(path, "rb") as f:
-            found[path.relative_to(where).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256_of(f)}
-            if kept:
-                os.fsync(f.fileno())
-    return found
-
-
-def _check_files(where: Path, expected: dict[str, dict]) -> None:
-    """Verifies the files before a library reads any of them."""
-    there = {p.relative_to(where).as_posix() for p in (where / ARRAYS).rglob("*") if p.is_file()}
-    for name in sorted(expected.keys() ^ there):
-        what = "the file is missing" if name in expected else "the file is not part of the checkpoint"
-        raise ValueError(f"{where / name}: damaged; {what}")
-    for name, file in expected.items():
-        path = where / name
-        if path.stat().st_size != file["bytes"]:
-            raise ValueError(f"{path}: damaged; expected {file['bytes']} bytes, found {path.stat().st_size}")
-        with open(path, "rb") as f:
-            if _sha256_of(f) != file["sha256"]:
-                raise ValueError(f"{path}: damaged; its contents differ from the saved ones (SHA-256 mismatch)")
-
-
-def _sha256_of(file) -> str:
-    return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _sync(folder: Path) -> None:
     """Flushes the entries of a folder to disk, if the system supports it."""
     with contextlib.suppress(OSError):
@@ -303,66 +305,11 @@ def _sync(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _bytes(manifest: dict) -> bytes:
-    body = json.dumps(manifest, sort_keys=True, indent=1).encode()
-    return hashlib.sha256(body).hexdigest().encode() + b"\n" + body
-
-
-def _manifest(where: Path) -> dict:
-    path = where / MANIFEST
-    digest, _, body = path.read_bytes().partition(b"\n")
-    if hashlib.sha256(body).hexdigest().encode() != digest:
-        raise ValueError(f"{path}: damaged; its contents differ from the saved ones (SHA-256 mismatch)")
-    try:
-        manifest = json.loads(body)
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path}: damaged; it cannot be read ({_arguments.first_line(e)})") from None
-    kinds = {"format": int, "step": int, "devices": int, "keys": dict, "arrays": dict, "files": dict}
-    if isinstance(manifest, dict) and type(manifest.get("format")) is int and manifest["format"] > FORMAT:
-        raise ValueError(f"{path}: format {manifest['format']} needs a newer fcfunc; this one reads format {FORMAT}")
-    if (
-        not isinstance(manifest, dict)
-        or not {"config", "score", *kinds} <= manifest.keys()
-        or any(type(manifest[name]) is not kind for name, kind in kinds.items())
-        or not all(
-            isinstance(a, dict) and {"shape", "dtype", "sha256"} <= a.keys() for a in manifest["arrays"].values()
-        )
-        or not all(isinstance(f, dict) and {"bytes", "sha256"} <= f.keys() for f in manifest["files"].values())
-        or manifest["format"] != FORMAT
-        or not isinstance(manifest["score"], float | None)
-    ):
-        raise ValueError(f"{path}: damaged; it is not a manifest of format {FORMAT}")
-    if str(manifest["step"]) != where.name:
-        raise ValueError(f"{path}: the manifest is for step {manifest['step']}; the folder was renamed")
-    return manifest
-
-
-def _content(manifest: dict) -> str:
-    """The content that makes two checkpoints of a step equal, without score, devices and files."""
-    return json.dumps({name: manifest[name] for name in ("keys", "arrays", "config")}, sort_keys=True)
-
-
-def _check_alike(where: Path, manifest: dict, arrays: dict, keys: dict) -> None:
-    saved = manifest["arrays"]
-    for name in [*(saved.keys() - arrays.keys()), *(arrays.keys() - saved.keys())]:
-        has, lacks = ("the checkpoint", "this run") if name in saved else ("this run", "the checkpoint")
-        raise ValueError(f"{where}: saved from a different network or optimizer: {has} has {name}, {lacks} does not")
-    for name, a in arrays.items():
-        came, expected = saved[name], {"shape": list(a.shape), "dtype": str(a.dtype)}
-        if any(came[what] != expected[what] for what in expected):
-            raise ValueError(
-                f"{where}: {name} is {came['dtype']} {came['shape']}, "
-                f"but this run expects {expected['dtype']} {expected['shape']}"
-            )
-    if manifest["keys"] != keys:
-        raise ValueError(f"{where}: the random keys are {manifest['keys']}, but this run expects {keys}")
-
-
 def _prune(folder: Path, keep: int) -> None:
     scores: dict[int, Any] = {}
     for step in steps(folder):
         with contextlib.suppress(ValueError, OSError):  # keep a damaged checkpoint for inspection
-            scores[step] = _manifest(folder / str(step))["score"]
+            scores[step] = read_manifest(folder / str(step))["score"]
     scored = [step for step in scores if scores[step] is not None]
     best = max(scored, key=lambda step: (scores[step], step), default=None)
     for step in sorted(scores)[:-keep]:
@@ -384,7 +331,8 @@ def _is_step(d: Path) -> bool:
     return d.name.isascii() and d.name.isdigit() and d.name == str(int(d.name)) and d.is_dir()
 
 
-def _local(folder) -> Path:
+def local(folder: Any) -> Path:
+    """The absolute path of a folder, which need not exist."""
     _arguments.path("checkpoint", folder=folder)
     if "://" in str(folder):
         raise ValueError(f"checkpoint: folder must be on a file system, got {folder}")
@@ -439,9 +387,3 @@ def _unnamed(like, arrays: dict) -> Any:
         return a
 
     return jax.tree.map_with_path(take, like)
-
-
-def _sha256(a: jax.Array) -> str:
-    """The SHA-256 of the array's bytes in row-major order, independent of the sharding."""
-    host = np.ascontiguousarray(_files.to_host(a))
-    return hashlib.sha256(host.reshape(-1).view(np.uint8)).hexdigest()  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from fcfunc._arguments import as_array, count
+from fcfunc._arguments import as_array
 from fcfunc._stream import Stream, read_chunk
 from fcfunc.train._order import batch_sizes, order_program
 from fcfunc.train._state import TrainState
@@ -31,13 +31,12 @@ class Chunk(NamedTuple):
 
     def order(self, state: TrainState, limit: int, *, shuffle: bool) -> jax.Array:
         """The places in `data` of the next `limit` examples."""
-        n = count("fit", self.data)
-        return order_program(n, limit, shuffle)(state, self.used, self.salt)
+        return order_program(self.size, limit, shuffle)(state, self.used, self.salt)
 
-
-def chunks_in_memory(data: Any) -> Iterator[Chunk]:
-    """All examples as one chunk."""
-    yield Chunk(data, 0, 0, 0, None)
+    @property
+    def size(self) -> int:
+        """The number of examples."""
+        return jax.tree.leaves(self.data)[0].shape[0]
 
 
 def chunks_of_stream(

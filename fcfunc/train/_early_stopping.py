@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from fcfunc import _arguments
-from fcfunc.train._state import TrainState
+from fcfunc.train._state import TrainState, copy_arrays
 
 
 class EarlyStopping(NamedTuple):
@@ -23,13 +23,13 @@ class EarlyStopping(NamedTuple):
     def start(self, state: TrainState) -> "Best":
         """The value before the first epoch: no score, and the initial model."""
         score = jnp.asarray(jnp.nan, jnp.result_type(float))
-        model = () if self.patience is None else jax.tree.map(jnp.copy, (state.params, state.model_state))
+        model = () if self.patience is None else copy_arrays((state.params, state.model_state))
         return Best(score, jnp.int32(0), jnp.int32(0), model)
 
     def judge(self, best: "Best", epoch: Any, record: dict, state: TrainState) -> "Best":
         """The best epoch so far, given the `record` of one more; without patience, the last epoch."""
         if self.patience is None:
-            return best._replace(epoch=epoch)
+            return best._replace(epoch=jnp.int32(epoch))
         score = jnp.asarray(record[self.monitor], best.score.dtype)
         model = (state.params, state.model_state)
         new = Best(score if self.mode == "min" else -score, jnp.int32(epoch), jnp.int32(0), model)

@@ -84,7 +84,7 @@ def make_train_epoch(
         state = state._replace(epoch_position=jnp.zeros((), jnp.int32))
         for chunk in chunks_of_stream("make_train_epoch", data, state, size, shuffle=bool(shuffle)):
             state = replicate_unplaced(state, chunk.data)
-            order = chunk.order(state, count("make_train_epoch", chunk.data), shuffle=bool(shuffle))
+            order = chunk.order(state, chunk.size, shuffle=bool(shuffle))
             state, metrics = chunk_program(size)(state, chunk.data, order=order, total=jnp.int32(data.examples))
             # Wait, so that no more than two chunks are in memory.
             parts.append(jax.device_get(metrics))

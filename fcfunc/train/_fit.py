@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from fcfunc._arguments import as_array, check_values, count, examples, fitting_b
 from fcfunc._layout import match_varying
 from fcfunc._stream import Stream
 from fcfunc.train._captured import FunctionId, cached_by_id, traced
-from fcfunc.train._chunks import Chunk, chunks_in_memory, chunks_of_stream, steps_of_epoch
+from fcfunc.train._chunks import Chunk, chunks_of_stream, steps_of_epoch
 from fcfunc.train._early_stopping import Best, EarlyStopping, checked_early_stopping
 from fcfunc.train._epoch import (
     epoch_means,
@@ -34,7 +33,8 @@ from fcfunc.train._mesh import Layouts, jit_on_mesh, on_mesh_of, replicate_unpla
 from fcfunc.train._order import batch_sizes
 from fcfunc.train._population import population_of
 from fcfunc.train._progress import ProgressBar, report
-from fcfunc.train._state import TrainState, copy_state
+from fcfunc.train._run import NO_SUMS, Run, arrays_of, check_saver, notes_of, restored
+from fcfunc.train._state import TrainState, copy_arrays
 from fcfunc.train._step import step_of, uniform
 
 RESERVED = ("epoch", "epochs", "kept_epoch", "step", "seconds")
@@ -130,21 +130,21 @@ def make_fit(
                 record |= {f"validation_{name}": m for name, m in scores.items()}
             return state, record
 
-        def unfinished(run: _Run):
+        def unfinished(run: _Loop):
             return (run.epoch < epochs) & ~stopping.stops(run.best) & ~run.diverged
 
-        def next_epoch(run: _Run):
+        def next_epoch(run: _Loop):
             state, record = one_epoch(run.state)
             diverged = ~(jnp.isfinite(record["loss"]) & still_finite(run.state, state))
             state = optax.tree.where(diverged, run.state, state)
             history = {name: run.history[name].at[run.epoch].set(m) for name, m in record.items()}
             best = stopping.judge(run.best, run.epoch + 1, record, state)
             best = optax.tree.where(diverged, run.best, best)
-            return _Run(state, history, run.epoch + 1, best, diverged)
+            return _Loop(state, history, run.epoch + 1, best, diverged)
 
         shapes = jax.eval_shape(one_epoch, state)[1]
         history = {name: jnp.full((epochs,), jnp.nan, m.dtype) for name, m in shapes.items()}
-        start = _Run(state, history, jnp.int32(0), stopping.start(state), jnp.bool_(False))
+        start = _Loop(state, history, jnp.int32(0), stopping.start(state), jnp.bool_(False))
         # Inside shard_map, what an epoch returns varies over the axes that its arguments vary over.
         run = jax.lax.while_loop(unfinished, next_epoch, match_varying(start))
         numbers = {"epoch": jnp.arange(1, epochs + 1), "epochs": run.epoch, "kept_epoch": run.best.epoch}
@@ -153,7 +153,7 @@ def make_fit(
     return whole_fit if members_at_once is None else population_of(whole_fit, int(members_at_once))
 
 
-class _Run(NamedTuple):
+class _Loop(NamedTuple):
     """The carry of the loop over epochs in `make_fit`."""
 
     state: TrainState
@@ -183,6 +183,7 @@ def fit(
     on_epoch: Callable[[TrainState, dict], bool | None] | None = None,
     every: int | None = None,
     on_steps: Callable[[TrainState], None] | None = None,
+    saver: Any = None,
     progress: bool = False,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Trains for a given number of epochs.
@@ -217,16 +218,20 @@ def fit(
       mode: "min" if lower is better, "max" if higher is.
       patience: stop after this many epochs in a row without a better one, and return the parameters and model state of
         the best epoch (the rest of the state is that of the last epoch). None: run all epochs and return the last
-        state. The count starts with the first epoch of this call, also in a resumed run.
+        state. Without a `saver`, the count starts with the first epoch of this call, also in a resumed run.
       tol: an epoch resets the count of `patience` only if it improves on the best one by more than this. The returned
         parameters are those of the best epoch regardless.
       num_classes: the number of classes; if given, the labels are checked.
       on_epoch: called with the state and the epoch's record, for logging or saving; if it returns True, the run ends
         after this epoch.
-      every: call `on_steps` after this many steps within an epoch, and at its end. The compiled program then covers
-        this many steps and is called several times per epoch.
-      on_steps: called with the state, to save a run within long epochs. A run that resumes from such a state, with the
-        same options, takes exactly the steps the uninterrupted run would have taken.
+      every: save and call `on_steps` after this many steps within an epoch, and at its end. The compiled program then
+        covers this many steps and is called several times per epoch. None: save at the end of each epoch.
+      on_steps: called with the state, after `on_epoch` at the end of an epoch. A run that resumes from such a state,
+        with the same options, takes exactly the steps the uninterrupted run would have taken.
+      saver: a `checkpoint.Saver`, which saves the run in the background. If its folder holds a checkpoint, the run
+        continues from there instead of from `state`: the same call returns the same state and the same history,
+        however often it was interrupted, and at once if the run was complete. `epochs` counts those of the whole run.
+        `on_epoch` may be called again for the last epoch before an interruption.
       progress: show a progress bar on standard error (needs tqdm); it also moves within an epoch, unless several
         processes share a mesh. If standard error is not a terminal, each epoch prints a line instead.
 
@@ -239,11 +244,12 @@ def fit(
 
     Raises:
       ValueError: an option is out of range; the data is empty, non-finite or has labels out of range; `monitor` is not
-        among the metrics or needs `validation_data`.
+        among the metrics or needs `validation_data`; the saver's folder holds a run with other options.
       TypeError: `loss_fn` returns something other than a loss or `(loss, metrics)`; the data cannot be converted.
       NonFiniteError: the loss or an array of the state became non-finite. This FloatingPointError carries the last good
         state, the step, the indices of its examples and the path of the first non-finite array.
       MemoryError: the data is larger than the free memory of the device; raised before anything is copied.
+      OSError: a checkpoint cannot be written.
 
     Example:
       >>> import optax
@@ -261,8 +267,12 @@ def fit(
     _arguments.positive("fit", epochs=epochs, batch_size=batch_size, accumulate=accumulate)
     _arguments.boolean("fit", shuffle=shuffle)
     stopping = checked_early_stopping("fit", monitor, mode, patience, tol, validation=validation_data is not None)
-    if (every is None) != (on_steps is None):
-        raise ValueError("fit: every and on_steps must be given together, got only one of them")
+    if saver is not None:
+        check_saver("fit", saver)
+    if on_steps is not None and every is None:
+        raise ValueError("fit: on_steps needs every, the number of steps from one call to the next")
+    if every is not None and on_steps is None and saver is None:
+        raise ValueError("fit: every needs on_steps or saver")
     if every is not None:
         _arguments.positive("fit", every=every)
     streamed = isinstance(data, Stream)
@@ -300,7 +310,7 @@ def fit(
 
     def chunks_of_epoch(state):
         if not streamed:
-            return chunks_in_memory(data)
+            return [Chunk(data, first=0, used=0, steps=0, salt=None)]
         return chunks_of_stream("fit", data, state, batch_size, shuffle=bool(shuffle), check=check_once)
 
     def run_chunk(chunk, probe, limit, state, **handle):
@@ -312,45 +322,59 @@ def fit(
         state, record = program(state, chunk.data, order=order, **total, **handle)
         return state, *jax.device_get(record)
 
-    records: list[dict[str, Any]] = []
+    options = {"examples": n, "batch_size": int(batch_size), "accumulate": int(accumulate), "shuffle": bool(shuffle)}
+    options |= {"every": every and int(every), "patience": patience and int(patience), "tol": stopping.tol}
+    options |= {"monitor": stopping.monitor, "mode": mode, "chunk_size": data.chunk_size if streamed else None}
     steps, first_step = steps_of_epoch(data, n, batch_size), int(state.epoch_start if position else state.step)
-    state = replicate_unplaced(copy_state(state), sample)
-    best = stopping.start(state)
-    with ProgressBar(epochs, steps, first_step) if progress else contextlib.nullcontext() as bar:
-        for epoch in range(1, epochs + 1):
-            start, chunks = time.perf_counter(), []
-            for chunk in chunks_of_epoch(state):
+    state = replicate_unplaced(copy_arrays(state), sample)
+    run = Run(state, stopping.start(state), [], NO_SUMS, 0.0, False)
+    with contextlib.ExitStack() as stack:
+        save = None
+        if saver is not None:
+            run = restored("fit", saver, run, options)
+            save = stack.enter_context(saver.writing(options))
+        bar = stack.enter_context(ProgressBar(epochs, steps, first_step, len(run.records))) if progress else None
+        while len(run.records) < epochs and not run.ended and not stopping.stops(run.best):
+            epoch, start = len(run.records) + 1, time.perf_counter() - run.seconds
+            position = int(run.state.epoch_position)
+            for chunk in chunks_of_epoch(run.state):
                 for sizes in _chunk_sizes(chunk, position, batch_size, every):
-                    before = state
+                    before = run.state
                     # Processes that share a program would disagree on how often to report.
                     reports = bar and bar.redraws and jax.process_count() == 1
                     handle = {"handle": bar.handle()} if bar and reports else {}
                     state, metrics, skipped, ok = run_chunk(chunk, None, sizes.sum(), before, **handle)
                     if not ok:
-                        history = _history(records, int(best.epoch))
                         given = chunk.data if streamed else given_data
                         part = chunk._replace(data=given)
-                        run = functools.partial(run_chunk, chunk)
-                        raise non_finite_error(run, loss_fn, before, part, sizes, epoch, history, shuffle=bool(shuffle))
-                    chunks.append((metrics, skipped, sizes))
-                    if on_steps is not None:
-                        on_steps(state)
-            position = 0
-            record: dict[str, Any] = {"epoch": epoch, "step": int(state.step), **_means_of_chunks(chunks)}
+                        take = functools.partial(run_chunk, chunk)
+                        raise non_finite_error(
+                            take, loss_fn, before, part, sizes, epoch, run.history, shuffle=bool(shuffle)
+                        )
+                    sums = run.sums.plus(metrics, skipped, sizes)
+                    run = run._replace(state=state, sums=sums, seconds=time.perf_counter() - start)
+                    if every and int(state.epoch_position):
+                        if save is not None:
+                            save(arrays_of(run), functools.partial(notes_of, run))
+                        if on_steps is not None:
+                            on_steps(state)
+            record: dict[str, Any] = {"epoch": epoch, "step": int(run.state.step), **run.sums.means()}
             scores = {}
             if eval_id is not None:
-                scores = evaluate_compiled(eval_id, state.params, validation_data, state.model_state)
+                scores = evaluate_compiled(eval_id, run.state.params, validation_data, run.state.model_state)
                 scores = {f"validation_{name}": m for name, m in scores.items()}
                 record |= {name: float(m) for name, m in scores.items()}
             record["seconds"] = time.perf_counter() - start
-            records.append(record)
             if bar:
                 bar.end_epoch(record)
-            stop = on_epoch is not None and _is_true(on_epoch(state, record))
-            best = stopping.judge(best, epoch, record | scores, state)
-            if stop or stopping.stops(best):
-                break
-    return stopping.restore(best, state), _history(records, int(best.epoch))
+            ended = on_epoch is not None and _is_true(on_epoch(run.state, record))
+            best = stopping.judge(run.best, epoch, record | scores, run.state)
+            run = Run(run.state, best, [*run.records, record], NO_SUMS, 0.0, ended)
+            if save is not None:
+                save(arrays_of(run), functools.partial(notes_of, run))
+            if on_steps is not None:
+                on_steps(run.state)
+    return stopping.restore(run.best, run.state), run.history
 
 
 def _is_true(value: Any) -> bool:
@@ -379,25 +403,10 @@ def _chunk_program(loss_fn, optimizer, batch_size, accumulate):
 def _chunk_sizes(chunk: Chunk, position: int, batch_size: int, every: int | None):
     """The batch sizes of the rest of a chunk, split after every `every` steps counted from the epoch's beginning."""
     inside = max(position - chunk.used, 0)
-    sizes = batch_sizes(count("fit", chunk.data) - inside, batch_size)
+    sizes = batch_sizes(chunk.size - inside, batch_size)
     first = chunk.steps + -(-inside // batch_size)
     cuts = [i for i in range(1, len(sizes)) if every and (first + i) % every == 0]
     return np.split(sizes, cuts)
-
-
-def _means_of_chunks(chunks) -> dict[str, float]:
-    """The means of the metrics over the examples of an epoch, without the steps that a guard skipped."""
-    metrics, skipped, sizes = jax.tree.map(lambda *a: np.concatenate(a), *chunks)
-    taken = ~skipped
-    if not taken.any():
-        return dict.fromkeys(metrics, math.nan)
-    return {name: float(np.average(np.float64(m[taken]), weights=sizes[taken])) for name, m in metrics.items()}
-
-
-def _history(records: list[dict], kept_epoch: int) -> dict[str, Any]:
-    """Merges the records of epochs into one dict of arrays."""
-    columns = {name: np.array([record[name] for record in records]) for name in (records[0] if records else ())}
-    return columns | {"epochs": len(records), "kept_epoch": kept_epoch}
 
 
 def _check_state(where: str, state) -> None:

@@ -18,13 +18,13 @@ class ProgressBar:
     Only a terminal can show a line that is redrawn; in a file or a pipe, each epoch prints a line.
     """
 
-    def __init__(self, epochs: int, steps: int, first_step: int):
+    def __init__(self, epochs: int, steps: int, first_step: int, done: int = 0):
         tqdm = _arguments.library("fit: progress=True", "tqdm", "tqdm").tqdm
         self.redraws = sys.stderr is not None and sys.stderr.isatty()
         self.bar = tqdm(total=epochs, unit="epoch", dynamic_ncols=True, bar_format=BAR, disable=not self.redraws)
         self.steps, self.first_step = steps, first_step
-        self.total, self.epochs, self.started, self.drawn = epochs, 0, time.perf_counter(), 0.0
-        self.moved = False
+        self.total, self.epochs, self.started, self.drawn = epochs, done, time.perf_counter(), 0.0
+        self.done_before, self.moved = done, False
         self.number = next(number for number in range(len(_open_bars) + 1) if number not in _open_bars)
         _open_bars[self.number] = self
 
@@ -37,7 +37,7 @@ class ProgressBar:
 
     def handle(self) -> dict[str, jax.Array]:
         """What a compiled epoch needs to report five times a second: the bar's number and the steps between reports."""
-        rate = self.epochs * self.steps / (time.perf_counter() - self.started)
+        rate = (self.epochs - self.done_before) * self.steps / (time.perf_counter() - self.started)
         return {"bar": jnp.int32(self.number), "every": jnp.int32(max(1, min(rate / 5, self.steps)))}
 
     def to_step(self, step: int):

@@ -70,11 +70,11 @@ def init_state(
         opt_state = optimizer.init(params)
     zero = jax.device_put(np.int32(0))
     state = TrainState(params, opt_state, zero, key, model_state, zero, zero)
-    return replicate_unplaced(copy_state(state), state.params)
+    return replicate_unplaced(copy_arrays(state), state.params)
 
 
-def copy_state(state: TrainState) -> TrainState:
-    """A copy of a state in new buffers, which no step from another state donates."""
+def copy_arrays(tree: Any) -> Any:
+    """A copy of a pytree in new buffers, which no step from another state donates."""
 
     def copy(a):
         # `jnp.copy` compiles a program for each shape, which takes longer than importing fcfunc. An array that is
@@ -82,7 +82,7 @@ def copy_state(state: TrainState) -> TrainState:
         uncommitted = isinstance(a, jax.Array) and not _layout.is_tracer(a) and not a.committed
         return jax.device_put(a, may_alias=False) if uncommitted else jnp.copy(a)
 
-    return jax.tree.map(copy, state)
+    return jax.tree.map(copy, tree)
 
 
 def step_key(state: TrainState) -> jax.Array:

@@ -1,0 +1,112 @@
+"""A run of `fit` between two steps, and its form in a checkpoint."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from fcfunc import _arguments
+from fcfunc.train._early_stopping import Best
+from fcfunc.train._mesh import replicate_unplaced
+from fcfunc.train._state import TrainState
+
+
+class Run(NamedTuple):
+    """A run between two steps.
+
+    Attributes:
+      state: its state.
+      best: the best epoch so far.
+      records: the history's entries of each completed epoch.
+      sums: of the metrics of the current epoch.
+      seconds: the time that the current epoch has taken.
+      ended: whether `on_epoch` ended the run.
+    """
+
+    state: TrainState
+    best: Best
+    records: list[dict[str, Any]]
+    sums: "Sums"
+    seconds: float
+    ended: bool
+
+    @property
+    def history(self) -> dict[str, Any]:
+        """The records of epochs, merged into one dict of arrays."""
+        names = self.records[0] if self.records else ()
+        columns = {name: np.array([record[name] for record in self.records]) for name in names}
+        return columns | {"epochs": len(self.records), "kept_epoch": int(self.best.epoch)}
+
+
+class Sums(NamedTuple):
+    """The sum of each metric over examples, without those of steps that a guard skipped, and their number."""
+
+    metrics: dict[str, float]
+    examples: int
+
+    def plus(self, metrics: dict, skipped: np.ndarray, sizes: np.ndarray) -> "Sums":
+        """The sums with more steps, whose metrics are means over batches of the given sizes."""
+        taken = ~skipped
+        more = {name: float(np.dot(np.float64(m[taken]), sizes[taken])) for name, m in metrics.items()}
+        totals = {name: self.metrics.get(name, 0.0) + value for name, value in more.items()}
+        return Sums(totals, self.examples + int(sizes[taken].sum()))
+
+    def means(self) -> dict[str, float]:
+        """The means of the metrics; NaN if all steps were skipped."""
+        return {name: total / self.examples if self.examples else math.nan for name, total in self.metrics.items()}
+
+
+NO_SUMS = Sums({}, 0)
+"""The sums before the first step of an epoch."""
+
+
+class SavedArrays(NamedTuple):
+    """The arrays of a run in a checkpoint. The rest is plain data, in its notes."""
+
+    state: TrainState
+    best: Best
+
+    @property
+    def step(self) -> Any:
+        """The number of the checkpoint."""
+        return self.state.step
+
+
+def arrays_of(run: Run) -> SavedArrays:
+    """The arrays to save; those of a run on a mesh are all on the mesh."""
+    return SavedArrays(run.state, replicate_unplaced(run.best, run.state.params))
+
+
+def notes_of(run: Run) -> dict[str, Any]:
+    """The plain data to save. Metrics are saved as text, which keeps every bit, NaN and infinities."""
+    records = [{name: repr(value) for name, value in record.items()} for record in run.records]
+    sums = {"metrics": {name: repr(value) for name, value in run.sums.metrics.items()}, "examples": run.sums.examples}
+    return {"records": records, "sums": sums, "seconds": run.seconds, "ended": run.ended}
+
+
+def restored(where: str, saver: Any, run: Run, options: dict[str, Any]) -> Run:
+    """The run that the saver's folder holds, or `run` if there is none; `options` must be those of the saved run."""
+    saved = saver.restore(arrays_of(run), options)
+    if saved is None:
+        return run
+    (state, best), notes = saved
+    found, given = (jax.random.key_data(key).tolist() for key in (state.key, run.state.key))
+    if found != given:
+        raise ValueError(
+            f"{where}: the run in {saver.folder} has the random key {found}, the state {given}; use another folder"
+        )
+    records = [{name: _number(text) for name, text in record.items()} for record in notes["records"]]
+    metrics = {name: float(text) for name, text in notes["sums"]["metrics"].items()}
+    return Run(state, best, records, Sums(metrics, notes["sums"]["examples"]), notes["seconds"], notes["ended"])
+
+
+def _number(text: str) -> int | float:
+    return int(text) if text.lstrip("-").isdigit() else float(text)
+
+
+def check_saver(where: str, saver: Any) -> None:
+    """Raises TypeError unless this can save a run."""
+    if not isinstance(getattr(saver, "restore", None), Callable) or not hasattr(saver, "writing"):
+        raise TypeError(f"{where}: saver must be a checkpoint.Saver, got {_arguments.describe(saver)}")
