@@ -62,12 +62,9 @@ lint: $(STAMP)
 	@$(BIN)/lint-imports --no-logo --no-cache
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 
-# Looks for known vulnerabilities in the packages that fcfunc needs to run, if the database can be reached.
+# Looks for known vulnerabilities in what fcfunc needs, if a database can be reached.
 audit: $(STAMP)
-	@$(PYTHON) -m venv .venv-audit
-	@.venv-audit/bin/python -m pip install --quiet --quiet --disable-pip-version-check pip-audit
-	@$(BIN)/python -m tests.requirements > .venv-audit/requirements.txt
-	@.venv-audit/bin/pip-audit --progress-spinner off --disable-pip --no-deps -r .venv-audit/requirements.txt
+	@$(BIN)/python -m proofs.audit
 
 # Reproducible: a commit gives the same bytes at any time and on any machine.
 dist: $(STAMP)

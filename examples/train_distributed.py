@@ -186,8 +186,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="STEPS",
         help="save, and check for SIGTERM, also every STEPS steps within an epoch (default: only at its end)",
     )
-    add("--save-share", type=float, default=0.05, help="the largest part of the time spent on saving, in one process "
-        "(default: 0.05)")  # fmt: skip
+    add("--save-share", type=float, default=0.02, help="the largest part of the time spent on saving, in one process "
+        "(default: 0.02)")  # fmt: skip
     add("--resume", action="store_true", help="continue from the last checkpoint")
     add("--processes", type=int, default=1, help="number of processes, started here unless --process-id is given")
     add("--process-id", type=int, help="index of this process, 0 to N - 1, if you start them yourself")

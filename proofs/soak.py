@@ -192,6 +192,15 @@ def figures() -> dict[str, float]:
     }
 
 
+def growth(hours: list[float], rows: list[dict[str, float]]) -> dict[str, tuple[float, float]]:
+    """The largest value of each figure in the second and in the last tenth of the time."""
+    parts = []
+    for start in (0.1, 0.9):
+        part = [row for t, row in zip(hours, rows, strict=True) if start <= t / hours[-1] <= start + 0.1]
+        parts.append({name: max(row[name] for row in part) for name in rows[0]})
+    return {name: (parts[0][name], parts[1][name]) for name in rows[0]}
+
+
 def plot(path: str, hours: list[float], rows: list[dict[str, float]]) -> None:
     """One panel for each figure, against time; the first tenth is shaded."""
     import matplotlib
@@ -234,14 +243,11 @@ def main() -> int:
                 if args.plot:
                     plot(args.plot, hours, rows)
     print(dict(counts))
-    grew = 0
-    for name in rows[0]:
-        parts = [max(row[name] for t, row in zip(hours, rows, strict=True) if a <= t / args.hours < a + 0.1)
-                 for a in (0.1, 0.9)]  # fmt: skip
-        flat = parts[1] <= TOLERANCE * parts[0]
-        grew += not flat
-        print(f"{name}: {parts[0]:.6g} in the second tenth, {parts[1]:.6g} in the last: {'flat' if flat else 'GREW'}")
-    return int(grew > 0)
+    grew = growth(hours, rows)
+    for name, (early, late) in grew.items():
+        verdict = "flat" if late <= TOLERANCE * early else "GREW"
+        print(f"{name}: {early:.6g} in the second tenth, {late:.6g} in the last: {verdict}")
+    return int(any(late > TOLERANCE * early for early, late in grew.values()))
 
 
 if __name__ == "__main__":

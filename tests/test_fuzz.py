@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from proofs import fuzz
+from proofs import fuzz, fuzz_coverage
 
 
 def test_malformed_files_are_refused_within_the_limits_of_memory_and_time():
@@ -58,3 +58,24 @@ def test_the_malformed_files_are_of_many_kinds():
     for _ in range(300):
         made.update({make(rng)[:4] for make, _ in fuzz.READERS.values()})
     assert len(made) > 100
+
+
+@pytest.mark.slow
+def test_the_guided_fuzzer_finds_no_file_that_is_misread():
+    pytest.importorskip("atheris")
+    command = [sys.executable, "-m", "proofs.fuzz_coverage", "--minutes", "0.08"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("none misread") == len(fuzz_coverage.kinds())
+
+
+def test_the_guided_fuzzer_tells_a_file_that_is_misread(tmp_path):
+    """A reader that ignores one bit of a file without a checksum, and one that returns half of the elements."""
+    kind = fuzz_coverage.kinds()["idx"]
+    content = bytes([0, 0, 8, 1, 0, 0, 0, 2, 7, 9])
+    path = tmp_path / "file"
+    assert fuzz_coverage.outcome("idx", kind, content, path) == "read"
+    for wrong in (lambda a: a & 0xFE, lambda a: a[:1], lambda a: a.reshape(1, -1)):
+        bad = kind._replace(read=lambda path, wrong=wrong: {"": wrong(kind.read(path)[""])})
+        with pytest.raises(AssertionError, match="instead of"):
+            fuzz_coverage.outcome("idx", bad, content, path)

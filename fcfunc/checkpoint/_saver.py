@@ -46,7 +46,7 @@ class Saver:
     folder: Any
     config: Any = None
     keep: int = 3
-    share: float = 0.05
+    share: float = 0.02
 
     def __post_init__(self):
         local(self.folder)
@@ -75,16 +75,17 @@ class Saver:
         return restore(folder, like).state, saved["notes"]
 
     @contextlib.contextmanager
-    def writing(self, options: dict[str, Any]) -> Iterator[Callable[[Any, Callable], None]]:
-        """A context with a function `save(state, notes)`; at its end, everything that is due has been written.
+    def writing(self, options: dict[str, Any]) -> Iterator[Callable[[Callable], None]]:
+        """A context with a function `save(content)`; at its end, everything that is due has been written.
 
-        `state` is a pytree of arrays with a `step`, whose buffers nobody donates, and `notes()` returns plain data. An
-        error while writing is raised by the next call or at the end.
+        `content()` is called in the thread and returns `(state, notes)`: a pytree of arrays with a `step`, whose
+        buffers nobody donates, and plain data. An error while writing is raised by the next call or at the end.
         """
         plain = _files.plain(self.config, "Saver: config")
 
-        def save(state, notes):
-            config = {"config": plain, "options": options, "notes": notes()}
+        def save(content):
+            state, notes = content()
+            config = {"config": plain, "options": options, "notes": notes}
             write(local(self.folder), snapshot_of(state, config), self.keep)
 
         if jax.process_count() > 1:
@@ -111,22 +112,23 @@ def _different(found: Any, given: Any, name: str) -> list[tuple[str, Any, Any]]:
 
 
 class _Thread:
-    """A thread that calls `save`, and the arguments that wait for it."""
+    """A thread that calls `save`, and the content that waits for it."""
 
     def __init__(self, save: Callable, share: float):
         self.save, self.share = save, share
-        self.waiting: tuple | None = None
+        self.waiting: Callable | None = None
         self.closed, self.error, self.earliest = False, None, time.monotonic()
         self.changed = threading.Condition()
         self.thread = threading.Thread(target=self._work, name="fcfunc-saver")
         self.thread.start()
 
-    def hand_over(self, *arguments) -> None:
-        """Lets arguments wait for the thread, in place of those that wait."""
+    def hand_over(self, content: Callable) -> None:
+        """Lets a content wait for the thread, in place of the one that waits."""
         self.raise_error()
         with self.changed:
-            self.waiting = arguments
-            self.changed.notify()
+            if self.waiting is None:  # otherwise the thread already knows when it is due
+                self.changed.notify()
+            self.waiting = content
 
     def raise_error(self) -> None:
         """Raises the error that ended the thread."""
@@ -145,12 +147,12 @@ class _Thread:
             with self.changed:
                 while not self.closed and (self.waiting is None or time.monotonic() < self.earliest):
                     self.changed.wait(None if self.waiting is None else self.earliest - time.monotonic())
-                arguments, self.waiting = self.waiting, None
-            if arguments is None:
+                content, self.waiting = self.waiting, None
+            if content is None:
                 return
             start = time.monotonic()
             try:
-                self.save(*arguments)
+                self.save(content)
             except BaseException as e:
                 self.error = e
                 return

@@ -33,7 +33,7 @@ from fcfunc.train._mesh import Layouts, jit_on_mesh, on_mesh_of, replicate_unpla
 from fcfunc.train._order import batch_sizes
 from fcfunc.train._population import population_of
 from fcfunc.train._progress import ProgressBar, report
-from fcfunc.train._run import NO_SUMS, Run, arrays_of, check_saver, notes_of, restored
+from fcfunc.train._run import NO_SUMS, Run, check_saver, content_of, restored
 from fcfunc.train._state import TrainState, copy_arrays
 from fcfunc.train._step import step_of, uniform
 
@@ -355,7 +355,7 @@ def fit(
                     run = run._replace(state=state, sums=sums, seconds=time.perf_counter() - start)
                     if every and int(state.epoch_position):
                         if save is not None:
-                            save(arrays_of(run), functools.partial(notes_of, run))
+                            save(functools.partial(content_of, run))
                         if on_steps is not None:
                             on_steps(state)
             record: dict[str, Any] = {"epoch": epoch, "step": int(run.state.step), **run.sums.means()}
@@ -371,7 +371,7 @@ def fit(
             best = stopping.judge(run.best, epoch, record | scores, run.state)
             run = Run(run.state, best, [*run.records, record], NO_SUMS, 0.0, ended)
             if save is not None:
-                save(arrays_of(run), functools.partial(notes_of, run))
+                save(functools.partial(content_of, run))
             if on_steps is not None:
                 on_steps(run.state)
     return stopping.restore(run.best, run.state), run.history

@@ -74,13 +74,18 @@ class SavedArrays(NamedTuple):
         return self.state.step
 
 
-def arrays_of(run: Run) -> SavedArrays:
-    """The arrays to save; those of a run on a mesh are all on the mesh."""
+def content_of(run: Run) -> tuple[SavedArrays, dict[str, Any]]:
+    """What a checkpoint holds: arrays, and plain data."""
+    return _arrays_of(run), _notes_of(run)
+
+
+def _arrays_of(run: Run) -> SavedArrays:
+    """Those of a run on a mesh are all on the mesh."""
     return SavedArrays(run.state, replicate_unplaced(run.best, run.state.params))
 
 
-def notes_of(run: Run) -> dict[str, Any]:
-    """The plain data to save. Metrics are saved as text, which keeps every bit, NaN and infinities."""
+def _notes_of(run: Run) -> dict[str, Any]:
+    """Metrics are saved as text, which keeps every bit, NaN and infinities."""
     records = [{name: repr(value) for name, value in record.items()} for record in run.records]
     sums = {"metrics": {name: repr(value) for name, value in run.sums.metrics.items()}, "examples": run.sums.examples}
     return {"records": records, "sums": sums, "seconds": run.seconds, "ended": run.ended}
@@ -88,7 +93,7 @@ def notes_of(run: Run) -> dict[str, Any]:
 
 def restored(where: str, saver: Any, run: Run, options: dict[str, Any]) -> Run:
     """The run that the saver's folder holds, or `run` if there is none; `options` must be those of the saved run."""
-    saved = saver.restore(arrays_of(run), options)
+    saved = saver.restore(_arrays_of(run), options)
     if saved is None:
         return run
     (state, best), notes = saved
