@@ -183,7 +183,9 @@ def read_npz(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> dict[str
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-            total = sum(m.file_size for m in members)
+            claimed, total = _claimed_members(path), sum(m.file_size for m in members)
+            if claimed not in (len(members), 0xFFFF):  # the latter: the number is elsewhere, in a larger field
+                raise ValueError(f"{path}: damaged; expected {claimed} arrays, found {len(members)}")
             if total > max_bytes or len(members) > MAX_MEMBERS:
                 raise ValueError(
                     f"{path}: {len(members)} arrays, {total} bytes decompressed, more than the {max_bytes} bytes or "
@@ -199,6 +201,15 @@ def read_npz(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> dict[str
     if not arrays:
         raise ValueError(f"{path}: contains no array")
     return arrays
+
+
+def _claimed_members(path: Path) -> int:
+    """The number of members in the last record of a zip file, which zipfile does not compare with what it finds."""
+    with open(path, "rb") as f:
+        f.seek(max(path.stat().st_size - 22 - 0xFFFF, 0))  # the record is followed by a comment of at most 65,535 bytes
+        end = f.read()
+    at = end.rfind(b"PK\5\6")
+    return int.from_bytes(end[at + 10 : at + 12], "little")
 
 
 def read_csv(path: str | os.PathLike, *, target: str | None = None, max_bytes: int = MAX_BYTES) -> Table:

@@ -5,6 +5,7 @@ on by one compiled program while the next one is read. The chunks are visited in
 each chunk in a random order; every epoch visits each example exactly once.
 """
 
+import contextlib
 import math
 import mmap
 from collections.abc import Sequence
@@ -90,8 +91,8 @@ def from_safetensors(path: Any, *, chunk_size: int = CHUNK_SIZE) -> Stream:
         raise ValueError(f"{path}: not a complete safetensors file ({e!s:.120})") from None
     slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
     sizes = {name: (s.get_shape() or [0])[0] for name, s in slices.items()}
-    if len(set(sizes.values())) != 1:
-        raise ValueError(f"{path}: all arrays must have the same leading axis, got {sizes!s:.120}")
+    if len(set(sizes.values())) != 1 or not all(sizes.values()):
+        raise ValueError(f"{path}: all arrays must have the same leading axis of at least 1, got {sizes!s:.120}")
     return Stream(next(iter(sizes.values())), chunk_size, lambda a, b: {name: s[a:b] for name, s in slices.items()})
 
 
@@ -124,24 +125,33 @@ def from_table(
     _arguments.positive("from_table", chunk_size=chunk_size)
     pyarrow = _arguments.library("from_table", "pyarrow", "pyarrow.parquet")
     path = regular_file(path)
-    rows, schema, read_rows = (_parquet if Path(path).suffix == ".parquet" else _arrow)(path, pyarrow)
-    names = [name for name in schema.names if name != target] if features is None else list(features)
+    with _errors_of_pyarrow(path, pyarrow):
+        rows, schema, read_rows = (_parquet if Path(path).suffix == ".parquet" else _arrow)(path, pyarrow)
+        kinds = dict(zip(schema.names, schema.types, strict=True))
+    if not rows:
+        raise ValueError(f"{path}: no rows")
+    if len(kinds) != len(schema.names):
+        raise ValueError(f"{path}: two columns have the same name, in {', '.join(schema.names)!s:.120}")
+    names = [name for name in kinds if name != target] if features is None else list(features)
     for name in (*names, target):
-        if name not in schema.names:
-            raise ValueError(f"{path}: no column {name!r}; it has {', '.join(schema.names)!s:.120}")
-        kind = schema.field(name).type
+        if name not in kinds:
+            raise ValueError(f"{path}: no column {name!r}; it has {', '.join(kinds)!s:.120}")
+        kind = kinds[name]
         if not (pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind) or pyarrow.types.is_boolean(kind)):
             raise ValueError(f"{path}: column {name!r} must be numeric, got {kind}")
-    y_dtype = np.float32 if pyarrow.types.is_floating(schema.field(target).type) else np.int32
+    y_dtype = np.float32 if pyarrow.types.is_floating(kinds[target]) else np.int32
 
     def column(table, name, dtype):
         values = table.column(name)
         if values.null_count:
             raise ValueError(f"{path}: column {name!r} has missing values")
-        return np.asarray(_arguments.clipped(values.to_numpy()), dtype)
+        values = values.to_numpy()
+        # A label that int32 cannot hold stays out of range.
+        return np.asarray(_arguments.clipped(values) if dtype == np.int32 else values, dtype)
 
     def read(start, stop):
-        table = read_rows(start, stop, [*names, target])
+        with _errors_of_pyarrow(path, pyarrow):
+            table = read_rows(start, stop, [*names, target])
         x = np.empty((stop - start, len(names)), np.float32)
         for i, name in enumerate(names):
             x[:, i] = column(table, name, np.float32)
@@ -224,12 +234,20 @@ def _copied(a, start, stop):
     return copy
 
 
+@contextlib.contextmanager
+def _errors_of_pyarrow(path, pyarrow):
+    """Turns pyarrow's errors, which name no file, into a ValueError."""
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, KeyError, UnicodeDecodeError) as e:
+        raise ValueError(
+            f"{path}: not a complete Parquet or Arrow IPC file ({_arguments.first_line(e):.160})"
+        ) from None
+
+
 def _parquet(path, pyarrow):
     """The number of rows, the schema, and a function that reads rows `[start, stop)` of some columns."""
-    try:
-        file = pyarrow.parquet.ParquetFile(path, memory_map=True)
-    except pyarrow.ArrowInvalid as e:
-        raise ValueError(f"{path}: not a Parquet file ({e!s:.120})") from None
+    file = pyarrow.parquet.ParquetFile(path, memory_map=True)
     sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
     ends = np.cumsum([0, *sizes])
 
@@ -243,8 +261,5 @@ def _parquet(path, pyarrow):
 
 def _arrow(path, pyarrow):
     """The same for an Arrow IPC file, which is memory-mapped."""
-    try:
-        table = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
-    except pyarrow.ArrowInvalid as e:
-        raise ValueError(f"{path}: neither a Parquet nor an Arrow IPC file ({e!s:.120})") from None
+    table = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
     return table.num_rows, table.schema, lambda start, stop, names: table.select(names).slice(start, stop - start)

@@ -51,12 +51,12 @@ class Kind(NamedTuple):
     lines: tuple[Callable, ...]
 
 
-def flat(tree: Any, prefix: str = "") -> dict[str, np.ndarray]:
+def flat(tree: Any, *path: str) -> dict[str, np.ndarray]:
     """The arrays of nested lists and dicts by their path, as in a safetensors file."""
     if not isinstance(tree, list | dict):
-        return {prefix: np.asarray(tree)}
+        return {".".join(path): np.asarray(tree)}
     nodes = tree if isinstance(tree, dict) else {str(i): node for i, node in enumerate(tree)}
-    return {k: a for name, node in nodes.items() for k, a in flat(node, f"{prefix}.{name}" if prefix else name).items()}
+    return {k: a for name, node in nodes.items() for k, a in flat(node, *path, name).items()}
 
 
 def idx_truth(content: bytes) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def idx_truth(content: bytes) -> dict[str, Any]:
 
 def npz_truth(content: bytes) -> dict[str, Any]:
     """NumPy's own reader."""
-    with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+    with np.lib.npyio.NpzFile(io.BytesIO(content), allow_pickle=False) as archive:
         return {name: archive[name] for name in archive.files}
 
 
@@ -205,10 +205,7 @@ def kinds() -> dict[str, Kind]:
     def read_rows(make: Callable) -> Callable:
         def read(path):
             rows = make(path)
-            try:
-                found = rows.read(0, rows.examples)
-            except pa.ArrowException as e:  # a damaged chunk is found when it is read
-                raise ValueError(f"{path}: {e}") from None
+            found = rows.read(0, rows.examples)
             return found if isinstance(found, dict) else {"x": found.x, "y": found.y}
 
         return read
@@ -218,7 +215,9 @@ def kinds() -> dict[str, Kind]:
             table = reader(content).to_pandas()
             features = [name for name in table.columns if name != "y"]
             x = np.stack([table[name].to_numpy().astype(np.float32) for name in features], axis=1)
-            return {"x": x, "y": table["y"].to_numpy()}
+            y = table["y"].to_numpy()
+            limits = np.iinfo(np.int32)
+            return {"x": x, "y": np.clip(y, limits.min, limits.max) if y.dtype.kind in "iu" else y}
 
         return truth
 
@@ -229,7 +228,7 @@ def kinds() -> dict[str, Kind]:
 
     as_is = lambda content: content  # noqa: E731
     idx_lines = (data.read_idx, data._parse_idx)
-    npz_lines = (data.read_npz, data._read_npz)
+    npz_lines = (data.read_npz, data._read_npy)
     params_lines = (params_file.load, params_file._tree)
     read_idx = lambda path: {"": data.read_idx(path, max_bytes=LIMIT)}  # noqa: E731
     read_npz = lambda path: data.read_npz(path, max_bytes=LIMIT)  # noqa: E731
@@ -350,7 +349,7 @@ def main(argv: list[str] | None = None) -> int:
             if result.returncode:
                 failed += 1
                 artifacts = [p.read_bytes()[:200] for p in Path(root).glob(f"{name}-*")]
-                print(f"{name}: FAILED after {runs} files\n{result.stderr[-3000:]}\n{artifacts}", flush=True)
+                print(f"{name}: FAILED after {runs} files\n{result.stdout[-2000:]}\n{artifacts}", flush=True)
                 continue
             reached, total, missed, counts = covered(made[name], name, corpus)
             print(f"{name}: {runs} files, none misread; {sum(counts.values())} in the corpus ({counts['read']} read, "

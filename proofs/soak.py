@@ -157,7 +157,7 @@ def clips(rng, folder):
     net = fcfunc.mlp(rng.choice(WIDTHS))
     x, y = examples(rng)
     params = net.init(jax.random.key(0))
-    _, gradients = net.per_example_gradients(
+    _, gradients = net.example_gradients(
         params, x, lambda logits: losses.softmax_cross_entropy_with_integer_labels(logits, y)
     )
     jax.block_until_ready(per_example.clipped_sum(gradients, 1.0))

@@ -270,3 +270,17 @@ def test_the_inverse_of_the_standardizer_undoes_it_in_the_unit_of_the_data():
     np.testing.assert_allclose(scaler.inverse(scaler(x)), x, rtol=1e-6)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         np.testing.assert_allclose(scaler.inverse(jnp.asarray(scaler(x))), x, rtol=1e-6)
+
+
+def test_an_npz_file_whose_directory_lost_an_array_is_refused(tmp_path):
+    """zipfile reads as much of the directory as its size field says, and does not compare the number of entries."""
+    path = tmp_path / "two.npz"
+    np.savez(path, x=np.zeros(3), y=np.ones(2))
+    content = bytearray(path.read_bytes())
+    end, second = content.rfind(b"PK\5\6"), content.rfind(b"PK\1\2")
+    size = int.from_bytes(content[end + 12 : end + 16], "little")
+    content[end + 12 : end + 16] = (size - (end - second)).to_bytes(4, "little")
+    del content[second:end]
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="expected 2 arrays, found 1"):
+        data.read_npz(path)

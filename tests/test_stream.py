@@ -248,3 +248,38 @@ def test_wrong_arguments_are_rejected():
         stream.from_arrays({"x": [1, 2]})
     with pytest.raises(ValueError, match="same leading axis"):
         stream.from_arrays((np.ones(3), np.ones(4)))
+
+
+def test_whole_numbers_in_a_table_may_be_larger_than_int32(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "times.parquet"
+    pq.write_table(pa.table({"time": [1_700_000_000_000, -(2**40)], "y": [0, 1]}), path)
+    np.testing.assert_array_equal(stream.from_table(path, target="y").read(0, 2).x, np.float32([[1.7e12], [-(2**40)]]))
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.arrow"])
+def test_a_table_that_is_damaged_or_empty_is_an_error_that_names_the_file(tmp_path, name):
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / name
+
+    def write(table):
+        if name.endswith("parquet"):
+            pq.write_table(table, path)
+        else:
+            with pa.ipc.new_file(path, table.schema) as f:
+                f.write_table(table)
+
+    write(pa.table({"a": [1.0, 2.0], "y": [0, 1]}))
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at])
+        with pytest.raises(ValueError, match=name):
+            stream.from_table(path, target="y")
+    write(pa.table({"a": pa.array([], pa.float32()), "y": pa.array([], pa.int32())}))
+    with pytest.raises(ValueError, match=f"{name}: no rows"):
+        stream.from_table(path, target="y")
+    write(pa.Table.from_arrays([pa.array([1.0]), pa.array([2.0]), pa.array([0])], ["a", "a", "y"]))
+    with pytest.raises(ValueError, match="two columns have the same name"):
+        stream.from_table(path, target="y")
