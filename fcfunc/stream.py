@@ -128,7 +128,7 @@ def from_table(
     with _errors_of_pyarrow(path, pyarrow):
         rows, schema, read_rows = (_parquet if Path(path).suffix == ".parquet" else _arrow)(path, pyarrow)
         kinds = dict(zip(schema.names, schema.types, strict=True))
-    if not rows:
+    if rows < 1:
         raise ValueError(f"{path}: no rows")
     if len(kinds) != len(schema.names):
         raise ValueError(f"{path}: two columns have the same name, in {', '.join(schema.names)!s:.120}")
@@ -146,8 +146,9 @@ def from_table(
         if values.null_count:
             raise ValueError(f"{path}: column {name!r} has missing values")
         values = values.to_numpy()
-        # A label that int32 cannot hold stays out of range.
-        return np.asarray(_arguments.clipped(values) if dtype == np.int32 else values, dtype)
+        if dtype == np.int32:  # a label that it cannot hold must stay out of range
+            values = np.clip(values, np.iinfo(dtype).min, np.iinfo(dtype).max)
+        return np.asarray(values, dtype)
 
     def read(start, stop):
         with _errors_of_pyarrow(path, pyarrow):

@@ -84,7 +84,8 @@ def csv_truth(content: bytes) -> dict[str, Any]:
     cells = pandas.read_csv(
         io.BytesIO(content), header=None, dtype=str, keep_default_na=False, encoding="utf-8", skipinitialspace=True
     ).to_numpy()
-    return {"cells": np.char.strip(cells.astype(str))}
+    # As objects, because NumPy's strings lose zeros at their end.
+    return {"cells": np.array([[cell.strip() for cell in row] for row in cells], object).reshape(cells.shape)}
 
 
 def csv_read(path: Path) -> dict[str, Any]:

@@ -283,3 +283,12 @@ def test_a_table_that_is_damaged_or_empty_is_an_error_that_names_the_file(tmp_pa
     write(pa.Table.from_arrays([pa.array([1.0]), pa.array([2.0]), pa.array([0])], ["a", "a", "y"]))
     with pytest.raises(ValueError, match="two columns have the same name"):
         stream.from_table(path, target="y")
+
+
+def test_labels_of_a_table_that_int32_cannot_hold_stay_out_of_range(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "rows.parquet"
+    for kind, label in ((pa.uint64(), 2**64 - 1), (pa.uint32(), 2**32 - 1), (pa.int64(), 2**40)):
+        pq.write_table(pa.table({"a": [1.0], "y": pa.array([label], kind)}), path)
+        assert stream.from_table(path, target="y").read(0, 1).y.tolist() == [2**31 - 1]
