@@ -1,5 +1,6 @@
 """A run with a saver, however often it is interrupted, returns what the uninterrupted run returns."""
 
+import contextlib
 import threading
 
 import jax
@@ -82,14 +83,11 @@ def test_an_interrupted_run_returns_the_history_and_the_bits_of_the_uninterrupte
     whole, history = fit(optimizer, start(optimizer), data, **options)
     for calls in (1, 3, 4, 7):
         saver = checkpoint.Saver(tmp_path / str(calls), share=1.0)
-        for _ in range(100):
-            try:
-                again = fit(
-                    optimizer, start(optimizer), data, saver=saver, **options | {"on_steps": interrupting(calls)}
-                )
-                break
-            except Interrupted:
-                continue
+        again = None
+        while again is None:
+            with contextlib.suppress(Interrupted):
+                more = {"saver": saver, "on_steps": interrupting(calls)}
+                again = fit(optimizer, start(optimizer), data, **options | more)
         assert bits(again[0]) == bits(whole)
         same_history(again[1], history)
 
