@@ -114,6 +114,8 @@ def load(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> tuple[Any, A
     if any(name.count(".") >= LEVELS for name in tensors):
         raise ValueError(f"{path}: the name of an array has more than {LEVELS} parts")
     text = metadata.get("config", "null")
+    if "config" in metadata and "sha256" not in metadata:
+        raise ValueError(f"{path}: its metadata has a config but no sha256; it is damaged, or from another program")
     if "sha256" in metadata and metadata["sha256"] != _digest(tensors, text):
         raise ValueError(f"{path}: damaged; its arrays differ from the saved ones (SHA-256 mismatch)")
     try:
