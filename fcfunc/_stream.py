@@ -30,6 +30,8 @@ class Stream:
 
     def __post_init__(self):
         _arguments.positive("Stream", examples=self.examples, chunk_size=self.chunk_size)
+        object.__setattr__(self, "examples", int(self.examples))
+        object.__setattr__(self, "chunk_size", int(self.chunk_size))
         _arguments.function("Stream", read=self.read)
 
 

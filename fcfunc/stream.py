@@ -126,7 +126,7 @@ def from_table(
     pyarrow = _arguments.library("from_table", "pyarrow", "pyarrow.parquet")
     path = regular_file(path)
     with _errors_of_pyarrow(path, pyarrow):
-        rows, schema, read_rows = (_parquet if Path(path).suffix == ".parquet" else _arrow)(path, pyarrow)
+        rows, schema, read_rows = (_parquet if Path(path).suffix.lower() == ".parquet" else _arrow)(path, pyarrow)
         kinds = dict(zip(schema.names, schema.types, strict=True))
     if rows < 1:
         raise ValueError(f"{path}: no rows")
@@ -242,6 +242,8 @@ def _errors_of_pyarrow(path, pyarrow):
     """Turns pyarrow's errors, which name no file, into a ValueError."""
     try:
         yield
+    except (FileNotFoundError, MemoryError):
+        raise
     except (pyarrow.ArrowException, OSError, KeyError, UnicodeDecodeError) as e:
         raise ValueError(
             f"{path}: not a complete Parquet or Arrow IPC file ({_arguments.first_line(e):.160})"

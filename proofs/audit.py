@@ -38,8 +38,10 @@ def audited(requirements: Path, service: str) -> list[dict]:
     """The packages that a database knows, each with its vulnerabilities; empty if it does not answer."""
     command = [sys.executable, "-m", "pip_audit", "--service", service, "--format", "json", "--progress-spinner", "off"]
     command += ["--disable-pip", "--no-deps", "--requirement", str(requirements)]
-    output = subprocess.run(command, capture_output=True, text=True).stdout
-    packages = json.loads(output)["dependencies"] if output.startswith("{") else []
+    result = subprocess.run(command, capture_output=True, text=True)
+    if not result.stdout.startswith("{") and "ConnectionError" not in result.stderr:
+        raise RuntimeError(f"pip-audit failed: {result.stderr.strip()[-300:]}")
+    packages = json.loads(result.stdout)["dependencies"] if result.stdout.startswith("{") else []
     return [package for package in packages if "vulns" in package]
 
 

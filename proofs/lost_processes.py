@@ -83,6 +83,9 @@ def broken(out: Path, rng: random.Random, inflict) -> tuple[float, str, int, boo
         time.sleep(0.005)
     time.sleep(rng.uniform(0, TRAINING["seconds"]))
     pids = workers(process)
+    if len(pids) < 2:  # the run ended before
+        process.communicate()
+        return 0.0, "", 0, False
     saving = any(out.glob(".*.unfinished"))
     inflict(pids)
     begun = time.monotonic()

@@ -223,3 +223,72 @@ def test_losses_that_are_not_numbers_come_back(tmp_path):
     assert np.isnan(history["validation_loss"]).all()
     assert np.isneginf(history["validation_bound"]).all()
     same_history(again, history)
+
+
+def test_numbers_that_on_epoch_adds_to_the_record_are_saved_and_other_things_are_an_error(tmp_path):
+    options = {
+        "saver": checkpoint.Saver(tmp_path),
+        "on_epoch": lambda state, record: record.update(rate=np.float32(0.1)),
+    }
+    _, history = fit(ADAM, start(ADAM), (X, Y), **options)
+    _, again = fit(ADAM, start(ADAM), (X, Y), **options)
+    same_history(again, history)
+    assert list(again) == list(history)
+    options["on_epoch"] = lambda state, record: record.update(name="third")
+    with pytest.raises(TypeError, match="on_epoch made 'name' 'third'"):
+        fit(ADAM, start(ADAM), (X, Y), **options | {"epochs": 5})
+
+
+def test_a_relative_folder_stays_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saver = checkpoint.Saver("run")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    fit(ADAM, start(ADAM), (X, Y), saver=saver)
+    assert checkpoint.steps(tmp_path / "run")
+    assert not checkpoint.steps(tmp_path / "elsewhere" / "run")
+
+
+def test_the_smallest_share_saves_the_first_and_the_last(tmp_path):
+    first = threading.Event()
+    saver = checkpoint.Saver(tmp_path, share=1e-300, keep=100)
+    state, _ = fit(ADAM, start(ADAM), (X, Y), saver=saver, on_epoch=lambda *_: first.wait(0.3))
+    assert len(checkpoint.steps(tmp_path)) == 2
+    assert checkpoint.steps(tmp_path)[-1] == int(state.step)
+
+
+def test_fewer_epochs_than_the_run_has_begun_are_an_error(tmp_path):
+    saver = checkpoint.Saver(tmp_path)
+    with pytest.raises(Interrupted):
+        fit(ADAM, start(ADAM), (X, Y), saver=saver, on_steps=interrupting(6))
+    with pytest.raises(ValueError, match="is in epoch 2; epochs must not be lower, got 1"):
+        fit(ADAM, start(ADAM), (X, Y), saver=saver, epochs=1)
+
+
+def test_other_metrics_than_the_saved_ones_are_an_error(tmp_path):
+    saver = checkpoint.Saver(tmp_path)
+    options = {"saver": saver, "monitor": "training_loss"}
+    fit(ADAM, start(ADAM), (X, Y), **options, epochs=1, validation_data=VALIDATION)
+    with pytest.raises(ValueError, match="has metrics"):
+        fit(ADAM, start(ADAM), (X, Y), **options, epochs=2)
+
+
+def test_restore_says_how_to_read_the_checkpoint_of_a_saver(tmp_path):
+    fit(ADAM, start(ADAM), (X, Y), saver=checkpoint.Saver(tmp_path))
+    with pytest.raises(ValueError, match="saved by a Saver: call fit with the same saver"):
+        checkpoint.restore(tmp_path, start(ADAM))
+
+
+def test_a_damaged_manifest_is_an_error_that_names_the_previous_checkpoint(tmp_path):
+    fit(ADAM, start(ADAM), (X, Y), saver=checkpoint.Saver(tmp_path, share=1.0), on_steps=lambda state: None)
+    before, last = checkpoint.steps(tmp_path)[-2:]
+    manifest = tmp_path / str(last) / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=f"the previous checkpoint is step={before}"):
+        fit(ADAM, start(ADAM), (X, Y), saver=checkpoint.Saver(tmp_path))
+
+
+def test_a_setting_of_none_differs_from_a_missing_one(tmp_path):
+    fit(ADAM, start(ADAM), (X, Y), saver=checkpoint.Saver(tmp_path, config={}))
+    with pytest.raises(ValueError, match=r"config\['decay'\] 'missing', not None"):
+        fit(ADAM, start(ADAM), (X, Y), saver=checkpoint.Saver(tmp_path, config={"decay": None}))

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,7 +24,7 @@ ARRAYS, MANIFEST = "arrays", "manifest.json"
 
 def encoded(manifest: dict) -> bytes:
     """The content of a manifest's file: the SHA-256 of the rest, and the rest, as JSON."""
-    body = json.dumps(manifest, sort_keys=True, indent=1).encode()
+    body = json.dumps(manifest, sort_keys=True).encode()
     return hashlib.sha256(body).hexdigest().encode() + b"\n" + body
 
 
@@ -62,9 +63,16 @@ def content(manifest: dict) -> str:
     return json.dumps({name: manifest[name] for name in ("keys", "arrays", "config")}, sort_keys=True)
 
 
+def is_of_saver(config: Any) -> bool:
+    """Whether a checkpoint's configuration is one that a `Saver` writes."""
+    return isinstance(config, dict) and config.keys() == {"config", "options", "notes"}
+
+
 def check_matches(where: Path, manifest: dict, arrays: dict, keys: dict) -> None:
     """Raises ValueError unless the saved arrays and random keys are those that a run expects."""
     saved = manifest["arrays"]
+    if is_of_saver(manifest["config"]) and "best.epoch" not in arrays:
+        raise ValueError(f"{where}: saved by a Saver: call fit with the same saver, which returns the state")
     for name in [*(saved.keys() - arrays.keys()), *(arrays.keys() - saved.keys())]:
         has, lacks = ("the checkpoint", "this run") if name in saved else ("this run", "the checkpoint")
         raise ValueError(f"{where}: saved from a different network or optimizer: {has} has {name}, {lacks} does not")

@@ -4,6 +4,8 @@ import contextlib
 import logging
 import os
 import shutil
+import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -139,6 +141,12 @@ def write(folder: Path, snapshot: Snapshot, keep: int, score: float | None = Non
             if first:
                 files = hashes_of_files(unfinished, kept=True)
                 _files.write_synced(unfinished / MANIFEST, encoded(manifest | {"files": files}))
+                for changed in (
+                    *(d for d in (unfinished / ARRAYS).rglob("*") if d.is_dir()),
+                    unfinished / ARRAYS,
+                    unfinished,
+                ):
+                    _sync(changed)
                 os.rename(unfinished, where)
                 _sync(folder)
     with _all_or_none():
@@ -184,8 +192,7 @@ def restore(folder: Any, like: Any, *, step: int | None = None) -> Checkpoint:
     step = found[-1] if step is None else step
     where = folder / str(step)
     arrays, keys = _named(like)
-    earlier = [other for other in found if other < step]
-    with _append_to_error(f"; the previous checkpoint is step={earlier[-1]}" if earlier else ""):
+    with naming_previous([other for other in found if other < step]):
         manifest = read_manifest(where)
         check_matches(where, manifest, arrays, keys)
         check_files(where, manifest["files"])
@@ -228,6 +235,8 @@ def steps(folder: Any) -> list[int]:
 
 def import_orbax() -> Any:
     """The module `orbax.checkpoint`; ImportError says what to install."""
+    if "orbax.checkpoint" in sys.modules:  # filters of warnings belong to all threads, so a thread must not set them
+        return sys.modules["orbax.checkpoint"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its own deprecations
         return _arguments.library("checkpoint", "orbax-checkpoint", "orbax.checkpoint").checkpoint
@@ -237,13 +246,18 @@ def import_orbax() -> Any:
 def _orbax():
     ocp = import_orbax()
     log = logging.getLogger("absl")
-    level = log.level
-    log.setLevel(logging.CRITICAL)  # each of orbax's threads would log the error that is raised here
-    try:
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            yield ocp, checkpointer
-    finally:
-        log.setLevel(level)
+    with _LEVEL_LOCK:
+        level = log.level
+        log.setLevel(logging.CRITICAL)  # each of orbax's threads would log the error that is raised here
+        try:
+            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+                yield ocp, checkpointer
+        finally:
+            log.setLevel(level)
+
+
+_LEVEL_LOCK = threading.Lock()
+"""Held while the level of absl's logger, which belongs to all threads, is changed."""
 
 
 @contextlib.contextmanager
@@ -262,10 +276,12 @@ def _as_os_error(where: Path, unfinished: Path):
 
 
 @contextlib.contextmanager
-def _append_to_error(text: str):
+def naming_previous(earlier: list[int]):
+    """Adds the last of the earlier checkpoints to an error."""
     try:
         yield
     except ValueError as e:
+        text = f"; the previous checkpoint is step={earlier[-1]}" if earlier else ""
         raise ValueError(f"{e}{text}") from None
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 
 from fcfunc import _arguments, _files
-from fcfunc.checkpoint._manifest import read_manifest
-from fcfunc.checkpoint._save import import_orbax, local, restore, snapshot_of, steps, write
+from fcfunc.checkpoint._manifest import is_of_saver, read_manifest
+from fcfunc.checkpoint._save import import_orbax, local, naming_previous, restore, snapshot_of, steps, write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Saver:
     share: float = 0.02
 
     def __post_init__(self):
-        local(self.folder)
+        object.__setattr__(self, "folder", local(self.folder))  # absolute, whatever the working directory becomes
         _files.plain(self.config, "Saver: config")
         _arguments.positive("Saver", keep=self.keep)
         if not 0 < _arguments.number("Saver", share=self.share) <= 1:
@@ -61,18 +61,19 @@ class Saver:
 
         `like` is as for `restore`, and `options` must be those that the run was saved with.
         """
-        folder = local(self.folder)
-        if not steps(folder):
+        folder, found = self.folder, steps(self.folder)
+        if not found:
             return None
-        saved = read_manifest(folder / str(steps(folder)[-1]))["config"]
-        if not isinstance(saved, dict) or saved.keys() != {"config", "options", "notes"}:
+        with naming_previous(found[:-1]):
+            saved = read_manifest(folder / str(found[-1]))["config"]
+        if not is_of_saver(saved):
             raise ValueError(f"Saver: {folder} has checkpoints of checkpoint.save; use another folder")
         config = _files.plain(self.config, "Saver: config")
         different = _different(saved["config"], config, "config") + _different(saved["options"], options, "")
         if different:
             shown = ", ".join(f"{name} {found!r:.80}, not {given!r:.80}" for name, found, given in different[:3])
             raise ValueError(f"Saver: the run in {folder} has {shown}; use another folder for another run")
-        return restore(folder, like).state, saved["notes"]
+        return restore(folder, like, step=found[-1]).state, saved["notes"]
 
     @contextlib.contextmanager
     def writing(self, options: dict[str, Any]) -> Iterator[Callable[[Callable], None]]:
@@ -86,7 +87,7 @@ class Saver:
         def save(content):
             state, notes = content()
             config = {"config": plain, "options": options, "notes": notes}
-            write(local(self.folder), snapshot_of(state, config), self.keep)
+            write(self.folder, snapshot_of(state, config), self.keep)
 
         if jax.process_count() > 1:
             yield save
@@ -96,7 +97,7 @@ class Saver:
             yield thread.hand_over
         except BaseException as e:
             thread.close()
-            if thread.error is not None:
+            if thread.error not in (None, e):
                 e.add_note(f"In addition, saving failed: {thread.error}")
             raise
         thread.close()
@@ -107,7 +108,7 @@ def _different(found: Any, given: Any, name: str) -> list[tuple[str, Any, Any]]:
     """The names and values of the entries in which plain data differs."""
     if not isinstance(found, dict) or not isinstance(given, dict):
         return [] if found == given else [(name, found, given)]
-    pairs = {key: (found.get(key), given.get(key)) for key in [*given, *(found.keys() - given.keys())]}
+    pairs = {key: (found.get(key, "missing"), given.get(key, "missing")) for key in found | given}
     return [(f"{name}[{key!r}]" if name else key, a, b) for key, (a, b) in pairs.items() if a != b]
 
 
@@ -143,18 +144,21 @@ class _Thread:
         self.thread.join()
 
     def _work(self):
+        try:
+            self._save_until_closed()
+        except BaseException as e:
+            self.error = e
+
+    def _save_until_closed(self):
         while True:
             with self.changed:
                 while not self.closed and (self.waiting is None or time.monotonic() < self.earliest):
-                    self.changed.wait(None if self.waiting is None else self.earliest - time.monotonic())
+                    rest = min(self.earliest - time.monotonic(), threading.TIMEOUT_MAX)
+                    self.changed.wait(None if self.waiting is None else rest)
                 content, self.waiting = self.waiting, None
             if content is None:
                 return
             start = time.monotonic()
-            try:
-                self.save(content)
-            except BaseException as e:
-                self.error = e
-                return
+            self.save(content)
             end = time.monotonic()
             self.earliest = end + (end - start) * (1 / self.share - 1)

@@ -33,7 +33,7 @@ from fcfunc.train._mesh import Layouts, jit_on_mesh, on_mesh_of, replicate_unpla
 from fcfunc.train._order import batch_sizes
 from fcfunc.train._population import population_of
 from fcfunc.train._progress import ProgressBar, report
-from fcfunc.train._run import NO_SUMS, Run, check_saver, content_of, restored
+from fcfunc.train._run import NO_SUMS, Run, check_saver, content_of, numbers, restored
 from fcfunc.train._state import TrainState, copy_arrays
 from fcfunc.train._step import step_of, uniform
 
@@ -230,7 +230,8 @@ def fit(
         with the same options, takes exactly the steps the uninterrupted run would have taken.
       saver: a `checkpoint.Saver`, which saves the run in the background. If its folder holds a checkpoint, the run
         continues from there instead of from `state`: the same call returns the same state and the same history,
-        however often it was interrupted, and at once if the run was complete. `epochs` counts those of the whole run.
+        however often it was interrupted, and at once if the run was complete, or if `on_epoch` had ended it. `epochs`
+        counts those of the whole run.
         `on_epoch` may be called again for the last epoch before an interruption.
       progress: show a progress bar on standard error (needs tqdm); it also moves within an epoch, unless several
         processes share a mesh. If standard error is not a terminal, each epoch prints a line instead.
@@ -291,15 +292,17 @@ def fit(
     for name, tree in in_memory.items():
         check_values(tree, num_classes=num_classes, name=name)
     given_data, data = data, data if streamed else jax.tree.map(as_array, data)
-    eval_id = None
+    eval_id, names = None, []
     if validation_data is not None:
         if not isinstance(validation_data, Stream):
             validation_data = jax.tree.map(as_array, validation_data)
         eval_id, metrics = function_id(eval_fn or loss_fn, state, sample_of("fit", validation_data, 1024), None)
         _check_metrics("fit", metrics, stopping, "validation_")
+        names = [f"validation_{name}" for name in ("loss", *metrics)]
     sample = sample_of("fit", data, batch_size)
     loss_id, metrics = function_id(loss_fn, state, sample, state.key)
     _check_metrics("fit", metrics, stopping, "")
+    names = ["loss", *metrics, *names]
     optimizer_id = FunctionId(optimizer, _traced_update(optimizer, state))
     checked = set()
 
@@ -324,14 +327,19 @@ def fit(
 
     options = {"examples": n, "batch_size": int(batch_size), "accumulate": int(accumulate), "shuffle": bool(shuffle)}
     options |= {"every": every and int(every), "patience": patience and int(patience), "tol": stopping.tol}
-    options |= {"monitor": stopping.monitor, "mode": mode, "chunk_size": data.chunk_size if streamed else None}
+    options |= {
+        "metrics": names,
+        "monitor": stopping.monitor,
+        "mode": mode,
+        "chunk_size": data.chunk_size if streamed else None,
+    }
     steps, first_step = steps_of_epoch(data, n, batch_size), int(state.epoch_start if position else state.step)
     state = replicate_unplaced(copy_arrays(state), sample)
     run = Run(state, stopping.start(state), [], NO_SUMS, 0.0, False)
     with contextlib.ExitStack() as stack:
         save = None
         if saver is not None:
-            run = restored("fit", saver, run, options)
+            run = restored("fit", saver, run, options, epochs)
             save = stack.enter_context(saver.writing(options))
         bar = stack.enter_context(ProgressBar(epochs, steps, first_step, len(run.records))) if progress else None
         while len(run.records) < epochs and not run.ended and not stopping.stops(run.best):
@@ -369,6 +377,7 @@ def fit(
                 bar.end_epoch(record)
             ended = on_epoch is not None and _is_true(on_epoch(run.state, record))
             best = stopping.judge(run.best, epoch, record | scores, run.state)
+            record = record if save is None else numbers("fit", record)
             run = Run(run.state, best, [*run.records, record], NO_SUMS, 0.0, ended)
             if save is not None:
                 save(functools.partial(content_of, run))

@@ -1,7 +1,6 @@
 """A run of `fit` between two steps, and its form in a checkpoint."""
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -86,12 +85,13 @@ def _arrays_of(run: Run) -> SavedArrays:
 
 def _notes_of(run: Run) -> dict[str, Any]:
     """Metrics are saved as text, which keeps every bit, NaN and infinities."""
-    records = [{name: repr(value) for name, value in record.items()} for record in run.records]
+    names = list(run.records[0]) if run.records else []
+    records = [[repr(record[name]) for name in names] for record in run.records]
     sums = {"metrics": {name: repr(value) for name, value in run.sums.metrics.items()}, "examples": run.sums.examples}
-    return {"records": records, "sums": sums, "seconds": run.seconds, "ended": run.ended}
+    return {"names": names, "records": records, "sums": sums, "seconds": run.seconds, "ended": run.ended}
 
 
-def restored(where: str, saver: Any, run: Run, options: dict[str, Any]) -> Run:
+def restored(where: str, saver: Any, run: Run, options: dict[str, Any], epochs: int) -> Run:
     """The run that the saver's folder holds, or `run` if there is none; `options` must be those of the saved run."""
     saved = saver.restore(_arrays_of(run), options)
     if saved is None:
@@ -102,7 +102,12 @@ def restored(where: str, saver: Any, run: Run, options: dict[str, Any]) -> Run:
         raise ValueError(
             f"{where}: the run in {saver.folder} has the random key {found}, the state {given}; use another folder"
         )
-    records = [{name: _number(text) for name, text in record.items()} for record in notes["records"]]
+    records = [dict(zip(notes["names"], map(_number, record), strict=True)) for record in notes["records"]]
+    begun = len(records) + bool(int(state.epoch_position))
+    if begun > epochs:
+        raise ValueError(
+            f"{where}: the run in {saver.folder} is in epoch {begun}; epochs must not be lower, got {epochs}"
+        )
     metrics = {name: float(text) for name, text in notes["sums"]["metrics"].items()}
     return Run(state, best, records, Sums(metrics, notes["sums"]["examples"]), notes["seconds"], notes["ended"])
 
@@ -111,7 +116,19 @@ def _number(text: str) -> int | float:
     return int(text) if text.lstrip("-").isdigit() else float(text)
 
 
+def numbers(where: str, record: dict[str, Any]) -> dict[str, int | float]:
+    """A copy of an epoch's record, which `on_epoch` may have added to, as Python numbers."""
+    found = {}
+    for name, value in record.items():
+        try:
+            found[name] = value if isinstance(value, int | float) else np.asarray(value).item() + 0
+        except (TypeError, ValueError):
+            shown = f"{value!r:.80}"
+            raise TypeError(f"{where}: a saved record must hold numbers, but on_epoch made {name!r} {shown}") from None
+    return found
+
+
 def check_saver(where: str, saver: Any) -> None:
     """Raises TypeError unless this can save a run."""
-    if not isinstance(getattr(saver, "restore", None), Callable) or not hasattr(saver, "writing"):
+    if isinstance(saver, type) or not hasattr(saver, "restore") or not hasattr(saver, "writing"):
         raise TypeError(f"{where}: saver must be a checkpoint.Saver, got {_arguments.describe(saver)}")
