@@ -30,6 +30,9 @@ import numpy as np
 LIMIT = 2**20
 """The largest accepted size of the arrays in a file, in bytes."""
 
+SEED = 1
+"""Of libFuzzer, so that a short run on another machine tries the same files."""
+
 INSTRUMENTED = ["fcfunc.data", "fcfunc.params_file", "fcfunc.stream", "fcfunc.checkpoint", "fcfunc._files"]
 
 
@@ -300,7 +303,7 @@ def child(name: str, corpus: str, seconds: int) -> None:
     kind = kinds()[name]
     folder = tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
     path = Path(folder) / "fuzzed-7f3a"
-    limits = [f"-max_total_time={seconds}", "-timeout=20", "-rss_limit_mb=4096", "-max_len=4096"]
+    limits = [f"-max_total_time={seconds}", f"-seed={SEED}", "-timeout=20", "-rss_limit_mb=4096", "-max_len=4096"]
     atheris.Setup(
         [sys.argv[0], corpus, *limits, f"-artifact_prefix={corpus}/../{name}-", "-print_final_stats=1"],
         lambda content: outcome(name, kind, content, path) and None,

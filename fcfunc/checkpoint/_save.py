@@ -235,7 +235,7 @@ def steps(folder: Any) -> list[int]:
 
 def import_orbax() -> Any:
     """The module `orbax.checkpoint`; ImportError says what to install."""
-    if "orbax.checkpoint" in sys.modules:  # filters of warnings belong to all threads, so a thread must not set them
+    if sys.modules.get("orbax.checkpoint"):  # filters of warnings belong to all threads: a thread must not set them
         return sys.modules["orbax.checkpoint"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its own deprecations
