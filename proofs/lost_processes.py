@@ -67,8 +67,9 @@ def last_checkpoint(out: Path) -> tuple[dict[str, str], dict[str, list[float]]]:
     """The SHA-256 of each array of the last checkpoint, and its history without the times."""
     path = out / str(checkpoint.steps(out)[-1]) / _manifest.MANIFEST
     manifest = json.loads(path.read_text().partition("\n")[2])
-    records = manifest["config"]["notes"]["records"]
-    history = {name: [float(r[name]) for r in records] for name in records[0] if name != "seconds"}
+    notes = manifest["config"]["notes"]
+    columns = dict(zip(notes["names"], zip(*notes["records"], strict=True), strict=True))
+    history = {name: list(map(float, column)) for name, column in columns.items() if name != "seconds"}
     return {name: array["sha256"] for name, array in manifest["arrays"].items()}, history
 
 

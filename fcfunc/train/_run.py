@@ -121,7 +121,8 @@ def numbers(where: str, record: dict[str, Any]) -> dict[str, int | float]:
     found = {}
     for name, value in record.items():
         try:
-            found[name] = value if isinstance(value, int | float) else np.asarray(value).item() + 0
+            found[name] = np.asarray(value).item() + 0  # True becomes 1
+            float(found[name])  # raises an error for a complex number
         except (TypeError, ValueError):
             shown = f"{value!r:.80}"
             raise TypeError(f"{where}: a saved record must hold numbers, but on_epoch made {name!r} {shown}") from None
