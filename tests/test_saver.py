@@ -228,7 +228,7 @@ def test_losses_that_are_not_numbers_come_back(tmp_path):
 def test_numbers_that_on_epoch_adds_to_the_record_are_saved_and_other_things_are_an_error(tmp_path):
     options = {
         "saver": checkpoint.Saver(tmp_path),
-        "on_epoch": lambda state, record: record.update(rate=np.float32(0.1)),
+        "on_epoch": lambda state, record: record.update(rate=np.float64(0.1), late=np.bool_(True)),
     }
     _, history = fit(ADAM, start(ADAM), (X, Y), **options)
     _, again = fit(ADAM, start(ADAM), (X, Y), **options)

@@ -76,38 +76,14 @@ def save(folder: Any, state: Any, *, config: Any = None, keep: int = 3, score: f
     _arguments.positive("checkpoint.save", keep=keep)
     if score is not None and not np.isfinite(_arguments.number("checkpoint.save", score=score)):
         raise ValueError(f"checkpoint.save: score must be finite, got {score}")
-    return write(local(folder), snapshot_of(state, _files.plain(config, "checkpoint.save: config")), keep, score)
+    return write(local(folder), state, _files.plain(config, "checkpoint.save: config"), keep, score)
 
 
-class Snapshot(NamedTuple):
-    """What a checkpoint holds.
-
-    Attributes:
-      step: its number.
-      arrays: by name; of random keys, their data.
-      keys: the implementation of each random key, by name.
-      devices: the number of devices that the arrays are on.
-      config: plain data.
-    """
-
-    step: int
-    arrays: dict
-    keys: dict
-    devices: int
-    config: Any
-
-
-def snapshot_of(state: Any, config: Any) -> Snapshot:
-    """The content of a checkpoint of a state and plain data; the arrays stay on their devices."""
+def write(folder: Path, state: Any, config: Any, keep: int, score: float | None = None) -> Path:
+    """`save` with checked arguments."""
     step = _step_of(state)
     arrays, keys = _named(state)
     devices = len(set().union(*(a.sharding.device_set for a in arrays.values())))
-    return Snapshot(step, arrays, keys, devices, config)
-
-
-def write(folder: Path, snapshot: Snapshot, keep: int, score: float | None = None) -> Path:
-    """Writes a checkpoint, and removes old ones; see `save`."""
-    step, arrays, keys, devices, config = snapshot
     described = {
         name: {"shape": list(a.shape), "dtype": str(a.dtype), "sha256": sha256(a)} for name, a in arrays.items()
     }
@@ -141,12 +117,9 @@ def write(folder: Path, snapshot: Snapshot, keep: int, score: float | None = Non
             if first:
                 files = hashes_of_files(unfinished, kept=True)
                 _files.write_synced(unfinished / MANIFEST, encoded(manifest | {"files": files}))
-                for changed in (
-                    *(d for d in (unfinished / ARRAYS).rglob("*") if d.is_dir()),
-                    unfinished / ARRAYS,
-                    unfinished,
-                ):
-                    _sync(changed)
+                for inside in (unfinished, *unfinished.rglob("*")):
+                    if inside.is_dir():
+                        _sync(inside)
                 os.rename(unfinished, where)
                 _sync(folder)
     with _all_or_none():

@@ -11,7 +11,7 @@ import jax
 
 from fcfunc import _arguments, _files
 from fcfunc.checkpoint._manifest import is_of_saver, read_manifest
-from fcfunc.checkpoint._save import import_orbax, local, naming_previous, restore, snapshot_of, steps, write
+from fcfunc.checkpoint._save import import_orbax, local, naming_previous, restore, steps, write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +86,7 @@ class Saver:
 
         def save(content):
             state, notes = content()
-            config = {"config": plain, "options": options, "notes": notes}
-            write(self.folder, snapshot_of(state, config), self.keep)
+            write(self.folder, state, {"config": plain, "options": options, "notes": notes}, self.keep)
 
         if jax.process_count() > 1:
             yield save
