@@ -36,13 +36,16 @@ def needed(name: str, extras: tuple[str, ...], found: dict[str, str]) -> dict[st
 
 def audited(requirements: Path, service: str) -> list[dict]:
     """The packages that a database knows, each with its vulnerabilities; empty if it does not answer."""
-    command = [sys.executable, "-m", "pip_audit", "--service", service, "--format", "json", "--progress-spinner", "off"]
-    command += ["--disable-pip", "--no-deps", "--requirement", str(requirements)]
+    command = [sys.executable, "-m", "pip_audit", "--format", "json", "--progress-spinner", "off", "--disable-pip"]
+    command += ["--no-deps", "--requirement", str(requirements), "--vulnerability-service", service]
     result = subprocess.run(command, capture_output=True, text=True)
-    if not result.stdout.startswith("{") and "ConnectionError" not in result.stderr:
-        raise RuntimeError(f"pip-audit failed: {result.stderr.strip()[-300:]}")
-    packages = json.loads(result.stdout)["dependencies"] if result.stdout.startswith("{") else []
-    return [package for package in packages if "vulns" in package]
+    # argparse exits with 2; a known vulnerability and a database that fails both exit with 1.
+    if result.returncode == 2:
+        raise RuntimeError(f"pip-audit refused its arguments: {result.stderr.strip()[-300:]}")
+    if not result.stdout.startswith("{"):
+        print(f"pip-audit: {service} did not answer: {result.stderr.strip().splitlines()[-1][:200]}")
+        return []
+    return [package for package in json.loads(result.stdout)["dependencies"] if "vulns" in package]
 
 
 def main() -> int:
