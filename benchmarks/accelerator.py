@@ -26,8 +26,8 @@ import jaxlib
 import optax
 
 import fcfunc
-from benchmarks.memory import in_turns, ratio
 from benchmarks.populations import TASKS, epochs_for, speeds, updates_of, with_fcfunc
+from benchmarks.timing import in_turns, ratio
 from fcfunc import losses, ops, reference, train
 
 FOLDER = Path(__file__).parents[1]
@@ -159,12 +159,12 @@ def table_of_output_layers(divide: int) -> list[str]:
 def table_of_populations(divide: int) -> list[str]:
     """Updates per second of populations, all members at once, relative to one network alone."""
     lines = ["| network | members | updates per second | relative to one network |", "|---" * 4 + "|"]
-    for title, make in TASKS.items():
+    for title, (make, _) in TASKS.items():
         task, alone = make(), 0.0
         for members in (1, 8, 64, 512, 8192):
             if members > 1 and members > 8192 // divide:
                 continue
-            epochs = epochs_for(task, members, 40_000)
+            epochs = epochs_for(task, members, 40_000 // divide)
             run = with_fcfunc(task, members, None, epochs), updates_of(task, members, epochs)
             found = statistics.median(speeds({"": run}, 3)[""])
             alone = alone or found

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 import fcfunc
-from benchmarks.memory import in_turns, ratio
+from benchmarks.timing import in_turns, ratio
 from fcfunc import losses, train
 
 D = 512

@@ -25,7 +25,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 import fcfunc
-from benchmarks.memory import in_turns, ratio
+from benchmarks.timing import in_turns, ratio
 from fcfunc import curvature, losses, per_example
 
 DIMS, BATCH, SMALL, FEW, MAX_NORM = [784, 1024, 1024, 10], 4096, 1024, 256, 1.0

@@ -16,8 +16,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from benchmarks.memory import ratio
 from benchmarks.peers import Task, classifier_loss
+from benchmarks.timing import ratio
 from benchmarks.training import digits, fashion, small, versions
 from fcfunc import checkpoint, train
 

@@ -26,9 +26,9 @@ import optax
 
 import fcfunc
 from benchmarks import kernels
-from benchmarks.memory import ratio
 from benchmarks.peers import PEERS, Task, classifier_loss, with_fcfunc, with_torch
 from benchmarks.process import PROCESSES
+from benchmarks.timing import ratio
 from fcfunc import data, train
 
 PAGE = Path(__file__).parents[1] / "docs" / "background" / "benchmarks.md"

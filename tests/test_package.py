@@ -86,6 +86,14 @@ def test_tests_and_benchmarks_do_not_import_each_other():
 
 
 @pytest.mark.slow
+def test_the_benchmark_for_gpus_runs_without_one():
+    command = [sys.executable, "-m", "benchmarks.accelerator", "--divide", "1024"]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    assert "Time of a step with deterministic operations" in answer.stdout
+
+
+@pytest.mark.slow
 def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     tracked = subprocess.run(["git", "ls-files", "fcfunc"], cwd=ROOT, capture_output=True, text=True)
     if tracked.returncode:
