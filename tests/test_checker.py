@@ -1,5 +1,6 @@
 """The verdicts of check_vjp on small rules: right ones that are hard to judge, wrong ones that are easy to miss."""
 
+import gc
 import importlib
 import math
 from typing import Any
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.core import Tracer
+from jax.extend.core import Jaxpr
 
 from fcfunc import ops
 from fcfunc.testing import __main__ as command
@@ -1104,3 +1106,30 @@ def test_200_digits_are_evaluated_in_a_loop_under_vmap():
     (result,) = check_vjp(powers, "n:0.5..1.5", only="multiprecision").results
     assert result.status == "passed", result
     assert "equal to" in result.reason
+
+
+def test_a_rule_inside_a_compiled_function_is_found_by_every_check():
+    compiled = jax.jit(lambda x: sine(jnp.cos(x)))
+    for _ in range(3):
+        assert_vjp(compiled, (np.float32([0.5, 1.0]),), only=("rule_used", "oracle"))
+
+
+def test_a_rule_that_was_replaced_between_checks_is_checked():
+    rules = [sine]
+    fun = lambda x: rules[0](x)
+    assert_vjp(fun, (np.float32([0.5, 1.0]),), only="oracle")
+    rules[0] = half_sine
+    with pytest.raises(AssertionError):
+        assert_vjp(fun, (np.float32([0.5, 1.0]),), only="oracle")
+
+
+def test_checking_a_rule_again_keeps_no_further_traces():
+    def traces():
+        gc.collect()
+        return sum(isinstance(a, Jaxpr) for a in gc.get_objects())
+
+    found = []
+    for _ in range(4):
+        assert_vjp(sine, (np.float32([0.5, 1.0]),), only=("rule_used", "cotangent_types", "oracle"))
+        found.append(traces())
+    assert found[3] == found[2], found

@@ -201,14 +201,20 @@ class Case:
 
     @functools.cached_property
     def watched(self) -> tuple[list, list, BaseException | None]:
+        """The result of `watch`."""
+        return self.watch()
+
+    def watch(self, *, remat: bool = False) -> tuple[list, list, BaseException | None]:
         """The calls of rules during tracing, the types of the gradients, and the exception that was raised, if any."""
         g, types = self.cotangent(0), []
 
         def gradients(leaves, g):
-            types.extend(jax.typeof(a) for a in pull(self.fun, self.where, leaves, g)[1])
+            fun = jax.checkpoint(lambda *args: self.fun(*args)) if remat else self.fun
+            types[:] = [jax.typeof(a) for a in pull(fun, self.where, leaves, g)[1]]
 
         with x64_for(self.dtype):
-            calls, raised = _oracle.watch(gradients, self.leaves, g)
+            part = "gradients under jax.checkpoint" if remat else "gradients"
+            calls, raised = _oracle.watch(self.fun, part, gradients, self.leaves, g)
         return calls, types, raised
 
     def by_oracle(self, g: list) -> list[np.ndarray]:

@@ -158,7 +158,7 @@ def rule_used(case: Case) -> Iterator[Finding]:
     """Checks that differentiation runs the backward pass of every rule that is called, also under remat."""
     ways = {"": case, " under jax.checkpoint": dataclasses.replace(case, fun=jax.checkpoint(case.fun))}
     for way, made in ways.items():
-        calls, _, raised = made.watched
+        calls, _, raised = case.watched if made is case else case.watch(remat=True)
         if raised is not None:
             raise _case.RuleRaised(case, raised, way.strip())
         if not calls:

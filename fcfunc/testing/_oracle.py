@@ -166,14 +166,41 @@ class Call(NamedTuple):
     passes: tuple
 
 
-def watch(function: Callable, *args) -> tuple[list[Call], BaseException | None]:
+def watch(fun: Callable, part: str, function: Callable, *args) -> tuple[list[Call], BaseException | None]:
     """Traces `function(*args)` and records every call of a `custom_vjp` function and every backward pass.
 
     Nothing is computed. Functions that were compiled before are traced again, because a cached program hides its rules.
-    `jax.custom_vjp.__call__` is replaced during the call, so this must not run in several threads at once.
+
+    Args:
+      fun: the function that is checked, which remembers how it was traced.
+      part: the name of what is traced of it.
+      function: what is traced.
+      *args: its arguments.
 
     Returns:
       The calls, and the exception that was raised, or None.
+    """
+    # JAX keeps what it traces in a context, so a new one for each call would let memory grow with every check. That of
+    # the last call can be used again unless a rule is hidden by what was cached there.
+    contexts = vars(fun).setdefault("contexts", {})
+    context, found = contexts.get(part) or (next(_count), None)
+    calls, raised = _watch(context, function, *args)
+    if found not in (None, _summary(calls)):
+        context = next(_count)
+        calls, raised = _watch(context, function, *args)
+    contexts[part] = context, _summary(calls)
+    return calls, raised
+
+
+def _summary(calls: list[Call]) -> list[tuple]:
+    """What is missing in the calls if a cached program hides a rule."""
+    return [(call.name, call.inner, len(call.cotangents)) for call in calls]
+
+
+def _watch(context: int, function: Callable, *args) -> tuple[list[Call], BaseException | None]:
+    """`watch` in a context.
+
+    `jax.custom_vjp.__call__` is replaced during the call, so this must not run in several threads at once.
     """
     calls: list[Call] = []
     original = jax.custom_vjp.__call__
@@ -210,7 +237,7 @@ def watch(function: Callable, *args) -> tuple[list[Call], BaseException | None]:
 
     jax.custom_vjp.__call__ = call
     try:
-        with _watched(next(_count)):
+        with _watched(context):
             jax.eval_shape(lambda *args: function(*args), *args)
     except Exception as e:
         return calls, e

@@ -262,7 +262,7 @@ def check_vjp(
     )
     case, statics = make(_draw.base_sizes(list(letters)) | (sizes or {}) if source else {})
     with x64_for(case.dtype):
-        calls, raised = _oracle.watch(case.fun, *case.leaves)
+        calls, raised = _oracle.watch(case.fun, "outputs", case.fun, *case.leaves)
     if raised is not None:
         raise raised
     passes = tuple(call.passes for call in calls)
