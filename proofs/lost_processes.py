@@ -8,7 +8,8 @@ within LIMIT seconds, and the last line on standard error must say what to do. T
 devices, where every array and the history of the last checkpoint must be those of an uninterrupted run to the last bit,
 or on fewer or more devices, where the loss of each epoch must be the same to one part in a thousand.
 
-`--faults` tries the other faults once each: a process that is stopped, and a disk that is full for one process.
+`--faults` tries the other faults once each: a process that is stopped, a disk that is full for one process, and a wall
+clock of one process that jumps by an hour, after which the run must end as if nothing had happened.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import random
 import resource
 import signal
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -32,7 +34,7 @@ from fcfunc.checkpoint import _manifest
 ROOT = Path(__file__).parents[1]
 RUN = ["--data", "digits", "--dims", "64,128,10", "--batch-size", "64", "--epochs", "4", "--save-every", "7",
        "--mode", "fsdp", "--lost-after", "20"]  # fmt: skip
-LIMIT = {"killed": 30, "stopped": 60, "full disk": 60}
+LIMIT = {"killed": 30, "stopped": 60, "full disk": 60, "clock jump": 60}
 """The seconds that the processes have to end after each fault. `--lost-after` is 20."""
 
 PLACES = {"the same devices": (2, 4), "fewer devices": (1, 2), "more devices": (2, 8)}
@@ -73,13 +75,13 @@ def last_checkpoint(out: Path) -> tuple[dict[str, str], dict[str, list[float]]]:
     return {name: array["sha256"] for name, array in manifest["arrays"].items()}, history
 
 
-def broken(out: Path, rng: random.Random, inflict) -> tuple[float, str, int, bool]:
+def broken(out: Path, rng: random.Random, inflict, **environment: str) -> tuple[float, str, int, bool]:
     """Starts a run and breaks it between its first checkpoint and its end.
 
     Returns the seconds until every process has ended, the last line of errors, the status, and whether a save was in
     progress.
     """
-    process = start(out, "the same devices")
+    process = start(out, "the same devices", **environment)
     while not checkpoint.steps(out) and process.poll() is None:
         time.sleep(0.005)
     time.sleep(rng.uniform(0, TRAINING["seconds"]))
@@ -158,6 +160,26 @@ def try_faults(root: Path, rng: random.Random, expected) -> int:
         good = took <= LIMIT[name] and status in (2, 3) and line.startswith("error") and how == "identical"
         failures += not good
         print(f"{name}: ended after {took:.1f} s with {line!r} ({status}); resumed: {how}", flush=True)
+    return failures + try_clock_jumps(root, rng, expected)
+
+
+def try_clock_jumps(root: Path, rng: random.Random, expected) -> int:
+    """Moves the wall clock of each process in turn, in both directions; returns the number of failures."""
+    library, clocks, failures = root / "clock_jump.so", root / "clocks", 0
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, Path(__file__).with_name("clock_jump.c")], check=True)
+    clocks.mkdir()
+    for which, hours in ((0, 1), (0, -1), (1, 1), (1, -1)):
+        out, jumped = root / f"clock{which}{hours}", []
+
+        def jump(pids, which=which, hours=hours, jumped=jumped):
+            jumped += pids
+            with open(clocks / str(pids[which]), "r+b") as clock:  # which the process has mapped: never truncated
+                clock.write(struct.pack("q", 3600 * hours))
+
+        took, line, status, _ = broken(out, rng, jump, LD_PRELOAD=str(library), CLOCK_JUMP_FOLDER=str(clocks))
+        how = "identical" if status == 0 and last_checkpoint(out) == expected else f"FAILED: {line!r} ({status})"
+        failures += not jumped or took > LIMIT["clock jump"] or how != "identical"
+        print(f"clock of process {which} moved by {hours:+} h: ended after {took:.1f} s, {how}", flush=True)
     return failures
 
 
