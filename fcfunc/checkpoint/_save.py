@@ -135,7 +135,7 @@ def restore(folder: Any, like: Any, *, step: int | None = None) -> Checkpoint:
       folder: as for `save`.
       like: a state of the same network and optimizer, as from `init_state`. The restored arrays are sharded like its
         arrays, and the number of devices may differ from that of the saved run. Arrays, but not random keys, may be
-        `jax.ShapeDtypeStruct`.
+        `jax.ShapeDtypeStruct`; one without a sharding is restored on the default device.
       step: the step of the checkpoint; None: the last one.
 
     Returns:
@@ -169,11 +169,12 @@ def restore(folder: Any, like: Any, *, step: int | None = None) -> Checkpoint:
         manifest = read_manifest(where)
         check_matches(where, manifest, arrays, keys)
         check_files(where, manifest["files"])
-        full = {
-            name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for name, a in arrays.items() if a.size
+        default = jnp.zeros(()).sharding  # orbax must not take the devices of the saved run, which may be others
+        placed = {
+            name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding or default) for name, a in arrays.items()
         }
-        empty = {name: jnp.zeros(a.shape, a.dtype) for name, a in arrays.items() if not a.size}
-        restored = {name: jax.device_put(a, arrays[name].sharding) for name, a in empty.items()}
+        full = {name: a for name, a in placed.items() if a.size}
+        restored = {name: jnp.zeros(a.shape, a.dtype, device=a.sharding) for name, a in placed.items() if not a.size}
         with _orbax() as (ocp, checkpointer):
             try:
                 restored |= checkpointer.restore(where / ARRAYS, args=ocp.args.StandardRestore(full))
