@@ -28,7 +28,7 @@ from fcfunc import train
 
 PAGE = Path(__file__).parents[1] / "docs" / "background" / "populations.md"
 TASKS = {"4-32-32-2, batch 32, Adam": (small, 8), "64-128-10, batch 32, SGD": (digits, 4)}
-"""Each task, and the number of members at once that was fastest for it."""
+"""Each task, and the number of members at once for the comparison with PyTorch."""
 
 MEMBERS = (1, 8, 64, 512, 4096)
 AT_ONCE = (1, 4, 8, 16)
@@ -199,8 +199,8 @@ NOTES = """
 - A small network leaves most of a step's time to the calls of its kernels. Members that are trained together share
   these calls, up to the number at which their parameters, optimizer states and activations leave the core's cache.
   `jax.vmap` over the whole population passes that number; `members_at_once` does not, so the speed per network stays
-  the same for any population that fits into memory. It was highest with 8 members at once for 4-32-32-2 (1,282
-  parameters) and with 4 for 64-128-10 (9,610 parameters).
+  the same for any population that fits into memory. It was highest with 8 or 16 members at once, depending on the
+  machine, for 4-32-32-2 (1,282 parameters), and with 4 for 64-128-10 (9,610 parameters).
 - One program runs its loops on one core unless its matmuls are large. With one device per core
   (`XLA_FLAGS=--xla_force_host_platform_device_count=2`) and states that are sharded along the axis of members, every
   core trains its own members.
