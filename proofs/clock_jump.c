@@ -8,12 +8,15 @@
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>
+#include <linux/futex.h>
 #include <pthread.h>
 #include <semaphore.h>
+#include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/time.h>
 #include <time.h>
 #include <unistd.h>
@@ -61,17 +64,11 @@ time_t time(time_t *out) {
   return t.tv_sec;
 }
 
-// The kernel does not know the moved clock, so a deadline on it is moved back. Deadlines on the monotonic clock, which
-// counts from the start of the machine, are smaller.
+// The kernel does not know the moved clock, so a deadline on it is moved back.
 static struct timespec known(const struct timespec *deadline) {
   struct timespec t = *deadline;
-  if (t.tv_sec > 1000000000) t.tv_sec -= *seconds;
+  t.tv_sec -= *seconds;
   return t;
-}
-
-int pthread_cond_timedwait(pthread_cond_t *c, pthread_mutex_t *m, const struct timespec *deadline) {
-  struct timespec t = known(deadline);
-  return REAL(pthread_cond_timedwait)(c, m, &t);
 }
 
 int sem_timedwait(sem_t *s, const struct timespec *deadline) {
@@ -80,11 +77,33 @@ int sem_timedwait(sem_t *s, const struct timespec *deadline) {
 }
 
 int sem_clockwait(sem_t *s, clockid_t clock, const struct timespec *deadline) {
-  struct timespec t = known(deadline);
+  struct timespec t = clock == CLOCK_REALTIME ? known(deadline) : *deadline;
   return REAL(sem_clockwait)(s, clock, &t);
 }
 
 int clock_nanosleep(clockid_t clock, int flags, const struct timespec *request, struct timespec *rest) {
-  struct timespec t = flags & TIMER_ABSTIME ? known(request) : *request;
+  struct timespec t = clock == CLOCK_REALTIME && flags & TIMER_ABSTIME ? known(request) : *request;
   return REAL(clock_nanosleep)(clock, flags, &t, rest);
+}
+
+// A condition does not tell its clock. Deadlines on the monotonic clock, which counts from the start of the machine,
+// are smaller.
+int pthread_cond_timedwait(pthread_cond_t *c, pthread_mutex_t *m, const struct timespec *deadline) {
+  struct timespec t = deadline->tv_sec > 1000000000 ? known(deadline) : *deadline;
+  return REAL(pthread_cond_timedwait)(c, m, &t);
+}
+
+// JAX waits for futexes without a function of libc.
+long syscall(long number, ...) {
+  long a[6];
+  struct timespec t;
+  va_list arguments;
+  va_start(arguments, number);
+  for (int i = 0; i < 6; i++) a[i] = va_arg(arguments, long);
+  va_end(arguments);
+  if (number == SYS_futex && a[1] & FUTEX_CLOCK_REALTIME && a[3]) {
+    t = known((const struct timespec *)a[3]);
+    a[3] = (long)&t;
+  }
+  return REAL(syscall)(number, a[0], a[1], a[2], a[3], a[4], a[5]);
 }

@@ -1133,3 +1133,13 @@ def test_checking_a_rule_again_keeps_no_further_traces():
         assert_vjp(sine, (np.float32([0.5, 1.0]),), only=("rule_used", "cotangent_types", "oracle"))
         found.append(traces())
     assert found[3] == found[2], found
+
+
+def test_a_rule_that_a_compiled_function_calls_only_in_a_later_check_is_found():
+    calls_rule = []
+    compiled = jax.jit(lambda x: half_sine(x) if calls_rule else jnp.sin(x))
+    fun = lambda x: compiled(x)
+    with pytest.raises(ValueError, match="nothing to check"):
+        check_vjp(fun, (np.float32([0.5, 1.0]),))
+    calls_rule.append(True)
+    assert not check_vjp(fun, (np.float32([0.5, 1.0]),), only="oracle").ok

@@ -135,7 +135,7 @@ def restore(folder: Any, like: Any, *, step: int | None = None) -> Checkpoint:
       folder: as for `save`.
       like: a state of the same network and optimizer, as from `init_state`. The restored arrays are sharded like its
         arrays, and the number of devices may differ from that of the saved run. Arrays, but not random keys, may be
-        `jax.ShapeDtypeStruct`; one without a sharding is restored on the default device.
+        `jax.ShapeDtypeStruct`; one without a sharding is restored on the first device.
       step: the step of the checkpoint; None: the last one.
 
     Returns:
@@ -169,7 +169,8 @@ def restore(folder: Any, like: Any, *, step: int | None = None) -> Checkpoint:
         manifest = read_manifest(where)
         check_matches(where, manifest, arrays, keys)
         check_files(where, manifest["files"])
-        default = jnp.zeros(()).sharding  # orbax must not take the devices of the saved run, which may be others
+        # Without a sharding, orbax would take the devices of the saved run, which may be others.
+        default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         placed = {
             name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding or default) for name, a in arrays.items()
         }

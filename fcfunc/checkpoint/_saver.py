@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from fcfunc import _arguments, _files
 from fcfunc.checkpoint._manifest import is_of_saver, read_manifest
@@ -22,15 +20,15 @@ class Saver:
 
     A checkpoint holds the state, the best model and the count of `patience`, the history, and the sums of the metrics
     of the current epoch. It is written by a thread while training continues. At the end, also after an exception, the
-    last checkpoint that is due is written. If several processes share a mesh, a save is a collective operation:
-    training waits for it, and after an exception, which the other processes may not have, nothing more is written.
+    last checkpoint that is due is written. If several processes share a mesh, a save is a collective operation, and
+    training waits for it.
 
     Attributes:
       folder: the folder for the checkpoints of one run, as for `save`.
       config: the configuration of the run, as for `save`. A folder with another configuration is an error.
       keep: the number of most recent checkpoints to keep.
-      share: the largest part of the time that is spent on writing, above 0 and at most 1. If checkpoints become due
-        faster, a newer one replaces the one that is waiting.
+      share: the largest part of the time that the thread writes, above 0 and at most 1. If checkpoints become due
+        faster, a newer one replaces the one that is waiting. Ignored if several processes share a mesh.
 
     Example:
       >>> import fcfunc, optax, tempfile
@@ -91,8 +89,7 @@ class Saver:
             write(self.folder, state, {"config": plain, "options": options, "notes": notes}, self.keep)
 
         if jax.process_count() > 1:
-            with _together(save, self.share) as hand_over:
-                yield hand_over
+            yield save
             return
         thread = _Thread(save, self.share)
         try:
@@ -112,31 +109,6 @@ def _different(found: Any, given: Any, name: str) -> list[tuple[str, Any, Any]]:
         return [] if found == given else [(name, found, given)]
     pairs = {key: (found.get(key, "missing"), given.get(key, "missing")) for key in found | given}
     return [(f"{name}[{key!r}]" if name else key, a, b) for key, (a, b) in pairs.items() if a != b]
-
-
-@contextlib.contextmanager
-def _together(save: Callable, share: float) -> Iterator[Callable[[Callable], None]]:
-    """A function for several processes that saves at once, or keeps the content while `share` is used up."""
-    waiting, earliest = None, time.monotonic()
-
-    def hand_over(content):
-        nonlocal waiting, earliest
-        start = time.monotonic()
-        if multihost_utils.broadcast_one_to_all(np.array(start < earliest)):  # their clocks differ: the first decides
-            waiting = content
-            return
-        save(content)
-        waiting, earliest = None, _next_start(start, share)
-
-    yield hand_over
-    if waiting is not None:
-        save(waiting)
-
-
-def _next_start(start: float, share: float) -> float:
-    """When the next save may start after one that started at `start` and has just ended."""
-    end = time.monotonic()
-    return end + (end - start) * (1 / share - 1)
 
 
 class _Thread:
@@ -187,4 +159,5 @@ class _Thread:
                 return
             start = time.monotonic()
             self.save(content)
-            self.earliest = _next_start(start, self.share)
+            end = time.monotonic()
+            self.earliest = end + (end - start) * (1 / self.share - 1)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
+import numpy as np
 
 from fcfunc._jax_releases import ClosedJaxpr, is_jaxpr, jaxpr_and_consts
 
@@ -181,14 +182,15 @@ def watch(fun: Callable, part: str, function: Callable, *args) -> tuple[list[Cal
       The calls, and the exception that was raised, or None.
     """
     # JAX keeps what it traces in a context, so a new one for each call would let memory grow with every check. That of
-    # the last call can be used again unless a rule is hidden by what was cached there.
+    # the last call is used again, unless a rule is hidden by what was cached there, as in a compiled function.
     contexts = vars(fun).setdefault("contexts", {})
-    context, found = contexts.get(part) or (next(_count), None)
+    key = part, *((np.shape(a), a.dtype) for a in jax.tree.leaves(args))
+    context, found = contexts.get(key) or (next(_count), None)
     calls, raised = _watch(context, function, *args)
-    if found not in (None, _summary(calls)):
+    if found is not None and (not calls or _summary(calls) != found):
         context = next(_count)
         calls, raised = _watch(context, function, *args)
-    contexts[part] = context, _summary(calls)
+    contexts[key] = context, _summary(calls)
     return calls, raised
 
 
