@@ -5,6 +5,8 @@ Warnings are errors by `filterwarnings` in pyproject.toml. `make test` skips the
 """
 
 import os
+import time
+from collections import Counter
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
@@ -29,9 +31,27 @@ def compile_quickly():
     os.environ["XLA_FLAGS"] = f"{os.environ['XLA_FLAGS']} {flags}".strip()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--minutes", type=float, help="skip the tests that would start later than this")
+
+
+STARTED = time.monotonic()
+
+
+def pytest_runtest_setup(item):
+    minutes = item.config.option.minutes
+    if minutes is not None and time.monotonic() - STARTED > 60 * minutes:
+        pytest.skip(f"the {minutes:g} minutes of --minutes were over")
+
+
 def pytest_configure(config):
     if quick(config) and not hasattr(config, "workerinput"):  # the workers inherit it
         compile_quickly()
+
+
+def group(item):
+    """The tests that run in one process."""
+    return item.get_closest_marker("xdist_group").args[0]
 
 
 def quick(config):
@@ -46,11 +66,19 @@ def x64():
         yield
 
 
+LONG = ("sharding", "distributed", "fuzz", "convert", "precision", "export", "examples", "docs", "package", "soak")
+"""The files that take longest for their number of tests."""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     for item in items:  # one process per file or rule, so that each program is compiled once
         if not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.path.name))
+    # Long groups first, so that no process waits for the other at the end.
+    size = Counter(map(group, items))
+    long = [f"test_{name}.py" for name in LONG]
+    items.sort(key=lambda item: long.index(group(item)) if group(item) in long else len(long) + 1 / size[group(item)])
     if jax.default_backend() != "gpu":
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -59,8 +87,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_runtest_teardown(item, nextitem):
     """Frees the compiled programs of a group after its last test; thousands of programs take gigabytes."""
-    group = lambda test: test is not None and test.get_closest_marker("xdist_group").args
-    if group(item) != group(nextitem):
+    if nextitem is None or group(item) != group(nextitem):
         jax.clear_caches()
 
 

@@ -86,9 +86,19 @@ def outputs_and_gradients(library, module, x, g):
             [v.value for v in module.non_trainable_variables],
         )
         run = lambda parameters, x: module.stateless_call(parameters, rest, x, training=False)[0]
-    outputs = run(parameters, jnp.asarray(x))
-    of_params, of_x = jax.grad(lambda *args: jnp.sum(g * run(*args)), (0, 1))(parameters, jnp.asarray(x))
+    outputs, (of_params, of_x) = compiled(run, g)(parameters, jnp.asarray(x))
     return np.asarray(outputs), np.asarray(of_x), [np.asarray(a) for a in jax.tree.leaves(of_params)]
+
+
+def compiled(run, g):
+    """`(parameters, x) -> (outputs, gradients of sum(g * outputs))` as one program; one per operation is slower."""
+
+    @jax.jit
+    def program(*args):
+        outputs, pull = jax.vjp(run, *args)
+        return outputs, pull(g)
+
+    return program
 
 
 def sizes(gradients):
@@ -104,14 +114,15 @@ def test_a_drawn_network_computes_the_same_there_and_comes_back(library, seed):
     module = there(library, net, params, state)
     g = np.random.default_rng(seed).standard_normal((6, net.dims[-1])).astype(np.float32)
     theirs, of_x, of_params = outputs_and_gradients(library, module, x, g)
-    outputs, pull = jax.vjp(lambda params, x: predicted(net, params, state, x), params, jnp.asarray(x))
-    expected_params, expected_x = pull(jnp.asarray(g))
+    run = lambda params, x: predicted(net, params, state, x)
+    outputs, (expected_params, expected_x) = compiled(run, g)(params, jnp.asarray(x))
     near = {"rtol": 3e-5, "atol": 3e-5}
     np.testing.assert_allclose(theirs, outputs, **near)
     np.testing.assert_allclose(of_x, expected_x, rtol=2e-4, atol=2e-4)
     np.testing.assert_allclose(sizes(of_params), sizes(jax.tree.leaves(expected_params)), rtol=1e-3, atol=1e-3)
     new_net, new_params, new_state = back(library, module)
-    np.testing.assert_allclose(predicted(new_net, new_params, new_state, x), outputs, **near)
+    again = jax.jit(predicted, static_argnums=0)(new_net, new_params, new_state, x)
+    np.testing.assert_allclose(again, outputs, **near)
     assert (new_net.dims, new_net.norm, new_net.dropout_rate) == (net.dims, net.norm, net.dropout_rate)
     assert new_net.use_bias == net.use_bias
     jax.tree.map(np.testing.assert_array_equal, new_params, params)
