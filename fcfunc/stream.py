@@ -153,8 +153,6 @@ def from_table(
     def read(start, stop):
         with _errors_of_pyarrow(path, pyarrow):
             table = read_rows(start, stop, [*names, target])
-        if table.num_rows != stop - start:
-            raise ValueError(f"{path}: damaged; expected {stop - start} rows from row {start} on, got {table.num_rows}")
         x = np.empty((stop - start, len(names)), np.float32)
         for i, name in enumerate(names):
             x[:, i] = column(table, name, np.float32)
@@ -254,11 +252,15 @@ def _parquet(path, pyarrow):
     """The number of rows, the schema, and a function that reads rows `[start, stop)` of some columns."""
     file = pyarrow.parquet.ParquetFile(path, memory_map=True)
     sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    if sum(sizes) != file.metadata.num_rows:  # pyarrow reads such a file by either number, without an error
+        raise ValueError(f"{path}: damaged; has {file.metadata.num_rows} rows, and {sum(sizes)} in its row groups")
     ends = np.cumsum([0, *sizes])
 
     def read_rows(start, stop, names):
         first, last = np.searchsorted(ends, start, "right") - 1, np.searchsorted(ends, stop, "left")
         table = file.read_row_groups(list(range(first, last)), columns=names)
+        if table.num_rows != ends[last] - ends[first]:
+            raise ValueError(f"{path}: damaged; {ends[last] - ends[first]} rows expected, {table.num_rows} read")
         return table.slice(start - int(ends[first]), stop - start)
 
     return int(ends[-1]), file.schema_arrow, read_rows

@@ -11,6 +11,7 @@ others listed.
 """
 
 import argparse
+import base64
 import gzip
 import io
 import json
@@ -84,6 +85,8 @@ def csv_truth(content: bytes) -> dict[str, Any] | None:
     """pandas, with the cells as strings."""
     import pandas
 
+    if b"\0" in content and pandas.__version__.startswith("2."):  # which ends a cell at this byte
+        return None
     try:
         cells = pandas.read_csv(
             io.BytesIO(content), header=None, dtype=str, keep_default_na=False, encoding="utf-8", skipinitialspace=True
@@ -360,8 +363,8 @@ def main(argv: list[str] | None = None) -> int:
             runs = stats.get("stat::number_of_executed_units:", "0")
             if result.returncode:
                 failed += 1
-                artifacts = [p.read_bytes()[:200] for p in Path(root).glob(f"{name}-*")]
-                print(f"{name}: FAILED after {runs} files\n{result.stdout[-2000:]}\n{artifacts}", flush=True)
+                found = [base64.b64encode(p.read_bytes()).decode() for p in Path(root).glob(f"{name}-*")]
+                print(f"{name}: FAILED after {runs} files\n{result.stdout[-2000:]}\nin base64: {found}", flush=True)
                 continue
             reached, total, missed, counts = covered(made[name], name, corpus)
             print(f"{name}: {runs} files, none misread; {sum(counts.values())} in the corpus ({counts['read']} read, "

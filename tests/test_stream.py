@@ -285,6 +285,25 @@ def test_a_table_that_is_damaged_or_empty_is_an_error_that_names_the_file(tmp_pa
         stream.from_table(path, target="y")
 
 
+def test_a_parquet_file_whose_row_counts_differ_is_damaged(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    path, outcomes = tmp_path / "rows.parquet", []
+    pq.write_table(pa.table({"a": [1.0, 2.0, 3.0], "y": [0, 1, 1]}), path)
+    whole = path.read_bytes()
+    three, two = bytes([0x16, 6]), bytes([0x16, 4])  # 64-bit integers in the footer
+    for at in [i for i in range(len(whole)) if whole[i : i + 2] == three]:
+        path.write_bytes(whole[:at] + two + whole[at + 2 :])
+        try:
+            table = stream.from_table(path, target="y")
+            outcomes.append(table.read(0, table.examples).y.tolist())
+        except ValueError as e:
+            outcomes.append(str(e))
+    refused = [outcome for outcome in outcomes if outcome != [0, 1, 1]]
+    assert all("rows.parquet" in outcome for outcome in refused)
+    assert sum("damaged; has " in outcome for outcome in refused) == 2  # of the file, of its row group
+
+
 def test_labels_of_a_table_that_int32_cannot_hold_stay_out_of_range(tmp_path):
     pa = pytest.importorskip("pyarrow")
     pq = pytest.importorskip("pyarrow.parquet")
