@@ -17,6 +17,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import statistics
 import struct
@@ -140,9 +141,11 @@ def try_kills(root: Path, kills: int, rng: random.Random, expected) -> int:
     failures, took_all, saves, places = 0, [], 0, list(PLACES)
     for i in range(kills):
         out, which, place = root / str(i), rng.randrange(2), places[i % 2 and 1 + i // 2 % 2]
-        took, line, status, saving = broken(out, rng, lambda pids, which=which: kill(pids, which))
-        finished = status == 0  # the run had ended before the signal
-        ended = finished or (took <= LIMIT["killed"] and status == 3 and line.startswith("error") and "resume" in line)
+        took, line, status, saving = 0.0, "", 0, False
+        while status == 0:  # again if the run had ended before the signal
+            shutil.rmtree(out, ignore_errors=True)
+            took, line, status, saving = broken(out, rng, lambda pids, which=which: kill(pids, which))
+        ended = took <= LIMIT["killed"] and status == 3 and line.startswith("error") and "resume" in line
         step = checkpoint.steps(out)[-1]
         how = resumed(out, place, expected)
         failures += not ended or how not in ("identical", "close")
