@@ -153,6 +153,8 @@ def from_table(
     def read(start, stop):
         with _errors_of_pyarrow(path, pyarrow):
             table = read_rows(start, stop, [*names, target])
+        if table.num_rows != stop - start:
+            raise ValueError(f"{path}: damaged; expected {stop - start} rows from row {start} on, got {table.num_rows}")
         x = np.empty((stop - start, len(names)), np.float32)
         for i, name in enumerate(names):
             x[:, i] = column(table, name, np.float32)
